@@ -1,0 +1,1 @@
+"""Shipped experiments, one a file; in a wheel this package is jaxinfra.configs."""

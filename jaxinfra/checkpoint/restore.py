@@ -1,0 +1,162 @@
+"""Which step to go on from, and its arrays on any mesh: newest first, walking back.
+
+A step that stands under its number was committed, so whatever is wrong with it is
+damage. It is reported, passed over, and left on disk.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxinfra.checkpoint import commits, integrity, store
+from jaxinfra.checkpoint import manifest as manifests
+from jaxinfra.checkpoint.errors import (
+    CheckpointError,
+    IncompatibleCheckpoint,
+    NoUsableCheckpoint,
+)
+from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LOG = logging.getLogger(__name__)
+# Counts the restores of this process: the same in all, it names their topics.
+_TURN = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What was read, and the newer steps that were passed over, with the reason.
+
+    `metadata` has `config` and `data` as given to `save`, and `manifest`'s `run_id`,
+    `attempt` and `versions`.
+    """
+
+    step: int
+    arrays: dict[str, jax.Array]
+    metadata: dict[str, Any]
+    rejected: tuple[tuple[int, str], ...] = ()
+
+
+def latest(folder: str | os.PathLike) -> int | None:
+    """The newest step whose manifest and file sizes are right; logs why others are not.
+
+    Raises:
+      NoUsableCheckpoint: there are steps and none is right.
+    """
+    rejected = []
+    for step, path in commits.step_folders(pathlib.Path(folder)):
+        try:
+            integrity.check_sizes(path, manifests.load(path))
+        except IncompatibleCheckpoint:
+            raise
+        except CheckpointError as error:
+            _LOG.warning("step %d is passed over: %s", step, error)
+            rejected.append((step, str(error)))
+        else:
+            return step
+    return _none_usable(folder, rejected)
+
+
+def restore(
+    folder: str | os.PathLike,
+    step: int,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    logical_shapes: Shapes | None = None,
+) -> Restored:
+    """Reads one committed step onto the shardings of `abstract`, or part of it.
+
+    Raises:
+      CheckpointError: it is not there or damaged; the text names the file.
+      IncompatibleCheckpoint: it holds other arrays than `abstract` asks for.
+    """
+    paths = [
+        path
+        for found, path in commits.step_folders(pathlib.Path(folder))
+        if found == step
+    ]
+    if not paths:
+        raise CheckpointError(f"{folder} has no step {step}")
+    return _read(paths[0], abstract, logical_shapes or {})
+
+
+def restore_latest(
+    folder: str | os.PathLike,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    logical_shapes: Shapes | None = None,
+    process: ProcessGroup | None = None,
+) -> Restored | None:
+    """The newest step that every process can read whole; None where nothing was saved.
+
+    Each process verifies what it reads; damage found by one makes all walk back.
+
+    Raises:
+      NoUsableCheckpoint: there are steps and none is right.
+      IncompatibleCheckpoint: the newest holds other arrays than `abstract` asks for.
+    """
+    shapes = logical_shapes or {}
+    group, topic = process or ProcessGroup(), f"jaxinfra/restore/{next(_TURN)}"
+    names = group.from_first(
+        f"{topic}/steps",
+        lambda: [path.name for _, path in commits.step_folders(pathlib.Path(folder))],
+    )
+    rejected: list[tuple[int, str]] = []
+    for name in names:
+        path = pathlib.Path(folder, name)
+        try:
+            restored = _read_together(
+                group, f"{topic}/{name}", lambda p=path: _read(p, abstract, shapes)
+            )
+        except CheckpointError as error:
+            if isinstance(error, IncompatibleCheckpoint):
+                raise
+            rejected.append((int(name.split(".")[0]), str(error)))
+        else:
+            return dataclasses.replace(restored, rejected=tuple(rejected))
+    return _none_usable(folder, rejected)
+
+
+def _read_together(
+    group: ProcessGroup, topic: str, read: Callable[[], Restored]
+) -> Restored:
+    """What this process read, once every process has read its part without damage."""
+    here: list[Restored] = []
+    group.contribute(topic, lambda: here.append(read()))
+    try:
+        group.from_first(f"{topic}/all", lambda: group.collect(topic))
+    except GroupError as error:
+        for kind in (IncompatibleCheckpoint, CheckpointError):
+            if error.kind == kind.__name__:
+                raise kind(str(error)) from error
+        raise
+    return here[0]
+
+
+def _read(
+    path: pathlib.Path,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    logical_shapes: Shapes,
+) -> Restored:
+    manifest = manifests.load(path)
+    integrity.check_sizes(path, manifest)
+    arrays = store.read_arrays(path, manifest, abstract, logical_shapes=logical_shapes)
+    about = ("config", "data", "run_id", "attempt", "versions")
+    metadata = {name: getattr(manifest, name) for name in about}
+    return Restored(step=manifest.step, arrays=arrays, metadata=metadata)
+
+
+def _none_usable(folder: str | os.PathLike, rejected: list[tuple[int, str]]) -> None:
+    if rejected:
+        reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+        raise NoUsableCheckpoint(
+            f"{folder} has checkpoints and none is usable, so nothing was started or "
+            f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
+        )

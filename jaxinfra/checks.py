@@ -1,0 +1,422 @@
+"""Every rule between settings that needs no device and no jax.
+
+`check` raises ConfigError at the first broken rule, in the words `key=value what rule;
+what to set`. What only the devices tell is checked by `resolve_mesh`, once they are
+counted.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+
+from jaxinfra.config import AXES, REMAT_NAMES, Config, ConfigError, did_you_mean
+
+MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
+SHIPPED_TEXT = "shakespeare"
+BATCH_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
+
+# Rule in words -> (rule, keys). Every number of the config is in one row, by a test.
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda x: x >= 1,
+        (
+            "run.log_every", "model.width", "model.ffn_width", "model.num_heads",
+            "model.num_kv_heads", "train.batch_size", "train.length",
+            "train.microbatches", "train.save_every", "train.max_bad_steps",
+            "mesh.slices", "parallel.virtual_stages", "runtime.num_processes",
+            "checkpoint.keep",
+        ),
+    ),
+    "at least 0": (
+        lambda x: x >= 0,
+        (
+            "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
+            "model.attention_softcap", "model.logit_softcap", "model.init_std",
+            "model.num_experts", "model.experts_per_token", "train.steps",
+            "train.max_secs", "train.loss_chunk", "train.z_loss",
+            "optimizer.learning_rate", "optimizer.adam_learning_rate",
+            "optimizer.warmup_steps",
+            "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
+            "eval.batches", "eval.batch_size", "runtime.cpu_devices",
+            "runtime.process_id", "data.prefetch", "runtime.devices", "profile.start", "profile.steps",
+            "sample.tokens", "sample.temperature", "sample.top_k",
+        ),
+    ),
+    "above 0": (
+        lambda x: x > 0,
+        ("model.norm_eps", "model.rope_theta", "optimizer.eps"),
+    ),
+    "at least 0 and below 1": (
+        lambda x: 0 <= x < 1,
+        (
+            "model.dropout", "data.held_out", "optimizer.beta1", "optimizer.beta2",
+            "optimizer.momentum",
+        ),
+    ),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("optimizer.final_fraction", "optimizer.decay_fraction")),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, ("sample.top_p",)),
+    "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("run.seed",)),
+    "-1, 0, 1, 2 or 3": (lambda x: -1 <= x <= 3, ("zero",)),
+    "at least 1, or -1 for the devices that are left": (
+        lambda x: x >= 1 or x == -1,
+        tuple(f"mesh.{axis}" for axis in AXES),
+    ),
+}  # fmt: skip
+
+
+def check(config: Config, *, vocab_size: int | None = None) -> None:
+    """Raises ConfigError at the first broken rule; `vocab_size` is the tokenizer's.
+
+    The mesh is checked as far as the settings tell the number of devices: call
+    `resolve_mesh` with the real number too.
+    """
+    _check_ranges(config)
+    _check_model(config)
+    _check_vocabulary(config, vocab_size)
+    _check_training(config)
+    _check_remat(config.train.remat)
+    _check_runtime(config)
+    _check_available(config)
+    _check_mesh(config)
+    _check_paths(config)
+
+
+def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
+    """Size of every axis on `device_count` devices, the -1 filled in.
+
+    Raises ConfigError when they do not fit, or when a dim or the batch does not divide.
+    """
+    sizes = _axis_sizes(config)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    rest = [axis for axis in sizes if sizes[axis] == -1]
+    if device_count % known or (not rest and device_count != known):
+        given = {f"mesh.{axis}": n for axis, n in sizes.items() if n not in (-1, 1)}
+        rule = "divides" if rest else "is"
+        raise ConfigError(
+            f"{_listed(given) or 'the mesh'} takes {known} devices of {device_count};"
+            f" set {' or '.join(given) or 'mesh.data'} so that the product {rule}"
+            f" {device_count}"
+            + ("" if rest else ", or one axis to -1 to take the rest")
+        )
+    sizes |= dict.fromkeys(rest, device_count // known)
+    _check_divisible(config, sizes)
+    return sizes
+
+
+def resolve_zero(config: Config) -> int:
+    """What the fsdp axis shards, 0 to 3: -1 is 3, or 1 with a pipeline.
+
+    With 3, a pipeline would gather the parameters again in every microbatch.
+    """
+    if config.zero != -1:
+        return config.zero
+    return 3 if config.mesh.pipeline == 1 else 1
+
+
+def known_device_count(config: Config) -> int:
+    """The number of devices that the settings tell, 0 if they do not."""
+    runtime = config.runtime
+    simulated = runtime.cpu_devices * runtime.num_processes
+    if simulated and runtime.devices not in (0, simulated):
+        raise ConfigError(
+            f"runtime.devices={runtime.devices} is not runtime.cpu_devices="
+            f"{runtime.cpu_devices} x runtime.num_processes={runtime.num_processes};"
+            f" set runtime.devices to {simulated} or 0"
+        )
+    return simulated or runtime.devices
+
+
+def _check_ranges(config: Config) -> None:
+    for rule, (is_good, keys) in RANGES.items():
+        for key in keys:
+            value = _get(config, key)
+            if not is_good(value):
+                raise ConfigError(f"{key}={value} must be {rule}")
+            if value > MAX_INT and key != "run.seed":
+                raise ConfigError(f"{key}={value} must be at most {MAX_INT}")
+    rest = [axis for axis, size in _axis_sizes(config).items() if size == -1]
+    if len(rest) > 1:
+        given = _listed({f"mesh.{axis}": -1 for axis in rest})
+        raise ConfigError(
+            f"{given}: one axis alone can take the rest; set mesh.{rest[1]} to 1"
+        )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads="
+            f"{model.num_heads}; set model.num_kv_heads to"
+            f" {_divisors(model.num_heads)}"
+        )
+    if not model.head_dim and model.width % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} does not divide model.width="
+            f"{model.width}; change one of them, or set model.head_dim"
+        )
+    if model.positions == "rotary" and model.head_width % 2:
+        raise ConfigError(
+            f"a head of width {model.head_width} is odd, and rotary positions turn"
+            " pairs; set model.head_dim to an even number"
+        )
+    if model.positions == "learned" and model.max_length < config.train.length:
+        raise ConfigError(
+            f"model.max_length={model.max_length} is below train.length="
+            f"{config.train.length}, and learned positions end there; set"
+            f" model.max_length to {config.train.length} or more"
+        )
+    if not (model.prefix or model.suffix or (model.pattern and model.repeats)):
+        raise ConfigError(
+            "the model has no layer; set model.repeats to 1 or more and model.pattern"
+            " to a list of layers"
+        )
+    for part in ("prefix", "pattern", "suffix"):
+        for i, layer in enumerate(getattr(model, part)):
+            for name in ("window", "rope_theta"):
+                value = getattr(layer, name)
+                if not 0 <= value <= MAX_INT:
+                    raise ConfigError(
+                        f"model.{part}[{i}].{name}={value} must be from 0 to {MAX_INT}"
+                    )
+    if model.experts_per_token > model.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={model.experts_per_token} is above"
+            f" model.num_experts={model.num_experts}; set it to a number up to that"
+        )
+    if _has_expert_layer(config) and not model.experts_per_token:
+        raise ConfigError(
+            "a layer has feed_forward='experts', but model.experts_per_token=0; set"
+            " model.num_experts and model.experts_per_token"
+        )
+
+
+def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
+    ours = config.model.vocab_size
+    if vocab_size and 0 < ours < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={ours} is below the tokenizer's {vocab_size}; set it to"
+            f" {vocab_size} or more, or to 0 to take the tokenizer's"
+        )
+
+
+def _check_training(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
+    if train.batch_size % train.microbatches:
+        raise ConfigError(
+            f"train.microbatches={train.microbatches} does not divide train.batch_size="
+            f"{train.batch_size}; set train.microbatches to"
+            f" {_divisors(train.batch_size)}"
+        )
+
+
+def _check_remat(remat: str) -> None:
+    if remat in ("none", "full", "dots"):
+        return
+    if not remat.startswith("save:"):
+        forms = ("none", "full", "dots", "save:NAME+NAME")
+        raise ConfigError(
+            f"train.remat={remat!r} must be {', '.join(forms[:-1])} or {forms[-1]}"
+            f"{did_you_mean(remat, forms)}"
+        )
+    for name in remat.removeprefix("save:").split("+"):
+        if name not in REMAT_NAMES:
+            raise ConfigError(
+                f"train.remat={remat!r}: there is no activation {name!r}; the names"
+                f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
+            )
+
+
+def _check_runtime(config: Config) -> None:
+    runtime = config.runtime
+    if runtime.process_id >= runtime.num_processes:
+        raise ConfigError(
+            f"runtime.process_id={runtime.process_id} must be below"
+            f" runtime.num_processes={runtime.num_processes}; processes count from 0"
+        )
+    if runtime.num_processes > 1 and not runtime.coordinator:
+        raise ConfigError(
+            f"runtime.num_processes={runtime.num_processes} must find each other;"
+            " set runtime.coordinator to host:port of process 0"
+        )
+    if runtime.num_processes == 1 and runtime.coordinator:
+        raise ConfigError(
+            f"runtime.coordinator={runtime.coordinator!r} is for several processes;"
+            " set runtime.num_processes too, or leave it out"
+        )
+    form = re.fullmatch(
+        r"(?:\[[\da-fA-F:.]+\]|[^\s:/]+):(\d{1,5})", runtime.coordinator
+    )
+    if runtime.coordinator and not (form and 0 < int(form[1]) < 65536):
+        raise ConfigError(
+            f"runtime.coordinator={runtime.coordinator!r} must be host:port, such as"
+            " 10.0.0.1:1234"
+        )
+
+
+def _check_available(config: Config) -> None:
+    """Refuses what a config can say and this version cannot do."""
+    mesh, model = config.mesh, config.model
+    for axis, what in {
+        "expert": "expert parallelism",
+        "context": "context parallelism",
+        "pipeline": "pipeline parallelism",
+    }.items():
+        if (size := getattr(mesh, axis)) != 1:
+            raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
+    if config.precision not in ("float32", "bfloat16"):
+        raise _not_here(
+            f"precision={config.precision}",
+            "that precision",
+            "set precision to float32 or bfloat16",
+        )
+    if model.num_experts or _has_expert_layer(config):
+        raise ConfigError(
+            f"model.num_experts={model.num_experts}: the model has no experts in this"
+            " version; set model.num_experts to 0 and every feed_forward to dense"
+        )
+    if config.init.from_:
+        raise _not_here(
+            f"init.from={config.init.from_!r}",
+            "starting from other parameters",
+            "leave init.from out",
+        )
+    for key in ("run.dir", "data.path", "data.cache_dir"):
+        if "://" in (value := _get(config, key)):
+            raise _not_here(
+                f"{key}={value!r}", "remote storage", f"set {key} to a local path"
+            )
+
+
+def _check_mesh(config: Config) -> None:
+    if count := known_device_count(config):
+        resolve_mesh(config, count)
+        return
+    sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
+    _check_divisible(config, sizes)
+
+
+def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
+    """What the axes split must divide over them; `sizes` may lack the unknown one."""
+    dims = [
+        ("tensor", "num_heads"),
+        ("tensor", "num_kv_heads"),
+        ("tensor", "ffn_width"),
+    ]
+    if resolve_zero(config) >= 1:
+        dims.append(("fsdp", "width"))
+    for axis, name in dims:
+        dim, size = getattr(config.model, name), sizes.get(axis, 1)
+        if dim % size:
+            raise ConfigError(
+                f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
+                f" {size}; set mesh.{axis} to a divisor of {dim}"
+            )
+    train, slices = config.train, config.mesh.slices
+    rows = train.batch_size // train.microbatches
+    split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
+    parts = math.prod(split.values())
+    if rows % parts:
+        axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} in train.microbatches="
+            f"{train.microbatches} gives {rows} rows, which do not divide over the"
+            f" {parts} parts of mesh axes {axes}; set train.batch_size to a multiple of"
+            f" {parts * train.microbatches}, or a smaller mesh"
+        )
+    across = [axis for axis in ("data", "pipeline") if axis in sizes]
+    if len(across) == 2 and all(sizes[axis] % slices for axis in across):
+        raise ConfigError(
+            f"mesh.slices={slices} divides neither mesh axis 'data' of size"
+            f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
+            f" mesh.data to a multiple of {slices}"
+        )
+
+
+def _check_paths(config: Config) -> None:
+    data, run = config.data, config.run
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
+        raise ConfigError(
+            f"name={config.name!r} names the run folder; use letters, digits and _ . -"
+        )
+    if data.path != SHIPPED_TEXT:
+        _check_exists("data.path", data.path, known=[SHIPPED_TEXT])
+    for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
+        file = _first_existing(path)
+        if not os.path.isdir(file):
+            raise ConfigError(
+                f"{key}={path!r} cannot be made a folder: {file!r} is a file; set {key}"
+                " to another path"
+            )
+    for name, path in config.eval.sets.items():
+        key = f"eval.sets.{name}"
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise ConfigError(
+                f"{key}: {name!r} names a metric; use a-z, 0-9 and _, as in"
+                " --eval.sets.bible PATH"
+            )
+        if name == "held_out":
+            raise ConfigError(
+                f"{key}: held_out is the data's own held-out split; take another name"
+            )
+        _check_exists(key, path)
+
+
+def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
+    if path and os.path.exists(os.path.expanduser(path)):
+        return
+    folder = os.path.dirname(path)
+    try:
+        beside = os.listdir(os.path.expanduser(folder) or ".")
+    except (OSError, ValueError):
+        beside = []
+    near = did_you_mean(path, known)
+    near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
+    also = "".join(f", or the shipped text {name!r}" for name in known)
+    raise ConfigError(
+        f"{key}={path!r} is not there; give a path that exists{also}{near}"
+    )
+
+
+def _first_existing(path: str) -> str:
+    """The path, or the nearest folder above it that is there."""
+    path = os.path.abspath(os.path.expanduser(path))
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _get(config: Config, key: str):
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _axis_sizes(config: Config) -> dict[str, int]:
+    return {axis: getattr(config.mesh, axis) for axis in AXES}
+
+
+def _has_expert_layer(config: Config) -> bool:
+    model = config.model
+    layers = model.prefix + model.pattern + model.suffix  # not x repeats: may be huge
+    return any(layer.feed_forward == "experts" for layer in layers)
+
+
+def _not_here(setting: str, what: str, fix: str) -> ConfigError:
+    return ConfigError(f"{setting}: {what} is not part of this version; {fix}")
+
+
+def _listed(settings: dict[str, int]) -> str:
+    return " x ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _divisors(n: int) -> str:
+    """The divisors of n in words; all of them where they are few."""
+    found = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
+    return (
+        f"one of {', '.join(map(str, found))}"
+        if len(found) < 9
+        else (f"a divisor of {n}")
+    )

@@ -1,0 +1,227 @@
+"""A data set on disk: what stands in the folder, opened strictly, checked byte by byte.
+
+    dataset.json             what stands below, as JSON
+    train-00000.tokens.npy   uint16 or uint32 [tokens]: documents one after the other
+    train-00000.lengths.npy  int64 [documents]: tokens of each, its EOD included
+    held_out-00000. ...      the other split, where there is one
+
+`dataset.json` holds `format_version`, `dtype`, `tokenizer` (its JSON),
+`tokenizer_digest` and `splits`: for each split `tokens`, `documents`, `bytes` (UTF-8
+bytes of its text) and `shards`, for each shard `file`, `checksum` (xxh3_128 of the
+whole file), `lengths_file`, `lengths_checksum`, `tokens` and `documents`. Plain numpy
+reads all of it; nothing is ever unpickled. `writer` writes it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxinfra.data import digests
+from jaxinfra.data import tokenizer as tokenizers
+from jaxinfra.data.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+AUTO_VERIFY_BYTES = 256 * 2**20  # below it, a check of every byte costs under 0.1 s
+
+LENGTH_DTYPE = np.dtype("<i8")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]+-[0-9]{5,}\.(tokens|lengths)\.npy")
+_MANIFEST_KEYS = {
+    "format_version": int,
+    "dtype": str,
+    "tokenizer": dict,
+    "tokenizer_digest": str,
+    "splits": dict,
+}
+_SPLIT_KEYS = {"tokens": int, "documents": int, "bytes": int, "shards": list}
+_SHARD_KEYS = {
+    "file": str,
+    "checksum": str,
+    "lengths_file": str,
+    "lengths_checksum": str,
+    "tokens": int,
+    "documents": int,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """Two memory-mapped arrays and what `dataset.json` says of their files."""
+
+    tokens: np.ndarray  # [N] ids
+    lengths: np.ndarray  # [D] tokens of each document; they sum to N
+    checksums: Mapping[pathlib.Path, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """One half of a data set: what is trained on, or what is held out."""
+
+    name: str
+    digest: str  # of the data set, "/", the name
+    dtype: np.dtype
+    vocab_size: int
+    num_tokens: int
+    num_documents: int
+    text_bytes: int  # of the text as UTF-8: what bits per byte divide by
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    folder: pathlib.Path
+    digest: str  # sha256 of dataset.json, and through its checksums of every byte
+    tokenizer: tokenizers.Tokenizer
+    splits: Mapping[str, Split]
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DataError(
+                f"{self.folder} has no split {name!r}, only {sorted(self.splits)}; "
+                "prepare it again with held_out above 0"
+            )
+        return self.splits[name]
+
+
+def open_dataset(
+    folder: str | pathlib.Path, *, verify: bool | Literal["auto"] = "auto"
+) -> Dataset:
+    """Memory-maps a data set folder after checking all that `dataset.json` says of it.
+
+    `verify` also checks every byte; "auto" does so below `AUTO_VERIFY_BYTES`. Raises
+    DataError, naming the file.
+    """
+    folder = pathlib.Path(folder)
+    where = folder / MANIFEST
+    try:
+        manifest = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where} cannot be read ({error}); name a folder that prepare wrote"
+        ) from error
+    _check_keys(manifest, _MANIFEST_KEYS, where)
+    if (version := manifest["format_version"]) != FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format_version {version} is not {FORMAT_VERSION}, the one that "
+            "this release reads; prepare it again or use the release that wrote it"
+        )
+    tokenizer = tokenizers.from_json(manifest["tokenizer"])
+    _check_equal(where, "tokenizer_digest", manifest, tokenizer.digest())
+    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
+    _check_equal(where, "dtype", manifest, dtype.name)
+    digest = digests.json_sha256(manifest)
+    splits = {}
+    for name, record in manifest["splits"].items():
+        _check_keys(record, _SPLIT_KEYS, f"{where}: split {name!r}")
+        shards = tuple(_open_shard(folder, s, dtype) for s in record["shards"])
+        for key in ("tokens", "documents"):
+            total = sum(s[key] for s in record["shards"])
+            _check_equal(f"{where}: split {name!r}", key, record, total)
+        splits[name] = Split(
+            name=name,
+            digest=f"{digest}/{name}",
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            num_tokens=record["tokens"],
+            num_documents=record["documents"],
+            text_bytes=record["bytes"],
+            shards=shards,
+        )
+    dataset = Dataset(folder=folder, digest=digest, tokenizer=tokenizer, splits=splits)
+    is_small = _num_bytes(dataset) < AUTO_VERIFY_BYTES
+    to_verify = is_small if verify == "auto" else verify
+    if to_verify and (bad := verify_dataset(dataset)):
+        raise DataError(f"{folder} is damaged: {'; '.join(bad)}; prepare it again")
+    return dataset
+
+
+def verify_dataset(dataset: Dataset) -> list[str]:
+    """Reads every byte; one line for each bad file, none if all is well."""
+    bad = []
+    for split in dataset.splits.values():
+        for shard in split.shards:
+            for path, checksum in shard.checksums.items():
+                if (found := digests.file_xxh3_128(path)) != checksum:
+                    bad.append(f"{path.name} has checksum {found}, not {checksum}")
+            if shard.tokens.max() >= split.vocab_size:
+                path = next(iter(shard.checksums))
+                bad.append(f"{path.name} has ids above {split.vocab_size - 1}")
+    return bad
+
+
+def _open_shard(folder: pathlib.Path, record: Any, dtype: np.dtype) -> Shard:
+    where = folder / MANIFEST
+    _check_keys(record, _SHARD_KEYS, f"{where}: a shard")
+    tokens_path = _inside(folder, record["file"])
+    lengths_path = _inside(folder, record["lengths_file"])
+    tokens = _open_array(tokens_path, dtype, record["tokens"])
+    lengths = _open_array(lengths_path, LENGTH_DTYPE, record["documents"])
+    if lengths.min() < 1 or lengths.sum() != record["tokens"]:
+        raise DataError(
+            f"{lengths_path}: document lengths must be 1 or more and sum to "
+            f"{record['tokens']}, the tokens of {tokens_path.name}; prepare it again"
+        )
+    checksums = {
+        tokens_path: record["checksum"],
+        lengths_path: record["lengths_checksum"],
+    }
+    return Shard(tokens=tokens, lengths=lengths, checksums=checksums)
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    if not _FILE_NAME.fullmatch(name):
+        raise DataError(
+            f"{folder / MANIFEST}: file name {name!r} must look like "
+            "train-00000.tokens.npy, without any folder; prepare it again"
+        )
+    return folder / name
+
+
+def _open_array(path: pathlib.Path, dtype: np.dtype, size: int) -> np.ndarray:
+    """Memory-maps a .npy file that must hold exactly `size` items of `dtype`."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header raises anything, TokenError too
+        raise DataError(f"{path} cannot be read ({error}); restore the file") from error
+    is_whole = path.stat().st_size == array.offset + array.nbytes
+    if array.dtype != dtype or array.shape != (size,) or size < 1 or not is_whole:
+        raise DataError(
+            f"{path} holds {array.dtype.name}{list(array.shape)} in "
+            f"{path.stat().st_size} bytes; dataset.json says {dtype.name}[{size}]: "
+            "restore the file or prepare it again"
+        )
+    return np.asarray(array)
+
+
+def _num_bytes(dataset: Dataset) -> int:
+    shards = [s for split in dataset.splits.values() for s in split.shards]
+    return sum(s.tokens.nbytes + s.lengths.nbytes for s in shards)
+
+
+def _check_keys(value: Any, keys: dict[str, type], where: Any) -> None:
+    """Raises unless `value` is a dict of just these keys, its values of these types."""
+    if not isinstance(value, dict) or value.keys() != keys.keys():
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise DataError(
+            f"{where} must hold exactly the keys {sorted(keys)}, not {found}; "
+            "prepare it again"
+        )
+    for key, kind in keys.items():
+        if type(value[key]) is not kind:  # bool is an int, but no number of tokens
+            raise DataError(
+                f"{where}: {key} must be {kind.__name__}, not {value[key]!r:.80}; "
+                "prepare it again"
+            )
+
+
+def _check_equal(where: Any, key: str, record: dict[str, Any], rule: Any) -> None:
+    if record[key] != rule:
+        raise DataError(
+            f"{where}: {key} is {record[key]!r}, but what it describes says {rule!r}; "
+            "prepare it again"
+        )

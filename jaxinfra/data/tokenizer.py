@@ -1,0 +1,166 @@
+"""Text to token ids and back: bytes, or the characters of one corpus.
+
+Every tokenizer keeps one id for the end of a document (EOD); `encode` never adds it,
+`prepare` does, once after each document.
+"""
+
+import dataclasses
+import json
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxinfra.data import digests
+from jaxinfra.data.errors import DataError
+
+_CODE_POINT = np.dtype("<u4")
+
+
+class Tokenizer(Protocol):
+    """A reversible map between text and ids 0 .. vocab_size - 1."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, EOD included."""
+        ...
+
+    @property
+    def eod_id(self) -> int: ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, `id_dtype(vocab_size)` [N], without an EOD."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of integer ids [N]; an EOD gives no text. Raises DataError on others."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` makes an equal tokenizer of."""
+        ...
+
+    def digest(self) -> str:
+        """Hex sha256 of `to_json()`."""
+        ...
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32; little-endian."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def from_json(value: Any) -> Tokenizer:
+    """The tokenizer that `to_json` described; refuses anything it does not know."""
+    match value:
+        case {"name": "byte", **rest} if not rest:
+            return ByteTokenizer()
+        case {"name": "char", "characters": str(characters), **rest} if not rest:
+            tokenizer = CharTokenizer(characters)
+            if tokenizer.characters != characters:
+                raise DataError(
+                    "tokenizer.characters must be distinct and sorted by code point; "
+                    "take the tokenizer from the dataset.json that prepare wrote"
+                )
+            return tokenizer
+    raise DataError(
+        f"tokenizer {json.dumps(value)[:80]} is not known: it must be "
+        '{"name": "byte"} or {"name": "char", "characters": "..."}; prepare it again'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0..255 are the bytes, 256 is EOD."""
+
+    name = "byte"
+    vocab_size = 257
+    eod_id = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start} of the text is half a surrogate pair, which "
+                "UTF-8 has no bytes for; remove it or encode the pair as one character"
+            ) from error
+        return np.frombuffer(data, np.uint8).astype(id_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> str:
+        """As `Tokenizer.decode`; bytes that are not UTF-8 become U+FFFD."""
+        ids = _checked(ids, self.vocab_size)
+        # Documents one by one: bytes on two sides of an EOD are no character.
+        documents = np.split(ids, np.flatnonzero(ids == self.eod_id))
+        return "".join(
+            d[d != self.eod_id].astype(np.uint8).tobytes().decode("utf-8", "replace")
+            for d in documents
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def digest(self) -> str:
+        return digests.json_sha256(self.to_json())
+
+
+@dataclasses.dataclass(frozen=True)
+class CharTokenizer:
+    """The given characters in the order of their code points; the last id is EOD."""
+
+    characters: str
+    name = "char"
+
+    def __post_init__(self):
+        if not self.characters:
+            raise DataError("a char tokenizer needs at least one character; got none")
+        object.__setattr__(self, "characters", "".join(sorted(set(self.characters))))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters) + 1
+
+    @property
+    def eod_id(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        table, codes = _code_points(self.characters), _code_points(text)
+        ids = np.searchsorted(table, codes)
+        known = table[np.minimum(ids, len(table) - 1)] == codes
+        if not known.all():
+            position = int(np.argmin(known))
+            raise DataError(
+                f"character {text[position]!r} at position {position} is not one of "
+                f"the tokenizer's {len(table)} characters; remove it, or prepare the "
+                "data with the byte tokenizer"
+            )
+        return ids.astype(id_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> str:
+        ids = _checked(ids, self.vocab_size)
+        codes = _code_points(self.characters)[ids[ids != self.eod_id]]
+        return codes.tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "characters": self.characters}
+
+    def digest(self) -> str:
+        return digests.json_sha256(self.to_json())
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), _CODE_POINT)
+
+
+def _checked(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise DataError(
+            f"id {bad} is outside 0..{vocab_size - 1}, the ids of this tokenizer; "
+            "decode with the tokenizer that made the ids"
+        )
+    return ids.astype(np.int64)

@@ -1,0 +1,414 @@
+"""The composition root: a `Config` becomes functions, and they become a run.
+
+`build` puts the pieces together and compiles nothing; `train` runs them on the run
+folder and returns an exit code. Reading these two functions is reading the framework.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxinfra import checks, mesh, options, params, precision, runfolder, sharding
+from jaxinfra.checkpoint import processes
+from jaxinfra.config import Config, ConfigError
+from jaxinfra.data import batches, device, packing, prepare, shards
+from jaxinfra.generate import decode
+from jaxinfra.models import transformer
+from jaxinfra.ops import attention, loss, seam
+from jaxinfra.precision import Policy
+from jaxinfra.resilience import ballot, exitcodes, preemption
+from jaxinfra.sharding import Layout
+from jaxinfra.train import (
+    evaluate,
+    flops,
+    gradients,
+    loop,
+    objective,
+    optim,
+    profile,
+    saving,
+)
+from jaxinfra.train import state as states
+from jaxinfra.train import step as steps
+from jaxinfra.train.journal import Journal
+from jaxinfra.train.state import Shardings, TrainState
+
+
+class Experiment(NamedTuple):
+    """All that a run is made of; every function is pure.
+
+    train_step(state, batch) -> (state, metrics), jitted with its state donated.
+    eval_step(params, model_state, batch) -> (loss_sum, weight_sum), jitted.
+    init() -> the first TrainState, sharded. schedule(step) -> fraction of the peak.
+    """
+
+    config: Config
+    layout: Layout
+    policy: Policy
+    model: transformer.Model
+    shardings: Shardings
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+    init: Callable[[], TrainState]
+
+
+def open_data(config: Config, path: str = "") -> shards.Dataset:
+    """The data set at `path` (default data.path); text is prepared into the cache."""
+    folder = prepare.prepared(
+        path or config.data.path,
+        cache_dir=cache_dir(config) / "data",
+        tokenizer=config.data.tokenizer,
+        split=config.data.split,
+        held_out=config.data.held_out,
+        seed=config.run.seed,
+    )
+    return shards.open_dataset(folder)
+
+
+def cache_dir(config: Config) -> pathlib.Path:
+    """Where prepared text and compiled programs are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(config.data.cache_dir or pathlib.Path(home, "jaxinfra"))
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """`config`, checked, with the tokenizer's vocabulary where the model states none."""
+    checks.check(config, vocab_size=vocab_size)
+    vocab_size = config.model.vocab_size or vocab_size
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def build(config: Config, devices: list[jax.Device] | None = None) -> Experiment:
+    """Puts the functions of a resolved config together; nothing is compiled.
+
+    `devices` may be those of a topology that is not here. Raises ConfigError if the
+    mesh or a shape does not fit them.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = checks.resolve_mesh(config, len(devices))
+    layout = sharding.make_layout(
+        mesh.make_mesh(sizes, devices=devices, slices=config.mesh.slices),
+        zero=checks.resolve_zero(config),
+    )
+    rules, policy = layout.params, precision.policy(config.precision)
+    ops = seam.Ops(seam.make_einsum(policy, rules), attention.make_attend(rules))
+    model = transformer.make_model(
+        config.model,
+        ops=ops,
+        policy=policy,
+        rules=rules,
+        remat=config.train.remat,
+        unroll=config.train.unroll,
+    )
+    schedule = optim.make_schedule(config.optimizer, config.train.steps)
+    tx = optim.make_optimizer(config.optimizer, model.specs, schedule)
+    try:
+        places = states.make_shardings(model.specs, tx, layout)
+    except ValueError as error:  # a dim that does not divide: the text names the key
+        raise ConfigError(str(error)) from error
+    loss_fn = objective.next_token_loss(
+        model,
+        loss.LossConfig(
+            vocab_size=config.model.vocab_size,
+            policy=policy,
+            rules=rules,
+            chunk=config.train.loss_chunk,
+            softcap=config.model.logit_softcap,
+            z_loss=config.train.z_loss,
+        ),
+        document_mask=config.model.document_mask,
+    )
+    grad_fn = gradients.accumulate(
+        gradients.grad_of(loss_fn), config.train.microbatches, shardings=places.grads
+    )
+    train_step = steps.make_train_step(
+        _numbering(grad_fn, rules, is_random=config.model.dropout > 0),
+        tx,
+        shardings=places,
+        observe=functools.partial(_observe, has_digest=config.train.log_batch_digest),
+    )
+    eval_step = evaluate.make_eval_step(_numbering(loss_fn, rules, is_random=False))
+
+    def init() -> TrainState:
+        key = jax.random.key(config.run.seed)
+        first = params.initialize(model.specs, key, layout=layout, dtype=policy.param)
+        whole = jax.NamedSharding(layout.mesh, jax.P())
+        return TrainState(
+            step=jax.device_put(np.int32(0), whole),
+            params=first,
+            opt_state=states.init_opt_state(tx, first, places),
+            model_state=(),
+            key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
+        )
+
+    return Experiment(
+        config=config,
+        layout=layout,
+        policy=policy,
+        model=model,
+        shardings=places,
+        tx=tx,
+        schedule=schedule,
+        train_step=jax.jit(train_step, donate_argnums=0),
+        eval_step=jax.jit(eval_step),
+        init=init,
+    )
+
+
+def train(config: Config) -> int:
+    """Trains `config` in its run folder, going on from its newest checkpoint.
+
+    Returns an exit code of `resilience.exitcodes`. Raises ConfigError or DataError for
+    input that cannot work, before anything is compiled or written to the run folder.
+    """
+    started_secs = time.monotonic()
+    data = open_data(config)
+    experiment = build(resolve(config, data.tokenizer.vocab_size))
+    config = experiment.config
+    stream = batches.make_stream(
+        data.split("train"),
+        length=config.train.length,
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+    )
+    eval_sets = open_eval_sets(experiment, data)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(experiment.layout.mesh))
+        if config.check:
+            return trace(experiment, stream)
+        run_dir, group = runfolder.folder(config), processes.this_job()
+        stop = stack.enter_context(preemption.stop_requests())
+        owner = stack.enter_context(saving.owned(run_dir, group))
+        journal = stack.enter_context(Journal(run_dir, is_first=group.rank == 0))
+        saver = saving.Saver(
+            run_dir,
+            abstract=abstract_state(experiment),
+            logical_shapes=states.logical_shapes(
+                abstract_state(experiment), experiment.model.specs, experiment.layout
+            ),
+            stream=stream.identity(),
+            config=options.to_json(config),
+            keep=config.checkpoint.keep,
+            owner=owner,
+            group=group,
+        )
+        state = saver.restore(accept_changes=config.run.accept_changes)
+        state = experiment.init() if state is None else state
+        start = int(jax.device_get(state.step))
+        facts = {"attempt": owner.attempt, "rejected": saver.rejected}
+        facts |= _bytes_at_rest(experiment)
+        journal.start(config, start=start, facts=facts)
+        journal.say(_headline(experiment, start=start, run_dir=run_dir))
+        prefetched = device.prefetch(
+            functools.partial(
+                device.to_device,
+                stream.batch,
+                batch_size=config.train.batch_size,
+                length=config.train.length,
+                sharding=batch_sharding(experiment.layout),
+            ),
+            start,
+            config.train.steps,
+            depth=config.data.prefetch,
+        )
+
+        def stop_wanted() -> str | None:
+            is_over = time.monotonic() - started_secs > config.train.max_secs > 0
+            return stop.requested or ("train.max_secs" if is_over else None)
+
+        state, code = loop.run(
+            experiment.train_step,
+            state,
+            stack.enter_context(contextlib.closing(prefetched)),
+            start=start,
+            schedule=_loop_schedule(experiment),
+            hooks=loop.Hooks(
+                evaluate=lambda state: evaluate.evaluate(
+                    experiment.eval_step, eval_sets, state.params, state.model_state
+                ),
+                ballot=ballot.make_ballot(experiment.layout.mesh),
+                stop_wanted=stop_wanted,
+                profile=profile.make_profile(
+                    run_dir, start=config.profile.start, steps=config.profile.steps
+                ),
+            ),
+            saver=saver,
+            journal=journal,
+            lr=optim.on_host(
+                experiment.schedule,
+                peak=config.optimizer.learning_rate,
+                steps=config.train.steps,
+            ),
+        )
+        if code == exitcodes.SAVE_FAILED:
+            owner.check()  # a save refused because another run owns the folder: exit 16
+        journal.event("end", step=int(jax.device_get(state.step)), code=code)
+        if code == exitcodes.DONE and config.sample.tokens:
+            text = sample_text(experiment, state.params, data.tokenizer)
+            journal.say(f"--- sample ---\n{text}")
+        return code
+
+
+def trace(experiment: Experiment, stream: batches.Stream) -> int:
+    """Traces the whole step, compiling nothing, and prints the parameter table."""
+    batch = abstract_batch(experiment, stream.packing.split.dtype)
+    experiment.train_step.lower(abstract_state(experiment), batch)
+    print(params.table(experiment.model.specs))
+    print(attention.table())
+    return exitcodes.DONE
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
+    layout, specs = experiment.layout, experiment.model.specs
+    whole = jax.NamedSharding(layout.mesh, jax.P())
+    opt_state = states.abstract_opt_state(experiment.tx, specs, layout)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params=params.abstract(specs, layout, layout.params, experiment.policy.param),
+        opt_state=jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            opt_state,
+            experiment.shardings.opt_state,
+        ),
+        model_state=(),
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
+    )
+
+
+def abstract_batch(experiment: Experiment, token_dtype: Any) -> device.Batch:
+    """Shapes, dtypes and shardings of a batch of the training stream."""
+    config = experiment.config.train
+    shape, place = (
+        (config.batch_size, config.length + 1),
+        batch_sharding(experiment.layout),
+    )
+    tokens = jax.ShapeDtypeStruct(shape, token_dtype, sharding=place)
+    return device.Batch(tokens, tokens.update(dtype=packing.segment_dtype(shape[1])))
+
+
+def _numbering(function, rules, *, is_random: bool):
+    """`function` of Rows as a function of a batch from the stream; without dropout the
+    key is not passed, so no random number is made."""
+
+    def numbered(params, model_state, batch, key):
+        rows = objective.numbered(batch, rules)
+        return function(params, model_state, rows, key if is_random else None)
+
+    return numbered
+
+
+def _observe(batch: device.Batch, *, has_digest: bool) -> dict[str, jax.Array]:
+    """What the metrics tell of a batch."""
+    observed = {"padding_frac": jnp.mean((batch.segments_BT1 == 0).astype(jnp.float32))}
+    return observed | ({"digest": device.digest(batch)} if has_digest else {})
+
+
+def batch_sharding(layout: Layout) -> jax.NamedSharding:
+    """Of the rows of a batch, which arrive whole in length."""
+    rows = sharding.spec(layout.params, "batch", None)
+    return jax.NamedSharding(layout.mesh, rows)
+
+
+def open_eval_sets(
+    experiment: Experiment, data: shards.Dataset
+) -> dict[str, evaluate.EvalSet]:
+    """The data's own held-out split, if it has one, and the sets of eval.sets."""
+    config = experiment.config
+    splits = {"held_out": data.splits.get("held_out")}
+    for name, path in config.eval.sets.items():
+        other = open_data(config, path)
+        if other.tokenizer.digest() != data.tokenizer.digest():
+            raise ConfigError(
+                f"eval.sets.{name}={path} has another tokenizer than data.path="
+                f"{config.data.path}; prepare both with the same one"
+            )
+        splits[name] = other.splits.get("held_out") or other.split("train")
+    return {
+        name: evaluate.eval_set(
+            split,
+            length=config.train.length,
+            batch_size=config.eval.batch_size or config.train.batch_size,
+            batches=config.eval.batches,
+            sharding=batch_sharding(experiment.layout),
+        )
+        for name, split in splits.items()
+        if split is not None
+    }
+
+
+def sample_text(experiment: Experiment, weights: Any, tokenizer: Any) -> str:
+    """The text of config.sample from parameters `weights`."""
+    config = experiment.config
+    prompt = tokenizer.encode(config.sample.prompt)
+    generate = decode.make_generate(
+        config.model,
+        policy=experiment.policy,
+        layout=experiment.layout,
+        max_new_tokens=config.sample.tokens,
+        capacity=max(len(prompt), 1) + config.sample.tokens,
+        stop_ids=(tokenizer.eod_id,),
+        temperature=config.sample.temperature,
+        top_k=config.sample.top_k,
+        top_p=config.sample.top_p,
+        vocab_size=tokenizer.vocab_size,
+    )
+    key = jax.random.key(config.run.seed)
+    [text] = decode.generate_text(
+        weights, [config.sample.prompt], tokenizer, generate=generate, key=key
+    )
+    return config.sample.prompt + text
+
+
+def _loop_schedule(experiment: Experiment) -> loop.Schedule:
+    train, mesh = experiment.config.train, experiment.layout.mesh
+    per_token = flops.train_flops_per_token(
+        experiment.config.model, experiment.model.specs, length=train.length
+    )
+    peak = flops.peak_flops(mesh.devices.flat[0])
+    return loop.Schedule(
+        steps=train.steps,
+        save_every=train.save_every,
+        eval_every=experiment.config.eval.every,
+        max_bad_steps=train.max_bad_steps,
+        flops_per_step=per_token * train.batch_size * train.length,
+        peak_flops=peak and peak * mesh.size,
+    )
+
+
+def _bytes_at_rest(experiment: Experiment) -> dict[str, int]:
+    """Bytes on one device; gradients as they are between backward pass and update."""
+    state, layout = abstract_state(experiment), experiment.layout
+    grads = params.abstract(
+        experiment.model.specs, layout, layout.grads, experiment.policy.param
+    )
+    trees = {"params": state.params, "grads": grads, "opt": state.opt_state}
+    return {
+        f"memory/{name}_bytes": sharding.bytes_per_device(tree)
+        for name, tree in trees.items()
+    }
+
+
+def _headline(experiment: Experiment, *, start: int, run_dir: pathlib.Path) -> str:
+    config, mesh = experiment.config, experiment.layout.mesh
+    used = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    return (
+        f"{config.name}: {params.count(experiment.model.specs):,} parameters, "
+        f"{config.precision}, {mesh.size} x {mesh.devices.flat[0].device_kind} "
+        f"({' x '.join(used) or 'one device'}); "
+        f"{'goes on after' if start else 'from'} step {start} in {run_dir}"
+    )

@@ -1,0 +1,75 @@
+"""From a checked config to a running process: devices, processes, compile cache, codes.
+
+The only module that touches process-wide state: environment variables before jax loads,
+`jax.distributed`, jax's compile cache. Every way out has an exit code.
+"""
+
+import logging
+import os
+import sys
+import traceback
+
+from jaxinfra.config import Config, ConfigError
+from jaxinfra.data.errors import DataError
+from jaxinfra.resilience import exitcodes
+
+
+def run(config: Config) -> int:
+    """Trains `config` in this process; returns an exit code of `exitcodes`.
+
+    Raises ConfigError and DataError for input that cannot work.
+    """
+    prepare_process(config)
+    from jaxinfra import experiment
+    from jaxinfra.checkpoint.errors import IncompatibleCheckpoint, NoUsableCheckpoint
+    from jaxinfra.resilience.ownership import FolderOwned
+
+    try:
+        _start_jax(config, experiment.cache_dir(config))
+        return experiment.train(config)
+    except (ConfigError, DataError):
+        raise
+    except FolderOwned as error:
+        return _ended(exitcodes.FOLDER_OWNED, error)
+    except NoUsableCheckpoint as error:
+        return _ended(exitcodes.NO_USABLE_CHECKPOINT, error)
+    except IncompatibleCheckpoint as error:
+        return _ended(exitcodes.INPUT, error)
+    except Exception as error:  # the one place that turns a bug into its code
+        traceback.print_exc()
+        is_peer = config.runtime.num_processes > 1 and "Gloo" in str(error)
+        return exitcodes.PEER_LOST if is_peer else exitcodes.BUG
+
+
+def prepare_process(config: Config) -> None:
+    """Sets what must stand in the environment before jax is imported."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    if config.runtime.cpu_devices:
+        count = f"--xla_force_host_platform_device_count={config.runtime.cpu_devices}"
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        kept = [f for f in flags if not f.startswith(count.partition("=")[0])]
+        os.environ["XLA_FLAGS"] = " ".join([*kept, count])
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _start_jax(config: Config, cache_dir) -> None:
+    import jax
+
+    runtime = config.runtime
+    if runtime.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    if runtime.num_processes > 1:
+        jax.distributed.initialize(
+            runtime.coordinator,
+            runtime.num_processes,
+            runtime.process_id,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=10,
+        )
+
+
+def _ended(code: int, error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

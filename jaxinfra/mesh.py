@@ -1,0 +1,68 @@
+"""The device mesh: six named axes, always all present, of size 1 when unused.
+
+`data` only replicates, `fsdp` shards parameters (ZeRO), `expert`, `context`, `tensor`
+and `pipeline` split experts, length, width and depth. All axes are of Explicit type:
+the sharding of every array is part of its type and is checked while tracing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from jaxinfra.config import AXES
+
+
+def make_mesh(
+    sizes: Mapping[str, int] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int = 1,
+) -> jax.sharding.Mesh:
+    """A mesh of `sizes` (absent axes have size 1) over `devices` (default: all).
+
+    `slices` > 1 puts the slow network between slices or nodes under `data`, or under
+    `pipeline` where `data` does not divide. Errors: ValueError where the product of the
+    sizes is not the number of devices.
+    """
+    sizes = {axis: (sizes or {}).get(axis, 1) for axis in AXES}
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(sizes.values())
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"a mesh of {sizes} needs {math.prod(shape)} devices and there are "
+            f"{len(devices)}; set one of mesh.data, mesh.fsdp ... to -1 to take the rest"
+        )
+    if slices > 1:
+        array = _across_slices(sizes, devices, slices)
+    elif len(devices) == 1 or devices[0].platform == "cpu":
+        # mesh_utils would order host devices by process; their own order is as good.
+        array = np.array(devices).reshape(shape)
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices=devices)
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    return jax.sharding.Mesh(array, AXES, axis_types=explicit)
+
+
+def _across_slices(
+    sizes: Mapping[str, int], devices: list[jax.Device], slices: int
+) -> np.ndarray:
+    """Device array whose slow axis is outermost."""
+    for slow in ("data", "pipeline"):
+        if sizes[slow] % slices == 0:
+            break
+    else:
+        raise ValueError(
+            f"mesh.slices={slices} divides neither mesh.data={sizes['data']} nor "
+            f"mesh.pipeline={sizes['pipeline']}; set mesh.data to a multiple of it"
+        )
+    inner = {axis: n // slices if axis == slow else n for axis, n in sizes.items()}
+    outer = {axis: slices if axis == slow else 1 for axis in sizes}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()),
+        tuple(outer.values()),
+        devices=devices,
+        process_is_granule=devices[0].platform != "tpu",
+    )

@@ -1,0 +1,321 @@
+"""A decoder-only transformer as pure functions over one tree of parameter specs.
+
+The stack is prefix + pattern x repeats + suffix. The repeated layers' parameters are
+stored `[repeats, ...]` in layer order, whether they run as a loop or unrolled. Model code
+contracts weights only by `ops.einsum` and attends only by `ops.attend`: precision,
+sharding, quantization and caches enter there.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxinfra.config import LayerConfig, ModelConfig
+from jaxinfra.ops import embedding, mlp, norm, rope
+from jaxinfra.ops.dropout import dropout
+from jaxinfra.ops.seam import Context, Ops
+from jaxinfra.params import ParamSpec, Tree, constant, normal
+from jaxinfra.precision import Policy
+from jaxinfra.sharding import Rules
+
+
+class Model(NamedTuple):
+    """A model's specs and its functions; `forward` is made of them.
+
+    embed(params, tokens_BT, context) -> x_BTD
+    block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache)
+    unembed(params, x_BTD) -> (normed h_BTD, head_VD); logits are h head^T
+    forward(params, tokens_BT, context, caches) -> (h_BTD, head_VD, caches)
+    """
+
+    specs: Tree
+    embed: Callable[..., jax.Array]
+    block: Callable[..., tuple[jax.Array, Any]]
+    unembed: Callable[..., tuple[jax.Array, jax.Array]]
+    forward: Callable[..., tuple[jax.Array, jax.Array, Any]]
+
+
+def make_model(
+    cfg: ModelConfig,
+    *,
+    ops: Ops,
+    policy: Policy,
+    rules: Rules,
+    remat: str = "none",
+    unroll: bool = False,
+) -> Model:
+    """The transformer of `cfg` (its `vocab_size` resolved). `remat`: none, full, dots,
+    or save:NAME+NAME; `unroll`: layers as a flat program and not a loop."""
+    embed = functools.partial(_embed, cfg=cfg, policy=policy, rules=rules)
+    block = functools.partial(_block, cfg=cfg, ops=ops)
+    unembed = functools.partial(_unembed, cfg=cfg)
+    stack = functools.partial(
+        _stack,
+        cfg=cfg,
+        # A loop's body is not merged with its recomputation anyway.
+        looped=_remat(block, remat, prevent_cse=False),
+        flat=_remat(block, remat, prevent_cse=True),
+        unroll=unroll,
+    )
+
+    def forward(params, tokens_BT, context, caches=None):
+        context = context._replace(rotations=_rotations(context.positions_BT, cfg))
+        x_BTD = embed(params, tokens_BT, context)
+        x_BTD, caches = stack(params, x_BTD, context, caches)
+        return *unembed(params, x_BTD), caches
+
+    return Model(param_specs(cfg), embed, block, unembed, forward)
+
+
+def param_specs(cfg: ModelConfig) -> Tree:
+    """The spec tree: embedding, prefix, pattern (stacked), suffix, final norm, head."""
+    std = cfg.init_std or 1.0 / math.sqrt(cfg.width)
+    table = ("vocab", "embed")
+    specs = {
+        "embedding": ParamSpec(
+            (cfg.vocab_size, cfg.width), table, (), "embedding", normal(std)
+        ),
+        "prefix": [_layer_specs(cfg) for _ in cfg.prefix],
+        "pattern": [
+            jax.tree.map(lambda spec: spec.stacked(cfg.repeats), _layer_specs(cfg))
+            for _ in cfg.pattern
+        ],
+        "suffix": [_layer_specs(cfg) for _ in cfg.suffix],
+        "final_norm": _norm_specs(cfg, cfg.width),
+    }
+    if cfg.positions == "learned":
+        specs["positions"] = ParamSpec(
+            (cfg.max_length, cfg.width), (None, "embed"), (), "embedding", normal(std)
+        )
+    if not cfg.tied:
+        specs["head"] = ParamSpec(
+            (cfg.vocab_size, cfg.width), table, (1,), "head", normal(std)
+        )
+    return specs
+
+
+def _layer_specs(cfg: ModelConfig) -> Tree:
+    """One layer. Query heads are stored by group, [D, K, G, H], so that every head of a
+    group and its key head live on one device and no reshape crosses a split dim."""
+    D, F, H = cfg.width, cfg.ffn_width, cfg.head_width
+    K, G = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
+    depth = math.sqrt(2 * cfg.num_layers) if cfg.residual_scale_init else 1.0
+
+    def matrix(shape, axes, contract, scale=1.0):
+        fan_in = math.prod(shape[dim] for dim in contract)
+        std = (cfg.init_std or 1.0 / math.sqrt(fan_in)) / scale
+        return ParamSpec(shape, axes, contract, "matrix", normal(std))
+
+    def bias(shape, axes):
+        return ParamSpec(shape, axes, (), "vector", constant(0.0))
+
+    heads = ("embed", "heads", None)
+    attention = {
+        "query": matrix((D, K, G, H), ("embed", "heads", None, None), (0,)),
+        "key": matrix((D, K, H), heads, (0,)),
+        "value": matrix((D, K, H), heads, (0,)),
+        "out": matrix((K, G, H, D), ("heads", None, None, "embed"), (0, 1, 2), depth),
+    }
+    if cfg.qkv_bias:
+        attention["query_bias"] = bias((K, G, H), ("heads", None, None))
+        attention["key_bias"] = bias((K, H), ("heads", None))
+        attention["value_bias"] = bias((K, H), ("heads", None))
+    if cfg.out_bias:
+        attention["out_bias"] = bias((D,), (None,))
+    if cfg.qk_norm:
+        one = ParamSpec((H,), (None,), (), "vector", constant(1.0))
+        attention |= {"query_norm": one, "key_norm": one}
+    ffn = {
+        "up": matrix((D, F), ("embed", "ffn"), (0,)),
+        "down": matrix((F, D), ("ffn", "embed"), (0,), depth),
+    }
+    if cfg.activation in mlp.GATED:
+        ffn["gate"] = matrix((D, F), ("embed", "ffn"), (0,))
+    if cfg.mlp_bias:
+        ffn |= {"up_bias": bias((F,), ("ffn",)), "down_bias": bias((D,), (None,))}
+    return {
+        "attention_norm": _norm_specs(cfg, D),
+        "attention": attention,
+        "ffn_norm": _norm_specs(cfg, D),
+        "ffn": ffn,
+    }
+
+
+def _norm_specs(cfg: ModelConfig, size: int) -> Tree:
+    specs = {"scale": ParamSpec((size,), (None,), (), "vector", constant(1.0))}
+    if cfg.norm == "layernorm":
+        specs["bias"] = ParamSpec((size,), (None,), (), "vector", constant(0.0))
+    return specs
+
+
+def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
+    with jax.named_scope("embed"):
+        x_BTD = embedding.embed(
+            params["embedding"], tokens_BT, policy=policy, rules=rules
+        )
+        if cfg.positions == "learned":
+            x_BTD += embedding.position_rows(
+                params["positions"], context.positions_BT, policy=policy, rules=rules
+            )
+        key = _layer_key(context, cfg.num_layers)
+        return dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
+
+
+def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, ops):
+    """One layer: x + attention(norm(x)), then x + ffn(norm(x)). `number` is the layer's
+    place in the whole stack (an int or a traced scalar)."""
+    key = _layer_key(context, number)
+    attention_key, ffn_key = (None, None) if key is None else jax.random.split(key)
+    with jax.named_scope("attention"):
+        h_BTD = _norm(params["attention_norm"], x_BTD, cfg)
+        h_BTD, cache = _attention(
+            params["attention"], h_BTD, context, layer, cache, cfg, ops
+        )
+        x_BTD += dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
+    with jax.named_scope("ffn"):
+        h_BTD = _norm(params["ffn_norm"], x_BTD, cfg)
+        h_BTD = mlp.mlp(
+            params["ffn"], h_BTD, activation=cfg.activation, einsum=ops.einsum
+        )
+        x_BTD += dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
+    return x_BTD, cache
+
+
+def _attention(params, x_BTD, context, layer, cache, cfg, ops):
+    def project(name, equation, *head_dims):
+        out = ("batch", "length", "heads", *head_dims)
+        y = ops.einsum(equation, x_BTD, params[name], out=out)
+        if cfg.qkv_bias:
+            y += params[f"{name}_bias"].astype(y.dtype)
+        return y
+
+    q_BTKGH = project("query", "BTD,DKGH->BTKGH", None, None)
+    k_BTKH = project("key", "BTD,DKH->BTKH", None)
+    v_BTKH = project("value", "BTD,DKH->BTKH", None)
+    if cfg.qk_norm:
+        q_BTKGH = norm.rms_norm(q_BTKGH, params["query_norm"], eps=cfg.norm_eps)
+        k_BTKH = norm.rms_norm(k_BTKH, params["key_norm"], eps=cfg.norm_eps)
+    if cfg.positions == "rotary":
+        angles = context.rotations[layer.rope_theta or cfg.rope_theta]
+        q_BTKGH, k_BTKH = rope.rope(q_BTKGH, *angles), rope.rope(k_BTKH, *angles)
+    q_BTKGH = checkpoint_name(q_BTKGH, "query")
+    k_BTKH = checkpoint_name(k_BTKH, "key")
+    v_BTKH = checkpoint_name(v_BTKH, "value")
+    a_BTKGH, cache = ops.attend(
+        q_BTKGH,
+        k_BTKH,
+        v_BTKH,
+        context,
+        cache,
+        window=layer.window,
+        softcap=cfg.attention_softcap,
+    )
+    a_BTKGH = checkpoint_name(a_BTKGH, "attention")
+    y_BTD = ops.einsum(
+        "BTKGH,KGHD->BTD", a_BTKGH, params["out"], out=("batch", "length", "width")
+    )
+    if cfg.out_bias:
+        y_BTD += params["out_bias"].astype(y_BTD.dtype)
+    return checkpoint_name(y_BTD, "attention_out"), cache
+
+
+def _rotations(positions_BT, cfg):
+    """Rotary angles for every base in use, once for all layers."""
+    if cfg.positions != "rotary":
+        return {}
+    thetas = {layer.rope_theta or cfg.rope_theta for layer in cfg.layers}
+    return {
+        theta: rope.rotations(positions_BT, head_width=cfg.head_width, theta=theta)
+        for theta in sorted(thetas)
+    }
+
+
+def _unembed(params, x_BTD, *, cfg):
+    with jax.named_scope("unembed"):
+        head_VD = params["embedding"] if cfg.tied else params["head"]
+        return _norm(params["final_norm"], x_BTD, cfg), head_VD
+
+
+def _norm(params, x_BTD, cfg):
+    if cfg.norm == "layernorm":
+        return norm.layer_norm(x_BTD, params["scale"], params["bias"], eps=cfg.norm_eps)
+    return norm.rms_norm(x_BTD, params["scale"], eps=cfg.norm_eps)
+
+
+def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
+    """All layers in order. caches: {prefix, pattern, suffix}, as the parameters are, or
+    None; the result has the same form."""
+    caches = caches or {"prefix": None, "pattern": None, "suffix": None}
+
+    def run(layer_params, layers, first, x_BTD, caches, block=flat):
+        caches = caches or [None] * len(layers)
+        out = []
+        for i, (layer, p, cache) in enumerate(
+            zip(layers, layer_params, caches, strict=True)
+        ):
+            x_BTD, cache = block(p, x_BTD, context, layer, first + i, cache)
+            out.append(cache)
+        return x_BTD, out
+
+    x_BTD, prefix = run(params["prefix"], cfg.prefix, 0, x_BTD, caches["prefix"])
+    first, size = len(cfg.prefix), len(cfg.pattern)
+
+    def turn(x_BTD, xs):
+        r, layer_params, layer_caches = xs
+        number = first + r * size
+        block = flat if unroll else looped
+        return run(layer_params, cfg.pattern, number, x_BTD, layer_caches, block)
+
+    xs = (params["pattern"], caches["pattern"])
+    if unroll:
+        outs = []
+        for r, (p, c) in enumerate(_unstack(xs, cfg.repeats)):
+            x_BTD, out = turn(x_BTD, (r, p, c))
+            outs.append(out)
+        pattern = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    else:
+        x_BTD, pattern = jax.lax.scan(turn, x_BTD, (jnp.arange(cfg.repeats), *xs))
+    first += size * cfg.repeats
+    x_BTD, suffix = run(params["suffix"], cfg.suffix, first, x_BTD, caches["suffix"])
+    return x_BTD, {"prefix": prefix, "pattern": pattern, "suffix": suffix}
+
+
+def _unstack(tree: Tree, repeats: int) -> Sequence[Tree]:
+    """The layers of a stacked tree. By `split`: its transpose is one concatenation,
+    where indexing's would be a padded array a layer."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [
+        [jax.lax.squeeze(x, [0]) for x in jax.lax.split(leaf, [1] * repeats, axis=0)]
+        for leaf in leaves
+    ]
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]
+
+
+def _layer_key(context: Context, number) -> jax.Array | None:
+    return None if context.key is None else jax.random.fold_in(context.key, number)
+
+
+def _remat(block, remat: str, *, prevent_cse: bool):
+    """`block` with its backward pass recomputing what the policy does not save."""
+    policies = jax.checkpoint_policies
+    match remat.partition(":"):
+        case ("none", _, _):
+            return block
+        case ("full", _, _):
+            policy = policies.nothing_saveable
+        case ("dots", _, _):
+            policy = policies.dots_saveable
+        case ("save", _, names):
+            policy = policies.save_only_these_names(*names.split("+"))
+        case _:
+            raise ValueError(
+                f"train.remat={remat!r}: use none, full, dots or save:NAMES"
+            )
+    return jax.checkpoint(
+        block, policy=policy, static_argnums=(3,), prevent_cse=prevent_cse
+    )

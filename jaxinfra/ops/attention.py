@@ -1,0 +1,192 @@
+"""Causal attention: one function for each kernel, and the table that chooses.
+
+The table says which features a kernel covers. `make_attend` takes the platform's first
+choice, or where that does not cover the case `xla`, and says so once.
+"""
+
+import functools
+import logging
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import sharding
+from jaxinfra.ops.kernels import cudnn, splash
+from jaxinfra.ops.seam import Attend
+from jaxinfra.sharding import Rules
+
+
+class Case(NamedTuple):
+    """What a call of attention asks for."""
+
+    segments: bool
+    window: bool
+    softcap: bool
+    grouped: bool
+
+
+# Features that each kernel covers; all cover causal masks and forward + backward.
+KERNELS = {
+    "splash": Case(segments=True, window=True, softcap=True, grouped=True),
+    "cudnn": Case(segments=False, window=True, softcap=False, grouped=True),
+    "xla": Case(segments=True, window=True, softcap=True, grouped=True),
+}
+PLATFORM_KERNEL = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "xla"}
+
+
+def table() -> str:
+    """The table kernel x feature, as text."""
+    lines = ["kernel  " + "  ".join(Case._fields)]
+    for kernel, covers in KERNELS.items():
+        cells = [
+            ("yes" if has else "no").ljust(len(name))
+            for name, has in zip(Case._fields, covers, strict=True)
+        ]
+        lines.append(f"{kernel:<8}" + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
+    """Attention for training, by `kernel` or the mesh platform's own."""
+
+    def attend(q_BTKGH, k_BSKH, v_BSKH, context, cache, *, window, softcap):
+        segments_BT = context.segments_BT
+        case = Case(
+            segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1
+        )
+        name = kernel or PLATFORM_KERNEL.get(_platform(), "xla")
+        reason = _uncovered(name, case, q_BTKGH)
+        if reason:
+            _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
+            name = "xla"
+        if name == "xla":
+            keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
+            out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
+            return out, cache
+        fused = splash.attend if name == "splash" else cudnn.attend
+        # A fused kernel sees one device's rows and heads.
+        heads = functools.partial(sharding.spec, rules, "batch", "length", "heads")
+        mapped = jax.shard_map(
+            functools.partial(fused, window=window, softcap=softcap),
+            in_specs=(heads(None, None), heads(None), heads(None), heads()[:2]),
+            out_specs=heads(None, None),
+            check_vma=False,
+        )
+        return mapped(q_BTKGH, k_BSKH, v_BSKH, segments_BT), cache
+
+    return attend
+
+
+def xla(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BS: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    block: int = 512,
+) -> jax.Array:
+    """Causal attention in blocks of queries, each against the keys it may see.
+
+    Scores exist for one block at a time, forward and backward (blocks are rematerialised
+    where there are several), so memory is linear in T. Softmax in float32.
+    Limits: at most 32 blocks, so beyond 16k tokens a block grows with T.
+    Source: arXiv:1706.03762 eq. 1; arXiv:2112.05682 for the blocks.
+    """
+    T = q_BTKGH.shape[1]
+    block = max(block, -(-T // 32))
+    one = functools.partial(_block, window=window, softcap=softcap)
+    if block >= T:
+        return one(q_BTKGH, k_BSKH, v_BSKH, segments_BT, segments_BS, first=0, low=0)
+    outs = []
+    for first in range(0, T, block):
+        last = min(first + block, T)
+        low = max(0, first - window + 1) if window else 0
+        queries, keys = slice(first, last), slice(low, last)
+        part = functools.partial(one, first=first, low=low)
+        outs.append(
+            jax.checkpoint(part)(
+                q_BTKGH[:, queries],
+                k_BSKH[:, keys],
+                v_BSKH[:, keys],
+                None if segments_BT is None else segments_BT[:, queries],
+                None if segments_BS is None else segments_BS[:, keys],
+            )
+        )
+    return jnp.concatenate(outs, axis=1)
+
+
+def _block(q_BTKGH, k_BSKH, v_BSKH, seg_BT, seg_BS, *, first, low, window, softcap):
+    """Queries from position `first` on against keys from position `low` on."""
+    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+    query_T1 = first + jnp.arange(T)[:, None]
+    key_1S = low + jnp.arange(S)[None, :]
+    seen_TS = key_1S <= query_T1
+    if window:
+        seen_TS &= query_T1 - key_1S < window
+    seen_BTS = seen_TS[None]
+    if seg_BT is not None:
+        seen_BTS = seen_BTS & (seg_BT[:, :, None] == seg_BS[:, None, :])
+    return masked(q_BTKGH, k_BSKH, v_BSKH, seen_BTS, softcap=softcap)
+
+
+def masked(q_BTKGH, k_BSKH, v_BSKH, seen_BTS, *, softcap: float) -> jax.Array:
+    """Attention over the keys that `seen_BTS` marks (at least one for each query)."""
+    scale = 1.0 / math.sqrt(q_BTKGH.shape[-1])
+    precision = _precision(q_BTKGH)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype),
+        k_BSKH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    if softcap:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        weights_BKGTS,
+        v_BSKH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    ).astype(q_BTKGH.dtype)
+
+
+def _whole_length(x: jax.Array) -> jax.Array:
+    """Keys are read whole by every query: gathered over `context`."""
+    return jax.reshard(x, sharding.gathered(jax.typeof(x).sharding.spec, "context"))
+
+
+def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
+    """Why `kernel` cannot do it; empty if it can."""
+    covers = KERNELS[kernel]
+    missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
+    if missing:
+        return " + ".join(missing)
+    if kernel == "splash":
+        return splash.uncovered(length=q_BTKGH.shape[1])
+    if kernel == "cudnn":
+        return cudnn.uncovered(head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype)
+    return ""
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision:
+    is_full = x.dtype == jnp.float32
+    return jax.lax.Precision.HIGHEST if is_full else jax.lax.Precision.DEFAULT
+
+
+def _platform() -> str:
+    """Platform of the mesh that is set, which may be one compiled for from afar."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("jaxinfra").warning(message)

@@ -1,0 +1,190 @@
+"""Cross-entropy against a large vocabulary without the logits of the whole batch.
+
+Tokens are taken in chunks. A chunk's logits give its loss and, at once, its gradients:
+the backward pass only scales them, so that no logit is computed twice or kept.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import sharding
+from jaxinfra.precision import Policy
+from jaxinfra.sharding import Rules
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over tokens, each times its weight; float32 scalars.
+
+    nll: -log p(target). z: log(Z)^2, whose multiple z_loss keeps logits from drifting.
+    """
+
+    nll: jax.Array
+    z: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """vocab_size: ids from here on are padding and get no probability. chunk: tokens a
+    device whose logits exist at a time; 0 lets the platform decide. softcap: of the
+    logits, 0 for none. z_loss: weight of z in the gradient."""
+
+    vocab_size: int
+    policy: Policy
+    rules: Rules
+    chunk: int = 0
+    softcap: float = 0.0
+    z_loss: float = 0.0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    h_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    cfg: LossConfig,
+) -> CrossEntropy:
+    """Sums of the next-token loss of logits = h_BTD head_VD^T.
+
+    head_VD may be split over vocabulary and width; h_BTD over batch and length.
+    Differentiable by h and head in the first field only, with z_loss added there.
+    Source: chunked gradients as in arXiv:2410.10989 section 3.2; z-loss
+    arXiv:2204.02311 section 5.
+    """
+    sums, _ = _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=False)
+    return sums
+
+
+def _forward(h_BTD, head_VD, targets_BT, weights_BT, cfg):
+    return _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=True)
+
+
+def _backward(cfg, residuals, cotangent):
+    dh_BTD, dhead_VD = residuals
+    g = cotangent.nll
+    dh_BTD = (dh_BTD * g).astype(dh_BTD.dtype)
+    return dh_BTD, (dhead_VD * g).astype(dhead_VD.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
+    """Runs `_local` on each device's tokens and vocabulary; sums what must be summed.
+
+    A shard_map: with sharding types alone the head's gradient would be reduced over the
+    mesh once a chunk, here once a step.
+    """
+    tokens_spec = sharding.spec(cfg.rules, "batch", "length")
+    h_spec = sharding.spec(cfg.rules, "batch", "length", "width")
+    head_spec = jax.typeof(head_VD).sharding.spec
+    token_axes = cfg.rules.batch + cfg.rules.length
+    other_axes = tuple(axis for axis in token_axes if axis != "fsdp")
+
+    def body(h_BTD, head_VD, targets_BT, weights_BT):
+        whole_VD = sharding.all_gather(head_VD.astype(cfg.policy.compute), head_spec)
+        sums, dh_BTD, dhead_VD = _local(
+            h_BTD, whole_VD, targets_BT, weights_BT, cfg, grads=grads
+        )
+        sums = jax.lax.psum(sums, token_axes)
+        if not grads:
+            return sums, None
+        dh_BTD = jax.lax.psum(dh_BTD, cfg.rules.vocab).astype(h_BTD.dtype)
+        dhead_VD = jax.lax.psum(dhead_VD.astype(cfg.policy.reduce), other_axes)
+        dhead_VD = sharding.reduce_scatter(dhead_VD, head_spec)
+        return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
+
+    sums_spec = CrossEntropy(jax.P(), jax.P())
+    return jax.shard_map(
+        body,
+        in_specs=(h_spec, head_spec, tokens_spec, tokens_spec),
+        out_specs=(sums_spec, (h_spec, head_spec) if grads else None),
+        check_vma=False,
+    )(h_BTD, head_VD, targets_BT, weights_BT)
+
+
+def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
+    """Loss sums and gradients (float32, not yet summed over devices) of local tokens."""
+    B, T, D = h_BTD.shape
+    num_chunks, size = _chunks(B * T, head_VD.shape[0], cfg.chunk)
+    pad = num_chunks * size - B * T
+
+    def split(x):  # [B, T, ...] -> [chunks, size, ...]; padding has weight zero
+        flat = x.reshape(B * T, *x.shape[2:])
+        flat = jnp.pad(flat, [(0, pad)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(num_chunks, size, *x.shape[2:])
+
+    one_chunk = functools.partial(_chunk, head_VD=head_VD, cfg=cfg, grads=grads)
+
+    def step(carry, chunk):
+        sums, dhead_VD = carry
+        chunk_sums, dh_CD, chunk_dhead_VD = one_chunk(*chunk)
+        sums = jax.tree.map(jnp.add, sums, chunk_sums)
+        return (sums, dhead_VD + chunk_dhead_VD if grads else None), dh_CD
+
+    zeros = jnp.zeros(head_VD.shape, cfg.policy.accumulate) if grads else None
+    start = (CrossEntropy(jnp.float32(0), jnp.float32(0)), zeros)
+    chunks = (split(h_BTD), split(targets_BT), split(weights_BT))
+    if num_chunks == 1:
+        (sums, dhead_VD), dh = step(start, jax.tree.map(lambda x: x[0], chunks))
+    else:
+        (sums, dhead_VD), dh = jax.lax.scan(step, start, chunks)
+    if not grads:
+        return sums, None, None
+    return sums, dh.reshape(-1, D)[: B * T].reshape(B, T, D), dhead_VD
+
+
+def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
+    """Loss sums and gradients of one chunk; V is this device's part of the vocabulary."""
+    axes, precision = cfg.rules.vocab, cfg.policy.matmul_precision
+    dot = functools.partial(
+        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits_CV = dot("CD,VD->CV", h_CD, head_VD)
+    if cfg.softcap:
+        logits_CV = cfg.softcap * jnp.tanh(logits_CV / cfg.softcap)
+    ids_V = jax.lax.axis_index(axes) * head_VD.shape[0] + jnp.arange(head_VD.shape[0])
+    capped_CV = jnp.where(ids_V < cfg.vocab_size, logits_CV, -jnp.inf)
+    max_C = jax.lax.pmax(jnp.max(capped_CV, axis=-1), axes)
+    exp_CV = jnp.exp(capped_CV - max_C[:, None])
+    total_C = jax.lax.psum(jnp.sum(exp_CV, axis=-1), axes)
+    log_z_C = max_C + jnp.log(total_C)
+    is_target_CV = ids_V == targets_C[:, None].astype(jnp.int32)
+    # A masked sum: a gather over a split vocabulary would replicate the logits.
+    label_C = jax.lax.psum(jnp.sum(jnp.where(is_target_CV, logits_CV, 0), -1), axes)
+    sums = CrossEntropy(
+        nll=jnp.sum(weights_C * (log_z_C - label_C)), z=jnp.sum(weights_C * log_z_C**2)
+    )
+    if not grads:
+        return sums, None, None
+    scale_C = weights_C * (1 + 2 * cfg.z_loss * log_z_C) / total_C
+    dlogits_CV = exp_CV * scale_C[:, None] - jnp.where(
+        is_target_CV, weights_C[:, None], 0
+    )
+    if cfg.softcap:
+        dlogits_CV *= 1 - (logits_CV / cfg.softcap) ** 2
+    dlogits_CV = dlogits_CV.astype(cfg.policy.compute)
+    return (
+        sums,
+        dot("CV,VD->CD", dlogits_CV, head_VD),
+        dot("CV,CD->VD", dlogits_CV, h_CD),
+    )
+
+
+# Bytes of float32 logits at a time: what a core's cache holds; what feeds a matrix unit.
+_CHUNK_BYTES = {"cpu": 16 << 20}
+_CHUNK_BYTES_DEFAULT = 512 << 20
+
+
+def _chunks(tokens: int, vocab: int, chunk: int) -> tuple[int, int]:
+    """(number of chunks, tokens a chunk), of equal size but for the last's padding."""
+    platform = jax.sharding.get_abstract_mesh().abstract_device
+    kind = getattr(platform, "platform", None) or jax.default_backend()
+    budget = _CHUNK_BYTES.get(kind, _CHUNK_BYTES_DEFAULT)
+    chunk = chunk or max(256, budget // (4 * vocab))
+    num_chunks = -(-tokens // chunk)
+    return num_chunks, -(-tokens // num_chunks)

@@ -1,0 +1,124 @@
+"""The seam: every weight contraction of a model goes through `Ops`, closed over.
+
+Precision, ZeRO's gathers, and later quantization, low-rank adapters, context parallelism
+and expert dispatch enter here and nowhere else; model code is never touched for them.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import sharding
+from jaxinfra.precision import Policy
+from jaxinfra.sharding import Rules
+
+Names = tuple[str | None, ...]
+
+
+class Einsum(Protocol):
+    def __call__(
+        self, equation: str, x: jax.Array, w: jax.Array, *, out: Names
+    ) -> jax.Array:
+        """Contracts activations `x` with a weight `w`, in compute dtype.
+
+        `equation` has two operands; `out` gives the logical names of the result's dims.
+        """
+        ...
+
+
+class Context(NamedTuple):
+    """What a layer may know of the tokens besides their activations.
+
+    positions_BT: int32, place in the document. segments_BT: int32 document number in
+    the row, 0 is padding; None: one document. rows_B: uint32 global row id, and key: of
+    the step; both feed dropout, which is off where key is None.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    rows_B: jax.Array | None = None
+    key: jax.Array | None = None
+    rotations: Any = None
+
+
+class Attend(Protocol):
+    def __call__(
+        self,
+        q_BTKGH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        context: Context,
+        cache: Any,
+        *,
+        window: int,
+        softcap: float,
+    ) -> tuple[jax.Array, Any]:
+        """Causal attention: (result of q's shape, cache).
+
+        `window` keys are seen, 0 means all; scores are scaled by 1/sqrt(H), then
+        capped by `softcap` (0: not). `cache` is None in training.
+        """
+        ...
+
+
+class Ops(NamedTuple):
+    """The functions that touch weights: see the protocols. `dispatch` routes tokens to
+    experts; None where the model has none."""
+
+    einsum: Einsum
+    attend: Attend
+    dispatch: Any = None
+
+
+def make_einsum(policy: Policy, rules: Rules) -> Einsum:
+    """The plain einsum of `policy`: parameters are cast to compute dtype, gathered over
+    `fsdp` where used (and again in the backward pass, so no gathered copy is kept), and
+    their gradients leave in `policy.reduce`, sharded as the parameters are."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+    def contract(equation: str, x: jax.Array, w: jax.Array, out: Names) -> jax.Array:
+        return _einsum(equation, x, gather(w, policy), sharding.spec(rules, *out), None)
+
+    def forward(equation, x, w, out):
+        return contract(equation, x, w, out), (x, w)
+
+    def backward(equation, out, residuals, g):
+        x, w = residuals
+        x_dims, w_dims, out_dims = _operands(equation)
+        dx = _einsum(
+            f"{out_dims},{w_dims}->{x_dims}", g, gather(w, policy), _spec_of(x), None
+        )
+        dw = _einsum(f"{x_dims},{out_dims}->{w_dims}", x, g, _spec_of(w), policy.reduce)
+        return dx, dw.astype(w.dtype)
+
+    def _einsum(equation, a, b, out_sharding, dtype):
+        # The unit accumulates in policy.accumulate; the result is rounded once.
+        result = jnp.einsum(
+            equation,
+            a,
+            b,
+            precision=policy.matmul_precision,
+            preferred_element_type=dtype or policy.compute,
+            out_sharding=out_sharding,
+        )
+        return result
+
+    contract.defvjp(forward, backward)
+    return lambda equation, x, w, *, out: contract(equation, x, w, out)
+
+
+def gather(w: jax.Array, policy: Policy) -> jax.Array:
+    """`w` in compute dtype, whole over `fsdp`; cast first, so half the bytes travel."""
+    return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+    inputs, out = equation.split("->")
+    x, w = inputs.split(",")
+    return x, w, out
+
+
+def _spec_of(array: jax.Array) -> jax.sharding.PartitionSpec:
+    return jax.typeof(array).sharding.spec

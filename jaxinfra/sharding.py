@@ -1,0 +1,150 @@
+"""Where every array lives: logical names of dims -> mesh axes, in one table.
+
+`Rules` is the table, `spec` the one function that makes a PartitionSpec from it. The
+table differs between parameters, gradients and optimizer state only in the row `embed`:
+that is all that ZeRO is (`Layout`, `make_layout`).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Mesh axes that split a dim of this logical name; () splits it over none."""
+
+    batch: Axes = ("data", "fsdp", "expert")
+    length: Axes = ("context",)
+    width: Axes = ()  # D of activations
+    embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
+    heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
+    ffn: Axes = ("tensor",)
+    vocab: Axes = ("tensor",)
+    layers: Axes = ()
+
+
+class Layout(NamedTuple):
+    """A mesh and the rules for what lives on it; activations follow `params`."""
+
+    mesh: jax.sharding.Mesh
+    params: Rules
+    grads: Rules
+    optimizer: Rules
+
+
+# Which key to change when a dim does not divide over a mesh axis.
+_KEYS = {
+    "batch": "train.batch_size",
+    "length": "train.length",
+    "embed": "model.width",
+    "heads": "model.num_kv_heads",
+    "ffn": "model.ffn_width",
+    "layers": "model.repeats",
+}
+
+
+def spec(rules: Rules, *names: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array with dims of these logical names (None: whole).
+
+    Errors: ValueError for a name that is not in the table, or a mesh axis used twice.
+    """
+    entries, used = [], set()
+    for name in names:
+        if name is not None and not hasattr(rules, name):
+            raise ValueError(f"{name!r} is no logical name; use one of {_names(rules)}")
+        axes = () if name is None else getattr(rules, name)
+        if twice := used.intersection(axes):
+            raise ValueError(
+                f"dims {names} use mesh axis {sorted(twice)[0]!r} twice; "
+                "one array can be split only once over an axis"
+            )
+        used.update(axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def sharding(
+    layout: Layout,
+    rules: Rules,
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    array: str = "array",
+) -> NamedSharding:
+    """The sharding of an array; ValueError, with the key to change, if a dim does not
+    divide over its axes."""
+    for dim, (size, name) in enumerate(zip(shape, names, strict=True)):
+        axes = () if name is None else getattr(rules, name)
+        parts = axis_product(layout.mesh, axes)
+        if size % parts:
+            raise ValueError(
+                f"{array}: dim {dim} ({name}) of size {size} does not divide over mesh "
+                f"axes {axes} of size {parts}; change {_KEYS.get(name, 'the shape')} or "
+                f"mesh.{axes[0]}"
+            )
+    return NamedSharding(layout.mesh, spec(rules, *names))
+
+
+def axis_product(mesh: jax.sharding.Mesh, axes: Axes) -> int:
+    """Number of parts that `axes` cut a dim into."""
+    parts = 1
+    for axis in axes:
+        parts *= mesh.shape[axis]
+    return parts
+
+
+def make_layout(mesh: jax.sharding.Mesh, *, zero: int = 3) -> Layout:
+    """What `fsdp` shards: zero 0 nothing, 1 optimizer state, 2 and gradients, 3 and
+    parameters. Source: arXiv:1910.02054 section 5."""
+    sharded, whole = Rules(), Rules(embed=())
+    return Layout(
+        mesh=mesh,
+        params=sharded if zero >= 3 else whole,
+        grads=sharded if zero >= 2 else whole,
+        optimizer=sharded if zero >= 1 else whole,
+    )
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
+    """`partition` without `axis`: how a parameter is laid out while it is used."""
+    entries = []
+    for entry in partition:
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        kept = tuple(name for name in axes if name != axis)
+        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    return PartitionSpec(*entries)
+
+
+def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
+    """Inside a shard_map: the part of an array laid out as `partition`, made whole over
+    `axis`. Its transpose is a reduce-scatter."""
+    for dim, entry in enumerate(partition):
+        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
+            local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
+    return local
+
+
+def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
+    """Inside a shard_map: the sum over `axis`, of which each device keeps its part if
+    `partition` splits a dim over it, else all."""
+    for dim, entry in enumerate(partition):
+        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
+            return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
+    return jax.lax.psum(local, axis)
+
+
+def _names(rules: Rules) -> Axes:
+    return tuple(field.name for field in dataclasses.fields(rules))

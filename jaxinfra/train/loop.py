@@ -1,0 +1,143 @@
+"""The training loop: step n is dispatched before the metrics of n - 1 are read.
+
+Only at boundaries (evaluation, save, end) does the host wait for the device. The order
+there is fixed: metrics up to step s are on disk before the save of s begins.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from jaxinfra.checkpoint.errors import SaveError
+from jaxinfra.resilience import exitcodes
+from jaxinfra.train import metrics
+from jaxinfra.train.journal import Journal
+from jaxinfra.train.state import TrainState
+
+
+class Fetched(Protocol):
+    """A batch and how long the loop waited for it."""
+
+    batch: Any
+    wait_secs: float
+
+
+class Saver(Protocol):
+    """Asynchronous saves; each call may raise the SaveError of an earlier save."""
+
+    def save(self, step: int, state: TrainState) -> None: ...
+    def poll(self) -> list[Any]: ...
+    def close(self) -> list[Any]: ...
+
+
+class Hooks(NamedTuple):
+    """What the loop calls besides the step.
+
+    evaluate(state) -> metrics. ballot(wants_stop) -> device value that is true if any
+    process wants to stop. stop_wanted() -> why this process does, or None.
+    profile(step) is called before every step, counted from 0.
+    """
+
+    evaluate: Callable[[TrainState], dict[str, float]]
+    ballot: Callable[[bool], Any]
+    stop_wanted: Callable[[], str | None]
+    profile: Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When what happens, in steps done; see config.TrainConfig and EvalConfig."""
+
+    steps: int
+    save_every: int
+    eval_every: int
+    max_bad_steps: int
+    flops_per_step: float
+    peak_flops: float | None  # of all devices together; None: not known
+
+    def is_save(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.steps
+
+    def is_eval(self, step: int) -> bool:
+        every = self.eval_every
+        return step == self.steps or (every > 0 and step % every == 0)
+
+
+def run(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    batches: Iterator[Fetched],
+    *,
+    start: int,
+    schedule: Schedule,
+    hooks: Hooks,
+    saver: Saver,
+    journal: Journal,
+    lr: Callable[[int], float],
+) -> tuple[TrainState, int]:
+    """Trains from `start` steps done to the end, or to a reason to stop.
+
+    Returns the state and an exit code: DONE, PREEMPTED (after a committed save),
+    DIVERGED, or SAVE_FAILED if the last save is not committed.
+    """
+    reader = metrics.Reader(
+        journal,
+        lr=lr,
+        max_bad_steps=schedule.max_bad_steps,
+        flops_per_step=schedule.flops_per_step,
+        peak_flops=schedule.peak_flops,
+    )
+    step, code = start, exitcodes.DONE
+    for fetched in batches:
+        hooks.profile(step)
+        state, values = train_step(state, fetched.batch)
+        step += 1
+        vote = hooks.ballot(hooks.stop_wanted() is not None)
+        late = reader.push(step, values, vote, fetched.wait_secs)
+        _report_saves(saver, journal)
+        is_boundary = schedule.is_save(step) or schedule.is_eval(step)
+        if is_boundary or late.is_stop:
+            reader.settle()
+            extra = hooks.evaluate(state) if schedule.is_eval(step) else {}
+            late = reader.flush(extra)
+        if late.has_diverged:
+            code = exitcodes.DIVERGED
+            break
+        if schedule.is_save(step) or late.is_stop:
+            journal.sync()
+            saver.save(step, state)
+        if is_boundary:
+            reader.restart_clock()
+        if late.is_stop and step < schedule.steps:
+            journal.event("stop", step=step, reason=hooks.stop_wanted() or "a peer's")
+            code = exitcodes.PREEMPTED
+            break
+    last = reader.flush({})
+    if last.has_diverged:
+        code = exitcodes.DIVERGED
+    return state, _close(saver, journal, code)
+
+
+def _report_saves(saver: Saver, journal: Journal) -> None:
+    """Events of saves that ended; a failed one is told now, and the next tries again."""
+    try:
+        for report in saver.poll():
+            journal.event(
+                "save", step=report.step, secs=report.secs, bytes=report.bytes
+            )
+    except SaveError as error:
+        journal.event("save_failed", reason=str(error))
+
+
+def _close(saver: Saver, journal: Journal, code: int) -> int:
+    try:
+        for report in saver.close():
+            journal.event(
+                "save", step=report.step, secs=report.secs, bytes=report.bytes
+            )
+    except SaveError as error:
+        journal.event("save_failed", reason=str(error))
+        return exitcodes.SAVE_FAILED
+    return code

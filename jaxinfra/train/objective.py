@@ -1,0 +1,117 @@
+"""The loss contract, and next-token prediction on it.
+
+A `LossFn` returns the *sum* of the loss and an `Aux` with the sum of the weights. The
+step divides once, by the global weight sum, so microbatches and devices of unequal weight
+are right.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import sharding
+from jaxinfra.models.transformer import Model
+from jaxinfra.ops import loss
+from jaxinfra.ops.seam import Context
+from jaxinfra.sharding import Rules
+
+
+class Aux(NamedTuple):
+    """What a loss reports besides itself; all leaves are summed over microbatches.
+
+    weight_sum: float32, number of targets. metrics: sums, shown divided by weight_sum.
+    stats: sums from which `update_state` makes the next model state.
+    """
+
+    weight_sum: jax.Array
+    metrics: dict[str, jax.Array]
+    stats: Any = ()
+
+
+class LossFn(Protocol):
+    def __call__(
+        self, params: Any, model_state: Any, batch: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        """(float32 sum of the loss, Aux); `key` None turns randomness off."""
+        ...
+
+
+class Rows(NamedTuple):
+    """A batch as a loss takes it: what the device got, and each row's global id.
+
+    tokens_BT1: any integer dtype, T + 1 tokens. segments_BT1: document number from 1,
+    0 is padding. rows_B: uint32.
+    """
+
+    tokens_BT1: jax.Array
+    segments_BT1: jax.Array
+    rows_B: jax.Array
+
+
+class Targets(NamedTuple):
+    """Model inputs and outputs, all [B, T]; weight is 1 where a target exists."""
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+
+
+def numbered(batch: Any, rules: Rules) -> Rows:
+    """`batch` (tokens and segments) with the ids of its rows."""
+    tokens_BT1, segments_BT1 = batch
+    rows_B = jax.lax.broadcasted_iota(
+        jnp.uint32, tokens_BT1.shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
+    )
+    return Rows(tokens_BT1, segments_BT1, rows_B)
+
+
+def make_targets(
+    tokens_BT1: jax.Array, segments_BT1: jax.Array, rules: Rules
+) -> Targets:
+    """Shifts by one; a target counts where it belongs to its input's document.
+
+    Positions count from the start of each document in the row. T + 1 tokens arrive
+    whole; the results are split along length too.
+    """
+    segments_BT1 = segments_BT1.astype(jnp.int32)
+    inputs_BT, nexts_BT = segments_BT1[:, :-1], segments_BT1[:, 1:]
+    index_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
+    before_BT = jnp.pad(inputs_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BT = jnp.where(inputs_BT != before_BT, index_BT, 0)
+    targets = Targets(
+        tokens_BT=tokens_BT1[:, :-1],
+        targets_BT=tokens_BT1[:, 1:],
+        weights_BT=((inputs_BT == nexts_BT) & (nexts_BT > 0)).astype(jnp.float32),
+        positions_BT=index_BT - jax.lax.cummax(starts_BT, axis=1),
+        segments_BT=inputs_BT,
+    )
+    split = sharding.spec(rules, "batch", "length")
+    return jax.tree.map(lambda x_BT: jax.reshard(x_BT, split), targets)
+
+
+def next_token_loss(
+    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
+) -> LossFn:
+    """Cross-entropy of the next token. Without `document_mask` a row is one document to
+    attention; targets across a boundary do not count either way."""
+
+    def loss_fn(params, model_state, batch: Rows, key):
+        t = make_targets(batch.tokens_BT1, batch.segments_BT1, loss_config.rules)
+        context = Context(
+            positions_BT=t.positions_BT,
+            segments_BT=t.segments_BT if document_mask else None,
+            rows_B=batch.rows_B,
+            key=key,
+        )
+        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        with jax.named_scope("loss"):
+            sums = loss.cross_entropy(
+                h_BTD, head_VD, t.targets_BT, t.weights_BT, loss_config
+            )
+        metrics = {"log_z_squared": sums.z}
+        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+
+    return loss_fn

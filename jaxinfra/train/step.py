@@ -1,0 +1,83 @@
+"""One training step: gradients of the sum, one division, one update.
+
+The step is a pure function (state, batch) -> (state, metrics) and never grows a branch:
+microbatches and pipelines wrap the `GradFn`, clipping and scaling wrap `tx`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxinfra.train.gradients import GradFn
+from jaxinfra.train.state import Shardings, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    grad_fn: GradFn,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    shardings: Shardings,
+    observe: Callable[[Any], Metrics] = lambda batch: {},
+    update_state: Callable[[Any, Any], Any] = lambda model_state, stats: model_state,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """A step to be jitted with its state donated.
+
+    Metrics, replicated scalars: loss, grad_norm (before clipping), param_norm, tokens,
+    is_finite, the loss's own divided by its weight, and what `observe` makes of a batch.
+    A loss or gradient that is not finite leaves params, optimizer and model state
+    bitwise as they were. `update_state(model_state, stats)` makes the next model state.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        grads, loss_sum, aux = grad_fn(state.params, state.model_state, batch, key)
+        weight = jnp.maximum(aux.weight_sum, 1.0)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+
+        with jax.named_scope("update"):
+            params, opt_state = _update(tx, shardings, state, grads)
+        model_state = update_state(state.model_state, aux.stats)
+        new = (params, opt_state, model_state)
+        old = (state.params, state.opt_state, state.model_state)
+        params, opt_state, model_state = jax.tree.map(
+            lambda n, o: jnp.where(is_finite, n, o), new, old
+        )
+        metrics = {name: value / weight for name, value in aux.metrics.items()}
+        metrics |= {
+            "loss": loss_sum / weight,
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(params),
+            "tokens": aux.weight_sum,
+            "is_finite": is_finite,
+        } | observe(batch)
+        state = TrainState(state.step + 1, params, opt_state, model_state, state.key)
+        return state, metrics
+
+    return train_step
+
+
+def _update(tx, shardings: Shardings, state: TrainState, grads):
+    """(params, opt_state) after `tx`, computed where the optimizer's shards are.
+
+    Gradients and parameters move to the optimizer's layout, which is free where it is
+    theirs already; the new parameters move back. That is ZeRO 1, 2 and 3. Inside, axes
+    are Auto: optax's muon reshapes and contracts across split dims.
+    """
+
+    def rule(grads, opt_state, params, step):
+        updates, opt_state = tx.update(grads, opt_state, params, step=step)
+        return optax.apply_updates(params, updates), opt_state
+
+    here = jax.tree.map(jax.reshard, (grads, state.params), (shardings.optimizer,) * 2)
+    grads, params = here
+    outs = (shardings.optimizer, shardings.opt_state)
+    apply = jax.sharding.auto_axes(rule, out_sharding=outs)
+    params, opt_state = apply(grads, state.opt_state, params, state.step)
+    return jax.tree.map(jax.reshard, params, shardings.params), opt_state

@@ -1,0 +1,129 @@
+"""Command lines that no run can follow, and what the error must say of each.
+
+`WRONG` is read twice: by `test_wrong_command_lines` in this process, and by the test of
+scripts/train.py, which wants exit 2, no traceback, nothing written and no jax. Paths
+begin at the root of the checkout. No line leans on a value that tiny may change.
+"""
+
+# (arguments, parts of the message: what is wrong, the rule or fix, the hint)
+WRONG: list[tuple[list[str], list[str]]] = [
+    # What is not an option
+    (["--train.stepz", "5"], ["--train.stepz", "did you mean --train.steps?"]),
+    (["--steps", "5"], ["unknown option", "did you mean --train.steps?"]),
+    (["--batch_size=5"], ["unknown option", "did you mean --train.batch_size?"]),
+    (["--optim.name", "muon"], ["unknown option", "did you mean --optimizer.name?"]),
+    (["--init.from_", "x"], ["unknown option", "did you mean --init.from?"]),
+    (["--qqqq", "1"], ["unknown option --qqqq", "--help lists all"]),
+    (["--train", "5"], ["--train is a section", "--train.steps"]),
+    (["--eval.sets", "x"], ["--eval.sets is a section", "--eval.sets.NAME"]),
+    (["--train.steps"], ["--train.steps has no value", "--train.steps=int"]),
+    (["--run.accept_changes", "yes"], ["run.accept_changes", "true|false"]),
+    (["--train.steps", "5", "--train.steps=6"], ["--train.steps", "given twice"]),
+    (["train.steps=5"], ["unexpected argument", "did you mean --train.steps?"]),
+    (["5"], ["unexpected argument '5'", "--key value"]),
+    # Config files
+    (["--config", "tinny"], ["unknown config 'tinny'", "did you mean tiny?"]),
+    (["--config", "configs/gone.py"], ["configs/gone.py", "shipped", "gpt2_124m"]),
+    (["--config"], ["--config has no value"]),
+    # Values of the wrong type
+    (["--train.steps", "3.5"], ["train.steps='3.5'", "an integer"]),
+    (["--train.steps", "1e3"], ["train.steps='1e3'", "an integer", "1000"]),
+    (["--train.steps="], ["train.steps=''", "an integer"]),
+    (["--optimizer.learning_rate", "nan"], ["learning_rate=nan", "finite number"]),
+    (["--optimizer.learning_rate", "fast"], ["='fast'", "finite number"]),
+    (["--model.tied", "True"], ["model.tied='True'", "true or false"]),
+    (["--model.norm", "rmsnrm"], ["must be one of", "did you mean rmsnorm?"]),
+    (["--precision", "bf16"], ["precision='bf16'", "bfloat16_params"]),
+    (["--model.pattern", "{}"], ["model.pattern='{}'", "a JSON list"]),
+    (
+        ["--model.pattern", '[{"windw": 3}]'],
+        ["model.pattern[0].windw", "did you mean window?"],
+    ),
+    # Numbers out of range
+    (["--train.batch_size", "0"], ["train.batch_size=0", "at least 1"]),
+    (["--train.steps", "-1"], ["train.steps=-1", "at least 0"]),
+    (["--train.steps", "9_999_999_999"], ["train.steps=9999999999", "at most"]),
+    (["--model.dropout", "1"], ["model.dropout=1.0", "below 1"]),
+    (["--sample.top_p", "0"], ["sample.top_p=0.0", "above 0"]),
+    (["--zero", "4"], ["zero=4", "-1, 0, 1, 2 or 3"]),
+    (["--run.seed", "-1"], ["run.seed=-1", "from 0"]),
+    # The model
+    (
+        ["--model.num_heads", "4", "--model.num_kv_heads", "3"],
+        ["model.num_kv_heads=3", "one of 1, 2, 4"],
+    ),
+    (
+        ["--model.width=64", "--model.num_heads=5", "--model.num_kv_heads=1"],
+        ["model.num_heads=5 does not divide model.width=64", "set model.head_dim"],
+    ),
+    (["--model.head_dim", "7"], ["width 7 is odd", "set model.head_dim"]),
+    (
+        ["--model.positions", "learned", "--train.length", "128"],
+        ["model.max_length=0", "set model.max_length to 128 or more"],
+    ),
+    (["--model.repeats", "0"], ["no layer", "model.repeats"]),
+    (["--model.num_experts", "8"], ["model.num_experts=8", "in this version"]),
+    # Training
+    (
+        ["--train.batch_size", "16", "--train.microbatches", "3"],
+        ["train.microbatches=3", "one of 1, 2, 4, 8, 16"],
+    ),
+    (
+        ["--optimizer.decay_fraction", "1.5"],
+        ["optimizer.decay_fraction=1.5", "from 0 to 1"],
+    ),
+    (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
+    (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
+    (["--init.from", "runs/a"], ["init.from='runs/a'", "not part of this version"]),
+    (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
+    # The mesh
+    (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
+    (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
+    (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),
+    (["--mesh.expert", "2"], ["mesh.expert=2", "expert parallelism"]),
+    (["--mesh.context", "2"], ["mesh.context=2", "context parallelism"]),
+    (
+        ["--model.width=48", "--model.num_heads=6", "--model.num_kv_heads=6"]
+        + ["--mesh.tensor=4"],
+        ["model.num_heads=6 does not divide over mesh axis 'tensor' of size 4"],
+    ),
+    (
+        ["--model.width=64", "--model.head_dim=16", "--mesh.fsdp=5"],
+        ["model.width=64", "'fsdp' of size 5", "set mesh.fsdp to a divisor of 64"],
+    ),
+    (
+        ["--model.width=64", "--model.head_dim=16", "--mesh.fsdp=32"]
+        + ["--train.batch_size=16"],
+        ["train.batch_size=16", "a multiple of 32"],
+    ),
+    (
+        ["--mesh.fsdp", "16", "--runtime.cpu_devices", "8"],
+        ["mesh.fsdp=16 takes 16 devices of 8", "set mesh.fsdp", "divides 8"],
+    ),
+    (
+        ["--mesh.data", "2", "--mesh.tensor", "2", "--runtime.devices", "8"],
+        ["mesh.data=2 x mesh.tensor=2 takes 4 devices of 8", "-1 to take the rest"],
+    ),
+    (
+        ["--runtime.cpu_devices", "4", "--runtime.devices", "8"],
+        ["runtime.devices=8", "set runtime.devices to 4"],
+    ),
+    (["--mesh.slices", "3", "--mesh.data", "4"], ["mesh.slices=3", "multiple of 3"]),
+    # Processes
+    (["--runtime.num_processes", "2"], ["runtime.num_processes=2", "host:port"]),
+    (["--runtime.process_id", "1"], ["runtime.process_id=1", "count from 0"]),
+    (["--runtime.coordinator", "a:1"], ["'a:1'", "set runtime.num_processes"]),
+    (
+        ["--runtime.num_processes=2", "--runtime.coordinator=here"],
+        ["runtime.coordinator='here'", "host:port"],
+    ),
+    # Paths
+    (["--data.path", "shakespere"], ["'shakespere'", "did you mean shakespeare?"]),
+    (["--data.path", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
+    (["--run.dir", "s3://bucket/run"], ["run.dir=", "set run.dir to a local path"]),
+    (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
+    (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),
+    (["--eval.sets.A-b", "configs"], ["eval.sets.A-b", "a-z, 0-9 and _"]),
+    (["--eval.sets.bible", "gone"], ["eval.sets.bible='gone'", "is not there"]),
+    (["--name", "../up"], ["name='../up'", "letters"]),
+]

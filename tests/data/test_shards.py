@@ -1,0 +1,168 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxinfra.data import shards, writer
+from jaxinfra.data.errors import DataError
+from jaxinfra.data.tokenizer import ByteTokenizer
+
+LENGTHS = [7, 31, 3, 64, 1, 11]
+
+
+@pytest.fixture
+def folder(make_split):
+    path = next(iter(make_split(LENGTHS, shard_tokens=40).shards[0].checksums))
+    return path.parent
+
+
+def edit_manifest(folder, edit):
+    path = folder / shards.MANIFEST
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_anyone_reads_the_folder_with_json_and_numpy(folder):
+    manifest = json.loads((folder / "dataset.json").read_text())
+    train = manifest["splits"]["train"]
+    lengths = [np.load(folder / s["lengths_file"]) for s in train["shards"]]
+    tokens = [np.load(folder / s["file"]) for s in train["shards"]]
+    assert np.concatenate(lengths).tolist() == LENGTHS
+    assert [len(t) for t in tokens] == [38, 3, 64, 12]
+    assert [len(t) for t in tokens] == [s["tokens"] for s in train["shards"]]
+    ends = np.cumsum(LENGTHS) - 1
+    assert (np.concatenate(tokens)[ends] == 256).all()
+
+
+def test_a_shard_is_a_memory_map_of_its_file(folder):
+    shard = shards.open_dataset(folder).split("train").shards[0]
+    assert isinstance(shard.tokens.base, np.memmap)
+    assert not shard.tokens.flags.writeable
+
+
+def test_the_digest_changes_with_the_content_and_not_with_the_place(
+    folder, make_split, tmp_path
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    digest = shards.open_dataset(folder).digest
+    assert shards.open_dataset(copy).digest == digest
+    assert not make_split(LENGTHS[:-1]).digest.startswith(digest)
+
+
+def test_every_flipped_byte_of_every_file_is_found_and_its_file_named(folder):
+    dataset = shards.open_dataset(folder)
+    assert shards.verify_dataset(dataset) == []
+    for path in sorted(folder.glob("*.npy")):
+        good = path.read_bytes()
+        for place in range(0, len(good), 7):
+            bad = bytearray(good)
+            bad[place] ^= 1
+            path.write_bytes(bad)
+            with pytest.raises(DataError, match=path.name):
+                shards.open_dataset(folder)
+        path.write_bytes(good)
+    assert shards.verify_dataset(shards.open_dataset(folder)) == []
+
+
+def test_checksums_may_be_skipped_and_checked_later(folder):
+    path = folder / "train-00001.tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    dataset = shards.open_dataset(folder, verify=False)
+    bad = shards.verify_dataset(dataset)
+    assert any("train-00001.tokens.npy has checksum" in line for line in bad)
+
+
+def test_large_data_sets_are_not_read_whole_at_open(folder, monkeypatch):
+    monkeypatch.setattr(shards, "AUTO_VERIFY_BYTES", 0)
+    monkeypatch.setattr(shards.digests, "file_xxh3_128", lambda path: "read")
+    shards.open_dataset(folder)
+    with pytest.raises(DataError, match="checksum read"):
+        shards.open_dataset(folder, verify=True)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_cut_or_longer_file_is_an_error_even_without_verification(folder, change):
+    path = folder / "train-00000.tokens.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if change < 0 else data + b"x")
+    with pytest.raises(DataError, match=r"train-00000.tokens.npy"):
+        shards.open_dataset(folder, verify=False)
+
+
+def test_pickled_arrays_are_refused(folder):
+    path = folder / "train-00000.tokens.npy"
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"train-00000.tokens.npy cannot be read"):
+        shards.open_dataset(folder, verify=False)
+
+
+def shard(manifest):
+    return manifest["splits"]["train"]["shards"][0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(format_version=2), "format_version 2 is not 1"),
+        (lambda m: m.update(extra=1), "exactly the keys"),
+        (lambda m: m.pop("dtype"), "exactly the keys"),
+        (lambda m: m.update(dtype="uint32"), "dtype is 'uint32'"),
+        (lambda m: m.update(tokenizer_digest="0"), "tokenizer_digest is '0'"),
+        (lambda m: m.update(tokenizer={"name": "word"}), "is not known"),
+        (lambda m: m.update(splits=[]), "splits must be dict"),
+        (lambda m: m["splits"]["train"].update(tokens=1), "tokens is 1"),
+        (lambda m: m["splits"]["train"].update(documents=True), "must be int"),
+        (lambda m: shard(m).pop("checksum"), "exactly the keys"),
+        (lambda m: shard(m).update(tokens=37), "dataset.json says uint16"),
+        (lambda m: shard(m).update(documents=1), "dataset.json says int64"),
+        (lambda m: shard(m).update(file="../train-00000.tokens.npy"), "file name"),
+        (lambda m: shard(m).update(file="/etc/passwd"), "file name"),
+        (lambda m: shard(m).update(file="train-00009.tokens.npy"), "cannot be read"),
+        (lambda m: m["splits"]["train"]["shards"].append([]), "exactly the keys"),
+    ],
+)
+def test_a_manifest_that_is_wrong_in_any_part_is_refused(folder, edit, message):
+    edit_manifest(folder, edit)
+    with pytest.raises(DataError, match=message):
+        shards.open_dataset(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "\ud83d"])
+def test_a_manifest_that_is_no_object_is_refused(folder, text):
+    (folder / shards.MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match="prepare"):
+        shards.open_dataset(folder)
+
+
+@pytest.mark.parametrize("lengths", [[8, 31], [38, 0], [39, -1]])
+def test_lengths_that_are_not_those_of_documents_are_refused(folder, lengths):
+    path = folder / "train-00000.lengths.npy"
+    np.save(path, np.array(lengths))
+    with pytest.raises(DataError, match=r"train-00000.lengths.npy: document lengths"):
+        shards.open_dataset(folder, verify=False)
+
+
+def test_an_id_outside_the_vocabulary_is_found(tmp_path):
+    content = writer.SplitContent(documents=[np.array([5, 257])], text_bytes=1)
+    dataset = writer.write_dataset(
+        tmp_path / "set",
+        tokenizer=ByteTokenizer(),
+        splits={"train": content},
+        shard_tokens=10,
+    )
+    expected = ["train-00000.tokens.npy has ids above 256"]
+    assert shards.verify_dataset(dataset) == expected
+
+
+def test_a_split_that_is_not_there_is_an_error_with_the_fix(folder):
+    with pytest.raises(DataError, match=r"no split 'held_out'.*held_out above 0"):
+        shards.open_dataset(folder).split("held_out")
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="name a folder that prepare wrote"):
+        shards.open_dataset(tmp_path / "none")

@@ -1,0 +1,182 @@
+"""Chunked cross-entropy against optax on whole logits: sums and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxinfra import precision, sharding
+from jaxinfra.ops import loss
+
+FLOAT32_ROUNDING = 1e-5  # sums of 20 losses of size 3, chunk by chunk
+B, T, D, V, PADDED = 4, 5, 6, 23, 24
+
+rng = np.random.default_rng(0)
+h_BTD = rng.normal(size=(B, T, D)).astype(np.float32)
+# The padding row is not zero, so that it would show.
+head_VD = rng.normal(size=(PADDED, D)).astype(np.float32)
+targets_BT = rng.integers(0, V, (B, T)).astype(np.uint16)
+targets_BT[0, :2] = (0, V - 1)
+weights_BT = rng.integers(0, 3, (B, T)).astype(np.float32)
+
+
+def expected_sums(h_BTD, head_VD, *, softcap):
+    """(nll, z) sums from the whole logits."""
+    logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, head_VD[:V], precision="highest")
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    ce_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV, targets_BT.astype(np.int32)
+    )
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return jnp.sum(ce_BT * weights_BT), jnp.sum(log_z_BT**2 * weights_BT)
+
+
+def make_config(*, policy="float32", zero=3, **settings):
+    rules = sharding.make_layout(jax.sharding.get_mesh(), zero=zero).params
+    policy = precision.policy(policy)
+    return loss.LossConfig(vocab_size=V, policy=policy, rules=rules, **settings)
+
+
+def place(cfg):
+    names = {
+        "h": ("batch", "length", "width"),
+        "head": ("vocab", "embed"),
+        "targets": ("batch", "length"),
+        "weights": ("batch", "length"),
+    }
+    arrays = (h_BTD.astype(cfg.policy.compute), head_VD, targets_BT, weights_BT)
+    return [
+        jax.device_put(array, sharding.spec(cfg.rules, *dims))
+        for array, dims in zip(arrays, names.values(), strict=True)
+    ]
+
+
+SETTINGS = {
+    "one chunk": {},
+    "chunks that do not divide": {"chunk": 3},
+    "softcap": {"softcap": 1.5},
+    "z loss": {"z_loss": 0.1},
+    "all": {"chunk": 3, "softcap": 1.5, "z_loss": 0.1},
+    "zero 1": {"chunk": 3, "zero": 1},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sums_and_gradients_are_those_of_whole_logits(name, each_mesh):
+    cfg = make_config(**SETTINGS[name])
+    h, head, targets, weights = place(cfg)
+
+    @jax.jit
+    def run(h, head):
+        def total(h, head):
+            sums = loss.cross_entropy(h, head, targets, weights, cfg)
+            return 0.5 * sums.nll, sums
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(h, head)
+
+    @jax.jit
+    def expect(h, head):
+        def total(h, head):
+            nll, z = expected_sums(h, head, softcap=cfg.softcap)
+            return 0.5 * (nll + cfg.z_loss * z), (nll, z)
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(h, head)
+
+    (dh, dhead), sums = run(h, head)
+    (expected_dh, expected_dhead), expected = expect(h_BTD, head_VD)
+    assert jax.typeof(dh).sharding.spec == jax.typeof(h).sharding.spec
+    assert jax.typeof(dhead).sharding.spec == jax.typeof(head).sharding.spec
+    np.testing.assert_allclose(sums, expected, rtol=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(dh, expected_dh, atol=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(dhead, expected_dhead, atol=FLOAT32_ROUNDING)
+    assert not np.asarray(dhead)[V:].any()  # padding gets no gradient
+
+
+def test_without_a_gradient_the_sums_are_the_same(each_mesh):
+    cfg = make_config(chunk=3, softcap=1.5)
+    sums = jax.jit(lambda *arrays: loss.cross_entropy(*arrays, cfg))(*place(cfg))
+    expected = expected_sums(jnp.asarray(h_BTD), jnp.asarray(head_VD), softcap=1.5)
+    np.testing.assert_allclose(sums, np.asarray(expected), rtol=FLOAT32_ROUNDING)
+
+
+def test_a_tied_table_gets_both_gradients(four_devices):
+    cfg = make_config()
+    _, head, targets, weights = place(cfg)
+
+    @jax.jit
+    def run(head):
+        def total(head):
+            h = head.at[targets].get(out_sharding=sharding.spec(cfg.rules, "batch"))
+            return loss.cross_entropy(h, head, targets, weights, cfg).nll
+
+        return jax.grad(total)(jax.reshard(head, jax.P()))
+
+    expected = jax.grad(
+        lambda head: expected_sums(head[targets_BT], head, softcap=0.0)[0]
+    )(jnp.asarray(head_VD))
+    np.testing.assert_allclose(run(head), expected, atol=FLOAT32_ROUNDING)
+
+
+def test_under_bfloat16_the_head_gradient_is_float32(four_devices):
+    cfg = make_config(policy="bfloat16", chunk=3)
+    h, head, targets, weights = place(cfg)
+    run = jax.jit(
+        jax.grad(
+            lambda h, head: loss.cross_entropy(h, head, targets, weights, cfg).nll,
+            argnums=(0, 1),
+        )
+    )
+    dh, dhead = run(h, head)
+    assert dh.dtype == jnp.bfloat16 and dhead.dtype == jnp.float32
+    expected = jax.grad(lambda x: expected_sums(h_BTD, x, softcap=0.0)[0])(head_VD)
+    # 8-bit h, head and probabilities in sums of 20 terms of size 1.
+    np.testing.assert_allclose(dhead, expected, atol=5e-2)
+
+
+def test_the_program_never_holds_the_logits_of_the_whole_batch(one_device):
+    B, T, D, V = 4, 64, 8, 512
+    policy, rules = precision.policy("float32"), sharding.Rules()
+
+    def compiled(total):
+        arrays = (
+            jnp.ones((B, T, D)),
+            jnp.ones((V, D)),
+            jnp.zeros((B, T), jnp.int32),
+            jnp.ones((B, T)),
+        )
+        return jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arrays).compile()
+
+    def chunked(h, head, targets, weights):
+        cfg = loss.LossConfig(vocab_size=V, policy=policy, rules=rules, chunk=16)
+        return loss.cross_entropy(h, head, targets, weights, cfg).nll
+
+    def naive(h, head, targets, weights):
+        ce = optax.softmax_cross_entropy_with_integer_labels(h @ head.T, targets)
+        return jnp.sum(ce * weights)
+
+    whole_bytes = 4 * B * T * V
+    shapes = (f"[{B * T},{V}]", f"[{B},{T},{V}]")
+    small, large = compiled(chunked), compiled(naive)
+    assert small.memory_analysis().temp_size_in_bytes < whole_bytes / 4
+    assert not any(shape in small.as_text() for shape in shapes)
+    assert large.memory_analysis().temp_size_in_bytes >= whole_bytes
+    assert any(shape in large.as_text() for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    "tokens, vocab, chunk, expected",
+    [
+        (20, 8, 3, (7, 3)),
+        (20, 8, 0, (1, 20)),
+        (1024, 1 << 20, 0, (4, 256)),  # never below 256 tokens
+        (5000, 16 << 10, 0, (20, 250)),
+    ],
+)
+def test_chunks_are_equal_and_cover_all_tokens(
+    tokens, vocab, chunk, expected, one_device
+):
+    num_chunks, size = loss._chunks(tokens, vocab, chunk)
+    assert (num_chunks, size) == expected
+    assert num_chunks * size >= tokens
