@@ -1,0 +1,52 @@
+"""jaxinfra: JAX-native functional training of neural networks on TPU, GPU and CPU.
+
+The public names below load their module when first used (PEP 562), so `import jaxinfra`
+is free and loads no jax. README has them with an example; each package's docstring is the
+chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`, `resilience`,
+`generate`, `interop`.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "config": ("Config", "DataConfig", "EvalConfig", "LayerConfig", "MeshConfig",
+               "ModelConfig", "OptimizerConfig", "TrainConfig", "ConfigError"),
+    "options": ("load_config",),
+    "mesh": ("make_mesh",),
+    "sharding": ("Layout", "Rules", "make_layout", "spec"),
+    "precision": ("Policy", "policy"),
+    "params": ("ParamSpec", "initialize"),
+    "ops.seam": ("Context", "Ops", "make_einsum"),
+    "ops.attention": ("make_attend",),
+    "ops.loss": ("LossConfig", "cross_entropy"),
+    "models.transformer": ("Model", "make_model"),
+    "data.prepare": ("prepare", "prepared"),
+    "data.shards": ("open_dataset",),
+    "data.batches": ("make_evaluation", "make_stream"),
+    "data.device": ("Batch", "prefetch", "to_device"),
+    "train.objective": ("Aux", "LossFn", "next_token_loss", "with_row_ids"),
+    "train.gradients": ("GradFn", "accumulate", "grad_of"),
+    "train.optim": ("make_optimizer", "make_schedule"),
+    "train.state": ("TrainState", "init_state", "make_shardings"),
+    "train.step": ("make_train_step",),
+    "checkpoint.lifecycle": ("Checkpointer",),
+    "checkpoint.restore": ("restore", "restore_latest"),
+    "generate.decode": ("generate_text", "make_generate"),
+    "interop.flax_bridge": ("from_linen", "from_nnx"),
+    "experiment": ("Experiment", "build"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxinfra' has no attribute {name!r}")
+    module = importlib.import_module(f"jaxinfra.{_HOME[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

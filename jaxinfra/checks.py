@@ -202,7 +202,7 @@ def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
 
 
 def _check_training(config: Config) -> None:
-    train, optimizer = config.train, config.optimizer
+    train = config.train
     if train.batch_size % train.microbatches:
         raise ConfigError(
             f"train.microbatches={train.microbatches} does not divide train.batch_size="

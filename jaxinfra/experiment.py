@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxinfra import checks, mesh, options, params, precision, runfolder, sharding
 from jaxinfra.checkpoint import processes
 from jaxinfra.config import Config, ConfigError
 from jaxinfra.data import batches, device, packing, prepare, shards
-from jaxinfra.generate import decode
+from jaxinfra.generate import text
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
 from jaxinfra.precision import Policy
@@ -30,7 +29,7 @@ from jaxinfra.resilience import ballot, exitcodes, preemption
 from jaxinfra.sharding import Layout
 from jaxinfra.train import (
     evaluate,
-    flops,
+    facts,
     gradients,
     loop,
     objective,
@@ -135,24 +134,14 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Experiment
         gradients.grad_of(loss_fn), config.train.microbatches, shardings=places.grads
     )
     train_step = steps.make_train_step(
-        _numbering(grad_fn, rules, is_random=config.model.dropout > 0),
+        objective.with_row_ids(grad_fn, rules, is_random=config.model.dropout > 0),
         tx,
         shardings=places,
         observe=functools.partial(_observe, has_digest=config.train.log_batch_digest),
     )
-    eval_step = evaluate.make_eval_step(_numbering(loss_fn, rules, is_random=False))
-
-    def init() -> TrainState:
-        key = jax.random.key(config.run.seed)
-        first = params.initialize(model.specs, key, layout=layout, dtype=policy.param)
-        whole = jax.NamedSharding(layout.mesh, jax.P())
-        return TrainState(
-            step=jax.device_put(np.int32(0), whole),
-            params=first,
-            opt_state=states.init_opt_state(tx, first, places),
-            model_state=(),
-            key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
-        )
+    eval_step = evaluate.make_eval_step(
+        objective.with_row_ids(loss_fn, rules, is_random=False)
+    )
 
     return Experiment(
         config=config,
@@ -164,7 +153,15 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Experiment
         schedule=schedule,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step),
-        init=init,
+        init=functools.partial(
+            states.init_state,
+            model.specs,
+            tx,
+            places,
+            layout,
+            dtype=policy.param,
+            seed=config.run.seed,
+        ),
     )
 
 
@@ -177,7 +174,7 @@ def train(config: Config) -> int:
     started_secs = time.monotonic()
     data = open_data(config)
     experiment = build(resolve(config, data.tokenizer.vocab_size))
-    config = experiment.config
+    config, model, layout = experiment.config, experiment.model, experiment.layout
     stream = batches.make_stream(
         data.split("train"),
         length=config.train.length,
@@ -187,19 +184,19 @@ def train(config: Config) -> int:
     )
     eval_sets = open_eval_sets(experiment, data)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(experiment.layout.mesh))
+        enter = stack.enter_context
+        enter(jax.set_mesh(layout.mesh))
         if config.check:
             return trace(experiment, stream)
         run_dir, group = runfolder.folder(config), processes.this_job()
-        stop = stack.enter_context(preemption.stop_requests())
-        owner = stack.enter_context(saving.owned(run_dir, group))
-        journal = stack.enter_context(Journal(run_dir, is_first=group.rank == 0))
+        stop = enter(preemption.stop_requests())
+        owner = enter(saving.owned(run_dir, group))
+        journal = enter(Journal(run_dir, is_first=group.rank == 0))
+        abstract = abstract_state(experiment)
         saver = saving.Saver(
             run_dir,
-            abstract=abstract_state(experiment),
-            logical_shapes=states.logical_shapes(
-                abstract_state(experiment), experiment.model.specs, experiment.layout
-            ),
+            abstract=abstract,
+            logical_shapes=states.logical_shapes(abstract, model.specs, layout),
             stream=stream.identity(),
             config=options.to_json(config),
             keep=config.checkpoint.keep,
@@ -209,58 +206,68 @@ def train(config: Config) -> int:
         state = saver.restore(accept_changes=config.run.accept_changes)
         state = experiment.init() if state is None else state
         start = int(jax.device_get(state.step))
-        facts = {"attempt": owner.attempt, "rejected": saver.rejected}
-        facts |= _bytes_at_rest(experiment)
-        journal.start(config, start=start, facts=facts)
-        journal.say(_headline(experiment, start=start, run_dir=run_dir))
-        prefetched = device.prefetch(
+        told = {"attempt": owner.attempt, "rejected": saver.rejected}
+        told |= facts.bytes_at_rest(state, model.specs, layout, experiment.policy)
+        journal.start(config, start=start, facts=told)
+        journal.say(
+            facts.headline(config, model.specs, layout, start=start, run_dir=run_dir)
+        )
+        fetched = device.prefetch(
             functools.partial(
                 device.to_device,
                 stream.batch,
                 batch_size=config.train.batch_size,
                 length=config.train.length,
-                sharding=batch_sharding(experiment.layout),
+                sharding=batch_sharding(layout),
             ),
             start,
             config.train.steps,
             depth=config.data.prefetch,
         )
-
-        def stop_wanted() -> str | None:
-            is_over = time.monotonic() - started_secs > config.train.max_secs > 0
-            return stop.requested or ("train.max_secs" if is_over else None)
-
         state, code = loop.run(
             experiment.train_step,
             state,
-            stack.enter_context(contextlib.closing(prefetched)),
+            enter(contextlib.closing(fetched)),
             start=start,
-            schedule=_loop_schedule(experiment),
+            schedule=facts.loop_schedule(config, model.specs, layout.mesh),
             hooks=loop.Hooks(
                 evaluate=lambda state: evaluate.evaluate(
                     experiment.eval_step, eval_sets, state.params, state.model_state
                 ),
-                ballot=ballot.make_ballot(experiment.layout.mesh),
-                stop_wanted=stop_wanted,
+                ballot=ballot.make_ballot(layout.mesh),
+                stop_wanted=lambda: preemption.why_stop(
+                    stop, since_secs=started_secs, max_secs=config.train.max_secs
+                ),
                 profile=profile.make_profile(
                     run_dir, start=config.profile.start, steps=config.profile.steps
                 ),
             ),
             saver=saver,
             journal=journal,
-            lr=optim.on_host(
-                experiment.schedule,
-                peak=config.optimizer.learning_rate,
-                steps=config.train.steps,
-            ),
+            lr=optim.on_host(experiment.schedule, config.optimizer, config.train.steps),
         )
         if code == exitcodes.SAVE_FAILED:
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
         if code == exitcodes.DONE and config.sample.tokens:
-            text = sample_text(experiment, state.params, data.tokenizer)
-            journal.say(f"--- sample ---\n{text}")
+            journal.say(f"--- sample ---\n{sample(experiment, state.params, data)}")
         return code
+
+
+def sample(experiment: Experiment, weights: Any, data: shards.Dataset) -> str:
+    """The text of config.sample, from parameters `weights`."""
+    config = experiment.config
+    [made] = text.continue_prompts(
+        weights,
+        [config.sample.prompt],
+        data.tokenizer,
+        config.sample,
+        model=config.model,
+        policy=experiment.policy,
+        layout=experiment.layout,
+        seed=config.run.seed,
+    )
+    return made
 
 
 def trace(experiment: Experiment, stream: batches.Stream) -> int:
@@ -274,48 +281,21 @@ def trace(experiment: Experiment, stream: batches.Stream) -> int:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
-    layout, specs = experiment.layout, experiment.model.specs
-    whole = jax.NamedSharding(layout.mesh, jax.P())
-    opt_state = states.abstract_opt_state(experiment.tx, specs, layout)
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        params=params.abstract(specs, layout, layout.params, experiment.policy.param),
-        opt_state=jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            opt_state,
-            experiment.shardings.opt_state,
-        ),
-        model_state=(),
-        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
+    return states.abstract_state(
+        experiment.model.specs,
+        experiment.tx,
+        experiment.shardings,
+        experiment.layout,
+        dtype=experiment.policy.param,
     )
 
 
 def abstract_batch(experiment: Experiment, token_dtype: Any) -> device.Batch:
     """Shapes, dtypes and shardings of a batch of the training stream."""
-    config = experiment.config.train
-    shape, place = (
-        (config.batch_size, config.length + 1),
-        batch_sharding(experiment.layout),
-    )
+    train, place = experiment.config.train, batch_sharding(experiment.layout)
+    shape = (train.batch_size, train.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, token_dtype, sharding=place)
     return device.Batch(tokens, tokens.update(dtype=packing.segment_dtype(shape[1])))
-
-
-def _numbering(function, rules, *, is_random: bool):
-    """`function` of Rows as a function of a batch from the stream; without dropout the
-    key is not passed, so no random number is made."""
-
-    def numbered(params, model_state, batch, key):
-        rows = objective.numbered(batch, rules)
-        return function(params, model_state, rows, key if is_random else None)
-
-    return numbered
-
-
-def _observe(batch: device.Batch, *, has_digest: bool) -> dict[str, jax.Array]:
-    """What the metrics tell of a batch."""
-    observed = {"padding_frac": jnp.mean((batch.segments_BT1 == 0).astype(jnp.float32))}
-    return observed | ({"digest": device.digest(batch)} if has_digest else {})
 
 
 def batch_sharding(layout: Layout) -> jax.NamedSharding:
@@ -351,64 +331,7 @@ def open_eval_sets(
     }
 
 
-def sample_text(experiment: Experiment, weights: Any, tokenizer: Any) -> str:
-    """The text of config.sample from parameters `weights`."""
-    config = experiment.config
-    prompt = tokenizer.encode(config.sample.prompt)
-    generate = decode.make_generate(
-        config.model,
-        policy=experiment.policy,
-        layout=experiment.layout,
-        max_new_tokens=config.sample.tokens,
-        capacity=max(len(prompt), 1) + config.sample.tokens,
-        stop_ids=(tokenizer.eod_id,),
-        temperature=config.sample.temperature,
-        top_k=config.sample.top_k,
-        top_p=config.sample.top_p,
-        vocab_size=tokenizer.vocab_size,
-    )
-    key = jax.random.key(config.run.seed)
-    [text] = decode.generate_text(
-        weights, [config.sample.prompt], tokenizer, generate=generate, key=key
-    )
-    return config.sample.prompt + text
-
-
-def _loop_schedule(experiment: Experiment) -> loop.Schedule:
-    train, mesh = experiment.config.train, experiment.layout.mesh
-    per_token = flops.train_flops_per_token(
-        experiment.config.model, experiment.model.specs, length=train.length
-    )
-    peak = flops.peak_flops(mesh.devices.flat[0])
-    return loop.Schedule(
-        steps=train.steps,
-        save_every=train.save_every,
-        eval_every=experiment.config.eval.every,
-        max_bad_steps=train.max_bad_steps,
-        flops_per_step=per_token * train.batch_size * train.length,
-        peak_flops=peak and peak * mesh.size,
-    )
-
-
-def _bytes_at_rest(experiment: Experiment) -> dict[str, int]:
-    """Bytes on one device; gradients as they are between backward pass and update."""
-    state, layout = abstract_state(experiment), experiment.layout
-    grads = params.abstract(
-        experiment.model.specs, layout, layout.grads, experiment.policy.param
-    )
-    trees = {"params": state.params, "grads": grads, "opt": state.opt_state}
-    return {
-        f"memory/{name}_bytes": sharding.bytes_per_device(tree)
-        for name, tree in trees.items()
-    }
-
-
-def _headline(experiment: Experiment, *, start: int, run_dir: pathlib.Path) -> str:
-    config, mesh = experiment.config, experiment.layout.mesh
-    used = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    return (
-        f"{config.name}: {params.count(experiment.model.specs):,} parameters, "
-        f"{config.precision}, {mesh.size} x {mesh.devices.flat[0].device_kind} "
-        f"({' x '.join(used) or 'one device'}); "
-        f"{'goes on after' if start else 'from'} step {start} in {run_dir}"
-    )
+def _observe(batch: device.Batch, *, has_digest: bool) -> dict[str, jax.Array]:
+    """What the metrics tell of a batch."""
+    observed = {"padding_frac": jnp.mean((batch.segments_BT1 == 0).astype(jnp.float32))}
+    return observed | ({"digest": device.digest(batch)} if has_digest else {})

@@ -227,8 +227,8 @@ def _check_prompts(prompts_BP, lengths_B, max_prompt: int, vocab_size: int) -> N
     B, P = prompts_BP.shape
     if B == 0 or lengths_B.shape != (B,) or lengths_B.min() < 1:
         raise ValueError(
-            f"prompts of shape {prompts_BP.shape} need a row and {B} lengths of at least "
-            f"1, and have lengths {lengths_B}; start an empty prompt with EOD"
+            f"prompts of shape {prompts_BP.shape} need a row, and each row a length of "
+            f"at least 1; got lengths {lengths_B}; start an empty prompt with EOD"
         )
     if lengths_B.max() > min(P, max_prompt):
         raise ValueError(

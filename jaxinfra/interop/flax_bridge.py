@@ -2,8 +2,8 @@
 
 The module runs inside `jax.sharding.auto_axes`, where the compiler places it by where
 parameters and batch are; flax layers raise on arrays whose type carries a sharding.
-`shardings_for` places parameters that have no specs. Limits: not pipelined, and a module
-computes in its own dtypes, not a `Policy`'s.
+`shardings_for` places parameters that have no specs. Limits: not pipelined, and a
+module computes in its own dtypes, not a `Policy`'s.
 """
 
 import zlib

@@ -67,10 +67,11 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
             return out, cache
         fused = splash.attend if name == "splash" else cudnn.attend
         # A fused kernel sees one device's rows and heads.
-        heads = functools.partial(sharding.spec, rules, "batch", "length", "heads")
+        tokens = functools.partial(sharding.spec, rules, "batch", "length")
+        heads = functools.partial(tokens, "heads")
         mapped = jax.shard_map(
             functools.partial(fused, window=window, softcap=softcap),
-            in_specs=(heads(None, None), heads(None), heads(None), heads()[:2]),
+            in_specs=(heads(None, None), heads(None), heads(None), tokens()),
             out_specs=heads(None, None),
             check_vma=False,
         )
@@ -92,8 +93,8 @@ def xla(
 ) -> jax.Array:
     """Causal attention in blocks of queries, each against the keys it may see.
 
-    Scores exist for one block at a time, forward and backward (blocks are rematerialised
-    where there are several), so memory is linear in T. Softmax in float32.
+    Scores exist for one block at a time, forward and backward (several blocks are
+    rematerialised), so memory is linear in T. Softmax in float32.
     Limits: at most 32 blocks, so beyond 16k tokens a block grows with T.
     Source: arXiv:1706.03762 eq. 1; arXiv:2112.05682 for the blocks.
     """

@@ -95,7 +95,7 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
 
     def _einsum(equation, a, b, out_sharding, dtype):
         # The unit accumulates in policy.accumulate; the result is rounded once.
-        result = jnp.einsum(
+        return jnp.einsum(
             equation,
             a,
             b,
@@ -103,7 +103,6 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
             preferred_element_type=dtype or policy.compute,
             out_sharding=out_sharding,
         )
-        return result
 
     contract.defvjp(forward, backward)
     return lambda equation, x, w, *, out: contract(equation, x, w, out)

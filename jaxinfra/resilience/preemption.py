@@ -25,6 +25,15 @@ class StopRequest:
     requested_secs: float | None = None
 
 
+def why_stop(request: StopRequest, *, since_secs: float, max_secs: float) -> str | None:
+    """What asks this process to stop: a signal's name, or train.max_secs (0: no limit)
+    counted from the monotonic time `since_secs`; None if nothing does."""
+    if request.requested:
+        return request.requested
+    is_over = time.monotonic() - since_secs > max_secs > 0
+    return "train.max_secs" if is_over else None
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Turns SIGTERM and SIGINT into a `StopRequest` within the block.

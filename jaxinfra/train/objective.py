@@ -68,6 +68,20 @@ def numbered(batch: Any, rules: Rules) -> Rows:
     return Rows(tokens_BT1, segments_BT1, rows_B)
 
 
+def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:
+    """A LossFn or GradFn of `Rows` as one of a batch from the stream.
+
+    The ids are given before microbatches are cut, so that a row's dropout is its own.
+    Not `is_random`: the key is not passed on, and no random number is made.
+    """
+
+    def on_batch(params, model_state, batch, key):
+        rows = numbered(batch, rules)
+        return function(params, model_state, rows, key if is_random else None)
+
+    return on_batch
+
+
 def make_targets(
     tokens_BT1: jax.Array, segments_BT1: jax.Array, rules: Rules
 ) -> Targets:

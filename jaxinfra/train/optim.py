@@ -93,11 +93,11 @@ def scale_at_step(
 
 
 def on_host(
-    schedule: optax.Schedule, *, peak: float, steps: int
+    schedule: optax.Schedule, cfg: OptimizerConfig, steps: int
 ) -> Callable[[int], float]:
     """Step -> learning rate as a host number, for the metrics: one table, made once."""
     table = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps + 1)))
-    return lambda step: float(peak * table[step])
+    return lambda step: float(cfg.learning_rate * table[step])
 
 
 def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxinfra import params as params_lib
@@ -77,6 +78,51 @@ def init_opt_state(
     """The optimizer's first state, made sharded."""
     init = jax.sharding.auto_axes(tx.init, out_sharding=shardings.opt_state)
     return jax.jit(init)(params)
+
+
+def init_state(
+    specs: Tree,
+    tx: optax.GradientTransformation,
+    shardings: Shardings,
+    layout: Layout,
+    *,
+    dtype: jnp.dtype,
+    seed: int,
+) -> TrainState:
+    """The first state: random parameters by `seed`, the same numbers on every mesh."""
+    key = jax.random.key(seed)
+    params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
+    whole = jax.NamedSharding(layout.mesh, jax.P())
+    return TrainState(
+        step=jax.device_put(np.int32(0), whole),
+        params=params,
+        opt_state=init_opt_state(tx, params, shardings),
+        model_state=(),
+        key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
+    )
+
+
+def abstract_state(
+    specs: Tree,
+    tx: optax.GradientTransformation,
+    shardings: Shardings,
+    layout: Layout,
+    *,
+    dtype: jnp.dtype,
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+    whole = jax.NamedSharding(layout.mesh, jax.P())
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params=params_lib.abstract(specs, layout, layout.params, dtype),
+        opt_state=jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            abstract_opt_state(tx, specs, layout),
+            shardings.opt_state,
+        ),
+        model_state=(),
+        key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
+    )
 
 
 def logical_shapes(

@@ -1,7 +1,8 @@
 """A cache holds each row's own tokens and gives the attention that they would have."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,10 +30,17 @@ def layout(**sizes: int) -> sharding.Layout:
     return sharding.make_layout(make_mesh(sizes, devices=jax.devices()[:count]))
 
 
-def queries_keys_values() -> list[jax.Array]:
+def queries_keys_values(where: sharding.Layout) -> list[jax.Array]:
     random = np.random.default_rng(0)
+    heads = sharding.spec(where.params, "batch", None, "heads")
     shapes = (B, T, 2, 3, 8), (B, T, 2, 8), (B, T, 2, 8)
-    return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+    arrays = [random.normal(size=shape).astype(np.float32) for shape in shapes]
+    return [jax.device_put(x, jax.NamedSharding(where.mesh, heads)) for x in arrays]
+
+
+def places(where: sharding.Layout) -> jax.Array:
+    rows = sharding.sharding(where, where.params, (B, T), ("batch", None))
+    return jax.device_put(np.tile(np.arange(T, dtype=np.int32), (B, 1)), rows)
 
 
 def empty(where: sharding.Layout, batch: int = B):
@@ -59,40 +67,38 @@ def test_a_cache_is_split_by_rows_and_key_heads():
 
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_prompt_and_what_follows_attend_as_one_text(window):
-    one, settings = layout(data=1), {"window": window, "softcap": 3.0}
-    prefill_attend = cache.make_prefill_attend(
-        attention.make_attend(one.params, kernel="xla"), one.params
-    )
-    cached_attend = cache.make_cached_attend(one.params)
-    arrays = queries_keys_values()
-    positions_BT = jnp.zeros((B, T), jnp.int32) + jnp.arange(T)
+    where, settings = layout(fsdp=2, tensor=2), {"window": window, "softcap": 3.0}
+    rules = dataclasses.replace(where.params, length=())
+    xla = attention.make_attend(rules, kernel="xla")
+    arrays, positions_BT = queries_keys_values(where), places(where)
 
-    def part(attend, places, layer_cache):
-        q, k, v = (x[:, places] for x in arrays)
-        context = Context(positions_BT[:, places])
-        return attend(q, k, v, context, layer_cache, **settings)
+    def part(attend, taken, layer_cache):
+        q, k, v = (x[:, taken] for x in arrays)
+        return attend(q, k, v, Context(positions_BT[:, taken]), layer_cache, **settings)
 
-    with jax.set_mesh(one.mesh):
-        prompt, layer_cache = part(prefill_attend, slice(3), empty(one)["prefix"][0])
-        rest, _ = part(cached_attend, slice(3, T), layer_cache)
+    with jax.set_mesh(where.mesh):
+        prompt, layer_cache = part(
+            cache.make_prefill_attend(xla, rules), slice(3), empty(where)["prefix"][0]
+        )
+        rest, _ = part(cache.make_cached_attend(rules), slice(3, T), layer_cache)
         whole = attention.xla(*arrays, **settings)
-    both = jnp.concatenate([prompt, rest], axis=1)
+    both = np.concatenate([prompt, rest], axis=1)
     np.testing.assert_allclose(both, whole, atol=FLOAT32_ROUNDING)
 
 
 def test_padding_is_never_written():
-    one = layout(data=1)
-    cached_attend = cache.make_cached_attend(one.params)
-    lengths_B1 = jnp.array([[2], [4]])
-    positions_BT = jnp.zeros((B, T), jnp.int32) + jnp.arange(T)
-    context = Context(positions_BT, (positions_BT < lengths_B1).astype(jnp.int32))
-    q, k, v = queries_keys_values()
-    with jax.set_mesh(one.mesh):
-        layer_cache = empty(one)["prefix"][0]
-        _, (k_BSKH, v_BSKH) = cached_attend(
-            q, k, v, context, layer_cache, window=0, softcap=0.0
+    where, lengths_B = layout(fsdp=2, tensor=2), np.array([2, 4])
+    rules = dataclasses.replace(where.params, length=())
+    positions_BT = places(where)
+    context = Context(positions_BT, (positions_BT < lengths_B[:, None]).astype(int))
+    q, k, v = queries_keys_values(where)
+    with jax.set_mesh(where.mesh):
+        _, written = cache.make_cached_attend(rules)(
+            q, k, v, context, empty(where)["prefix"][0], window=0, softcap=0.0
         )
-    for b, length in enumerate([2, 4]):
-        np.testing.assert_array_equal(v_BSKH[b, :length], v[b, :length])
-        np.testing.assert_array_equal(k_BSKH[b, :length], k[b, :length])
-        assert not k_BSKH[b, length:].any()
+    for new_BTKH, cache_BSKH in zip((k, v), map(np.asarray, written), strict=True):
+        for b, length in enumerate(lengths_B):
+            np.testing.assert_array_equal(
+                cache_BSKH[b, :length], np.asarray(new_BTKH)[b, :length]
+            )
+            assert not cache_BSKH[b, length:].any()

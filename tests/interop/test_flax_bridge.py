@@ -1,5 +1,7 @@
 """Linen and nnx modules on our step, against flax's own gradients and one device."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from jaxinfra.train import step as step_lib
 # Sums over 4 devices in another order, grown by 8 steps of adam.
 REDUCTION_ORDER = 1e-5
 FLOAT32_ROUNDING = 1e-6
+# Optimising these programs takes longer than running them.
+QUICK = {"xla_backend_optimization_level": 0}
 B, D, F, C = 8, 6, 12, 4
 
 
@@ -94,7 +98,8 @@ def train(bridged, sizes, *, zero=3, micro=1, steps=8):
         params = jax.device_put(params, shardings.params)
         grad_fn = gradients.grad_of(bridged.loss_fn)
         grad_fn = gradients.accumulate(grad_fn, micro, shardings=shardings.grads)
-        step = jax.jit(step_lib.make_train_step(grad_fn, tx, shardings=shardings))
+        step = step_lib.make_train_step(grad_fn, tx, shardings=shardings)
+        step = jax.jit(step, compiler_options=QUICK)
         key = jax.random.key_data(jax.random.key(1))
         opt_state = state_lib.init_opt_state(tx, params, shardings)
         state = state_lib.TrainState(jnp.int32(0), params, opt_state, model_state, key)
@@ -103,6 +108,12 @@ def train(bridged, sizes, *, zero=3, micro=1, steps=8):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
         return losses, jax.tree.map(np.asarray, state.params), shardings
+
+
+@pytest.fixture
+def one_device():
+    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
@@ -178,31 +189,28 @@ def test_dropout_is_the_same_on_every_mesh_and_for_any_number_of_microbatches(ki
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-def test_dropout_masks_differ_by_row_by_key_and_are_off_without_a_key(kind):
+def test_dropout_masks_differ_by_row_by_key_and_are_off_without_a_key(kind, one_device):
     bridged = make_bridged(kind, rate=0.5)
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        batch = jax.tree.map(jnp.asarray, make_batch())
-        alike = {name: jnp.stack([x[0]] * B) for name, x in batch.items()}
-        alike |= {"row": batch["row"], "weight": jnp.ones(B)}
-        params, model_state = bridged.init(jax.random.key(0), batch)
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    alike = {name: jnp.stack([x[0]] * B) for name, x in batch.items()}
+    alike |= {"row": batch["row"], "weight": jnp.ones(B)}
+    params, model_state = bridged.init(jax.random.key(0), batch)
 
-        @jax.jit
-        def row_loss(row, key):
-            weight = (jnp.arange(B) == row).astype(jnp.float32)
-            return bridged.loss_fn(
-                params, model_state, alike | {"weight": weight}, key
-            )[0]
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def row_loss(row, key):
+        weight = (jnp.arange(B) == row).astype(jnp.float32)
+        return bridged.loss_fn(params, model_state, alike | {"weight": weight}, key)[0]
 
-        by_row = [row_loss(row, jax.random.key(0)) for row in range(B)]
-        again = row_loss(0, jax.random.key(0))
-        other_key = row_loss(0, jax.random.key(1))
-        off = {float(row_loss(row, None)) for row in range(2)}
+    by_row = [row_loss(row, jax.random.key(0)) for row in range(B)]
+    again = row_loss(0, jax.random.key(0))
+    other_key = row_loss(0, jax.random.key(1))
+    off = {float(row_loss(row, None)) for row in range(2)}
     assert len({float(x) for x in by_row}) > B // 2
     assert by_row[0] == again != other_key
     assert len(off) == 1
 
 
-def test_two_nnx_dropout_layers_draw_different_masks():
+def test_two_nnx_dropout_layers_draw_different_masks(one_device):
     class Twice(nnx.Module):
         def __init__(self, rngs):
             self.first = nnx.Dropout(0.5, rngs=rngs)
@@ -213,26 +221,24 @@ def test_two_nnx_dropout_layers_draw_different_masks():
         differ = jnp.sum(model.first(ones) != model.second(ones), axis=1)
         return differ.astype(jnp.float32), jnp.ones(1)
 
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        bridged = flax_bridge.from_nnx(Twice, loss, rows=row_ids)
-        key = jax.random.key(0)
-        total, _ = bridged.loss_fn({}, {}, {"row": jnp.arange(1)}, key)
+    bridged = flax_bridge.from_nnx(Twice, loss, rows=row_ids)
+    key = jax.random.key(0)
+    total, _ = bridged.loss_fn({}, {}, {"row": jnp.arange(1)}, key)
     assert 10 < total < 54
 
 
-def test_dropout_without_row_ids_is_an_error():
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        for bridged in (
-            flax_bridge.from_linen(LinenMlp(0.5), linen_loss),
-            flax_bridge.from_nnx(lambda rngs: NnxMlp(rngs, 0.5), nnx_loss),
-        ):
-            batch = jax.tree.map(jnp.asarray, make_batch())
-            params, model_state = bridged.init(jax.random.key(0), batch)
-            with pytest.raises(ValueError, match="pass rows="):
-                bridged.loss_fn(params, model_state, batch, jax.random.key(0))
+def test_dropout_without_row_ids_is_an_error(one_device):
+    for bridged in (
+        flax_bridge.from_linen(LinenMlp(0.5), linen_loss),
+        flax_bridge.from_nnx(lambda rngs: NnxMlp(rngs, 0.5), nnx_loss),
+    ):
+        batch = jax.tree.map(jnp.asarray, make_batch())
+        params, model_state = bridged.init(jax.random.key(0), batch)
+        with pytest.raises(ValueError, match="pass rows="):
+            bridged.loss_fn(params, model_state, batch, jax.random.key(0))
 
 
-def test_batch_statistics_are_refused_with_the_rule_and_the_fix():
+def test_batch_statistics_are_refused_with_the_rule_and_the_fix(one_device):
     class LinenBatchNorm(nn.Module):
         @nn.compact
         def __call__(self, x, deterministic):
@@ -240,14 +246,13 @@ def test_batch_statistics_are_refused_with_the_rule_and_the_fix():
 
     fix = "merge in any order; use LayerNorm"
     bridged = flax_bridge.from_linen(LinenBatchNorm(), linen_loss)
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        with pytest.raises(ValueError, match=f"'batch_stats'.*{fix}"):
-            bridged.init(jax.random.key(0), jax.tree.map(jnp.asarray, make_batch()))
+    with pytest.raises(ValueError, match=f"'batch_stats'.*{fix}"):
+        bridged.init(jax.random.key(0), jax.tree.map(jnp.asarray, make_batch()))
     with pytest.raises(ValueError, match=f"nnx.BatchStat.*{fix}"):
         flax_bridge.from_nnx(lambda rngs: nnx.BatchNorm(D, rngs=rngs), nnx_loss)
 
 
-def test_an_nnx_module_that_changes_a_variable_is_refused_by_its_path():
+def test_an_nnx_module_that_changes_a_variable_is_refused_by_its_path(one_device):
     class Counter(nnx.Module):
         def __init__(self, rngs):
             self.calls = nnx.Variable(jnp.zeros(()))
@@ -257,24 +262,23 @@ def test_an_nnx_module_that_changes_a_variable_is_refused_by_its_path():
         return jnp.zeros(B), jnp.ones(B)
 
     bridged = flax_bridge.from_nnx(Counter, loss)
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        params, model_state = bridged.init(jax.random.key(0), {})
-        with pytest.raises(ValueError, match="variable calls"):
-            bridged.loss_fn(params, model_state, {}, None)
+    params, model_state = bridged.init(jax.random.key(0), {})
+    with pytest.raises(ValueError, match="variable calls"):
+        bridged.loss_fn(params, model_state, {}, None)
 
 
-def test_losses_and_weights_of_two_shapes_are_refused():
+def test_losses_and_weights_of_two_shapes_are_refused(one_device):
     def loss(model, batch, is_training):
         return jnp.zeros(B), jnp.ones(())
 
     bridged = flax_bridge.from_linen(LinenMlp(), loss)
-    with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
-        with pytest.raises(ValueError, match=r"shape \(8,\) and weights of shape \(\)"):
-            bridged.loss_fn({}, {}, {}, None)
+    with pytest.raises(ValueError, match=r"shape \(8,\) and weights of shape \(\)"):
+        bridged.loss_fn({}, {}, {}, None)
 
 
 @pytest.mark.parametrize(
-    "zero, expected", [(0, (None, None, None)), (1, (None, None, 1)), (3, (1, 1, 1))]
+    ("zero", "expected"),
+    [(0, (None, None, None)), (1, (None, None, 1)), (3, (1, 1, 1))],
 )
 def test_zero_levels_place_arrays_without_specs(zero, expected):
     mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 4})

@@ -1,5 +1,6 @@
 """Attention against a naive float64 reference, forward and gradient."""
 
+import functools
 import itertools
 import logging
 
@@ -33,7 +34,8 @@ def compare(function, inputs, *, with_segments, window, softcap, atol):
     q, k, v, g, segments_BT = inputs
     segments_BT = segments_BT if with_segments else None
 
-    @jax.jit
+    # Optimising these programs takes longer than running them.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(q, k, v, g, segments_BT):
         out, pull = jax.vjp(lambda q, k, v: function(q, k, v, segments_BT), q, k, v)
         return out, *pull(g)
@@ -63,7 +65,7 @@ def test_xla_in_blocks_is_naive_attention(combination, one_device):
     )
 
 
-@pytest.mark.parametrize("block", [1, 13, 512])
+@pytest.mark.parametrize("block", [6, 13, 512])
 def test_the_size_of_a_block_does_not_change_the_result(block, one_device):
     inputs = naive_attention.random_inputs(B=B, T=T, K=K, G=3, H=H)
     settings = {"window": WINDOW, "softcap": SOFTCAP}
@@ -143,7 +145,7 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
 
 
 def test_bfloat16_scores_and_softmax_are_float32(one_device):
-    q, k, v, g, _ = naive_attention.random_inputs(B=1, T=64, K=1, G=1, H=16)
+    q, k, v, _, _ = naive_attention.random_inputs(B=1, T=64, K=1, G=1, H=16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     got = attention.xla(q, k, v)
     exact = attention.xla(*(x.astype(jnp.float32) for x in (q, k, v)))
@@ -175,7 +177,7 @@ def test_a_fallback_says_once_which_feature_is_not_covered(one_device, caplog):
 
 
 @pytest.mark.parametrize(
-    "kernel, shape, dtype, reason",
+    ("kernel", "shape", "dtype", "reason"),
     [
         ("splash", (1, 100, 1, 1, 64), "bfloat16", "length of 100"),
         ("splash", (1, 256, 1, 1, 64), "bfloat16", ""),

@@ -66,7 +66,7 @@ def test_under_bfloat16_rows_are_rounded_once_and_gradients_sum_in_float32(
         policy=precision.policy("bfloat16"),
         zero=3,
     )
-    assert x_BTD.dtype == jnp.bfloat16 and dtable_VD.dtype == jnp.float32
+    assert (x_BTD.dtype, dtable_VD.dtype) == (jnp.bfloat16, jnp.float32)
     rounded = cotangent_BTD.astype(jnp.bfloat16).astype(np.float32)
     np.testing.assert_allclose(
         np.asarray(dtable_VD)[0], rounded.sum((0, 1)), atol=10 * FLOAT32_ROUNDING

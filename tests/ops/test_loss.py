@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxinfra import precision, sharding
-from jaxinfra.ops import loss
+from jaxinfra.ops import embedding, loss
 
 FLOAT32_ROUNDING = 1e-5  # sums of 20 losses of size 3, chunk by chunk
 B, T, D, V, PADDED = 4, 5, 6, 23, 24
@@ -108,10 +108,10 @@ def test_a_tied_table_gets_both_gradients(four_devices):
     @jax.jit
     def run(head):
         def total(head):
-            h = head.at[targets].get(out_sharding=sharding.spec(cfg.rules, "batch"))
+            h = embedding.embed(head, targets, policy=cfg.policy, rules=cfg.rules)
             return loss.cross_entropy(h, head, targets, weights, cfg).nll
 
-        return jax.grad(total)(jax.reshard(head, jax.P()))
+        return jax.grad(total)(head)
 
     expected = jax.grad(
         lambda head: expected_sums(head[targets_BT], head, softcap=0.0)[0]
@@ -129,7 +129,7 @@ def test_under_bfloat16_the_head_gradient_is_float32(four_devices):
         )
     )
     dh, dhead = run(h, head)
-    assert dh.dtype == jnp.bfloat16 and dhead.dtype == jnp.float32
+    assert (dh.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
     expected = jax.grad(lambda x: expected_sums(h_BTD, x, softcap=0.0)[0])(head_VD)
     # 8-bit h, head and probabilities in sums of 20 terms of size 1.
     np.testing.assert_allclose(dhead, expected, atol=5e-2)
@@ -140,12 +140,20 @@ def test_the_program_never_holds_the_logits_of_the_whole_batch(one_device):
     policy, rules = precision.policy("float32"), sharding.Rules()
 
     def compiled(total):
-        arrays = (
-            jnp.ones((B, T, D)),
-            jnp.ones((V, D)),
-            jnp.zeros((B, T), jnp.int32),
-            jnp.ones((B, T)),
-        )
+        shapes = {
+            "h": ((B, T, D), ("batch", "length", "width")),
+            "head": ((V, D), ("vocab", "embed")),
+            "targets": ((B, T), ("batch", "length")),
+            "weights": ((B, T), ("batch", "length")),
+        }
+        arrays = [
+            jax.ShapeDtypeStruct(
+                shape,
+                jnp.int32 if name == "targets" else jnp.float32,
+                sharding=jax.NamedSharding(one_device, sharding.spec(rules, *names)),
+            )
+            for name, (shape, names) in shapes.items()
+        ]
         return jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arrays).compile()
 
     def chunked(h, head, targets, weights):
@@ -153,7 +161,9 @@ def test_the_program_never_holds_the_logits_of_the_whole_batch(one_device):
         return loss.cross_entropy(h, head, targets, weights, cfg).nll
 
     def naive(h, head, targets, weights):
-        ce = optax.softmax_cross_entropy_with_integer_labels(h @ head.T, targets)
+        logits = jnp.einsum("BTD,VD->BTV", h, head, out_sharding=jax.P())
+        one_hot = targets[..., None] == jnp.arange(V)
+        ce = optax.softmax_cross_entropy(logits, one_hot)
         return jnp.sum(ce * weights)
 
     whole_bytes = 4 * B * T * V
@@ -166,7 +176,7 @@ def test_the_program_never_holds_the_logits_of_the_whole_batch(one_device):
 
 
 @pytest.mark.parametrize(
-    "tokens, vocab, chunk, expected",
+    ("tokens", "vocab", "chunk", "expected"),
     [
         (20, 8, 3, (7, 3)),
         (20, 8, 0, (1, 20)),

@@ -26,14 +26,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_splash_is_naive_attention(name, one_device):
+def test_splash_is_naive_attention(name):
+    # No mesh: jax's interpreter mixes sharding types, which the kernel never does.
     case = {"with_segments": False, "window": 0, "softcap": 0.0} | CASES[name]
     T, K, G = case["T"], case["K"], case["G"]
     *arrays, segments_BT = naive_attention.random_inputs(B=2, T=T, K=K, G=G, H=8)
     segments_BT = segments_BT if case["with_segments"] else None
     settings = {"window": case["window"], "softcap": case["softcap"]}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(q, k, v, g, segments_BT):
         attend = functools.partial(splash.attend, **settings, interpret=True)
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
@@ -46,7 +47,7 @@ def test_splash_is_naive_attention(name, one_device):
 
 
 @pytest.mark.parametrize(
-    "length, block", [(128, 128), (384, 128), (768, 256), (1024, 512)]
+    ("length", "block"), [(128, 128), (384, 128), (768, 256), (1024, 512)]
 )
 def test_blocks_are_the_largest_that_divide_the_length(length, block):
     assert splash._block_sizes(length).block_q == block

@@ -14,7 +14,8 @@ def attend(
     softcap: float,
 ) -> jax.Array:
     """Causal attention of one device's rows and heads. Limits: no segments, no cap."""
-    assert segments_BT is None and softcap == 0.0
+    assert segments_BT is None
+    assert softcap == 0.0
     B, T, K, G, H = q_BTKGH.shape
     out_BTNH = jax.nn.dot_product_attention(
         q_BTKGH.reshape(B, T, K * G, H),

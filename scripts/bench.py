@@ -1,0 +1,297 @@
+"""Measures jaxinfra, always as a ratio against something run beside it.
+
+    python scripts/bench.py step [--peers]     a training step against hand-written JAX,
+                                               and against compiled PyTorch with --peers
+    python scripts/bench.py start              command to first step, cold and warm
+    python scripts/bench.py loop               host time a step that the loop costs
+    python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
+
+Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares this
+environment: `--peers` makes one for it in the cache folder. Machines are noisy: quote the
+ratios, which come from runs in turn.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+PEERS = ROOT / "scripts" / "peers"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = {"step": step, "start": start, "loop": loop, "shakespeare": shakespeare}
+    parser.add_argument("verb", choices=verbs)
+    parser.add_argument("--peers", action="store_true", help="measure peers too")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
+    args = parser.parse_args(argv)
+    result = verbs[args.verb](args)
+    result["machine"] = _machine()
+    print(json.dumps(result, indent=1))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{args.verb}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def step(args) -> dict:
+    """Seconds a step of a 5.2 M model, 8 x 256 tokens, float32: ours and naive in turn."""
+    import jax
+    import numpy as np
+
+    sys.path.insert(0, str(PEERS))
+    import naive_jax as naive
+
+    tokens = np.random.default_rng(0).integers(
+        0, naive.VOCAB, (naive.ROWS, naive.LENGTH + 1)
+    )
+    naive_step, naive_state = naive.make_step()
+    our_step, our_state, batch = _our_step(naive, tokens)
+    tokens = tokens.astype(np.int32)
+    secs = {"naive": [], "ours": []}
+    for _ in range(args.repeats + 1):
+        begin = time.perf_counter()
+        naive_state, value = naive_step(naive_state, tokens)
+        jax.block_until_ready((naive_state, value))
+        middle = time.perf_counter()
+        our_state, metrics = our_step(our_state, batch)
+        jax.block_until_ready((our_state, metrics))
+        secs["naive"].append(middle - begin)
+        secs["ours"].append(time.perf_counter() - middle)
+    secs = {name: values[1:] for name, values in secs.items()}  # the first compiles
+    ratios = [o / n for o, n in zip(secs["ours"], secs["naive"], strict=True)]
+    result = {f"{name}_secs": statistics.median(v) for name, v in secs.items()}
+    result["ours_over_naive"] = statistics.median(ratios)
+    result["ours_over_naive_range"] = [min(ratios), max(ratios)]
+    if args.peers:
+        python = _peer_environment("torch", ["torch==2.13.0", "numpy"])
+        command = [python, str(PEERS / "torch_step.py"), str(args.repeats)]
+        peer = json.loads(_run(command))
+        result["torch_compiled_secs"] = peer["median"]
+        result["naive_over_torch"] = result["naive_secs"] / peer["median"]
+    return result
+
+
+def start(args) -> dict:
+    """Seconds from the command to the first step of `tiny`: an empty compile cache,
+    then the same again."""
+    secs: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in secs:
+                secs[kind].append(_to_first_step(folder, kind))
+    return {f"{kind}_secs": statistics.median(values) for kind, values in secs.items()}
+
+
+def loop(args) -> dict:
+    """Host milliseconds a step that the loop adds to a step that does nothing."""
+    import numpy as np
+
+    from jaxinfra.train import loop as loops
+    from jaxinfra.train.journal import Journal
+
+    steps = 2000
+    with tempfile.TemporaryDirectory() as folder:
+        # The bare loop: the same step, its metrics read one step late and nothing else.
+        null_step, state, batch = _null_step()
+        begin, late = time.perf_counter(), None
+        for _ in range(steps):
+            state, metrics = null_step(state, batch)
+            if late:
+                {name: x.item() for name, x in late.items()}
+            late = metrics
+        bare_secs = time.perf_counter() - begin
+
+        null_step, state, batch = _null_step()
+        run_dir = pathlib.Path(folder)
+        with Journal(run_dir, is_first=True) as journal:
+            from jaxinfra import options
+
+            config = options.parse(
+                ["--train.steps", str(steps)], options.load_config("tiny")
+            )
+            journal.start(config, start=0, facts={})
+            fetched = _Fetched(batch, 0.0)
+            begin = time.perf_counter()
+            loops.run(
+                null_step,
+                state,
+                iter([fetched] * steps),
+                start=0,
+                schedule=loops.Schedule(
+                    steps=steps,
+                    save_every=steps,
+                    eval_every=steps,
+                    max_bad_steps=10,
+                    flops_per_step=1.0,
+                    peak_flops=1.0,
+                ),
+                hooks=loops.Hooks(
+                    evaluate=lambda state: {},
+                    ballot=lambda wants: wants,
+                    stop_wanted=lambda: None,
+                    profile=lambda step: None,
+                ),
+                saver=_NoSaver(),
+                journal=journal,
+                lr=lambda step: 0.0,
+            )
+            secs = time.perf_counter() - begin
+    del np
+    return {
+        "loop_ms": 1e3 * secs / steps,
+        "bare_ms": 1e3 * bare_secs / steps,
+        "overhead_ms": 1e3 * (secs - bare_secs) / steps,
+    }
+
+
+def shakespeare(args) -> dict:
+    """Held-out nats a character and minutes of configs/shakespeare_char.py."""
+    runs = []
+    for seed in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+            command += ["--config", "shakespeare_char", "--run.seed", str(seed)]
+            _run([*command, "--run.dir", folder, "--sample.tokens", "0"])
+            secs = time.perf_counter() - begin
+            last = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()[-1]
+            loss = json.loads(last)["eval/loss"]
+            runs.append({"seed": seed, "nats": loss, "secs": secs})
+            print(runs[-1], file=sys.stderr)
+    return {
+        "runs": runs,
+        "median_nats": statistics.median(run["nats"] for run in runs),
+        "median_secs": statistics.median(run["secs"] for run in runs),
+    }
+
+
+def _our_step(naive, tokens):
+    """Our training step for the naive model's shapes: (step, state, batch)."""
+    import jax
+    import numpy as np
+
+    from jaxinfra import config as c
+    from jaxinfra import experiment
+    from jaxinfra.data import device
+
+    config = c.Config(
+        name="bench",
+        model=c.ModelConfig(
+            vocab_size=naive.VOCAB,
+            width=naive.WIDTH,
+            ffn_width=naive.FFN,
+            num_heads=naive.HEADS,
+            num_kv_heads=naive.HEADS,
+            repeats=naive.LAYERS,
+        ),
+        train=c.TrainConfig(
+            batch_size=naive.ROWS, length=naive.LENGTH, unroll=True, steps=1000
+        ),
+    )
+    ours = experiment.build(config, jax.devices()[:1])
+    jax.set_mesh(ours.layout.mesh)
+    place = experiment.batch_sharding(ours.layout)
+    batch = device.Batch(
+        jax.device_put(tokens.astype(np.uint16), place),
+        jax.device_put(np.ones(tokens.shape, np.uint16), place),
+    )
+    return ours.train_step, ours.init(), batch
+
+
+class _Fetched:
+    def __init__(self, batch, wait_secs):
+        self.batch, self.wait_secs = batch, wait_secs
+
+
+class _NoSaver:
+    def save(self, step, state): ...
+
+    def poll(self):
+        return []
+
+    def close(self):
+        return []
+
+
+def _null_step():
+    """A jitted step with the metrics of a real one and no work."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def null(state, batch):
+        value = (state + batch).astype(jnp.float32)
+        names = ("loss", "grad_norm", "param_norm", "tokens", "log_z_squared")
+        metrics = dict.fromkeys(names, value) | {"padding_frac": value * 0}
+        return state + 1, metrics | {"is_finite": value >= 0}
+
+    state, batch = jnp.int32(0), jnp.int32(1)
+    null(state, batch)
+    return null, state, batch
+
+
+def _to_first_step(cache: str, kind: str) -> float:
+    """Seconds until metrics.jsonl has its first line."""
+    run_dir = pathlib.Path(cache, f"run_{kind}")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command += ["--run.dir", str(run_dir), "--data.cache_dir", f"{cache}/cache"]
+    command += ["--train.steps", "3", "--sample.tokens", "0", "--eval.batches", "1"]
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        path = run_dir / "metrics.jsonl"
+        while not (path.exists() and path.stat().st_size):
+            if process.poll() not in (None, 0):
+                raise RuntimeError(f"{command} ended with {process.returncode}")
+            time.sleep(0.01)
+        return time.perf_counter() - begin
+
+
+def _peer_environment(name: str, packages: list[str]) -> str:
+    """The Python of an environment with `packages`, made once in the cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(home, "jaxinfra", "peers", name)
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", *packages], check=True)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _machine() -> dict:
+    from importlib import metadata
+
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    model = ""
+    if pathlib.Path("/proc/cpuinfo").exists():
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line for line in lines if line.startswith("model name")]
+        model = models[0].partition(": ")[2] if models else ""
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        **versions,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Runs of the tiny config on any mesh in this process, on rows of unequal weight."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from jaxinfra import experiment, options
+from jaxinfra.config import Config, MeshConfig
+from jaxinfra.data import batches, device, shards, writer
+from jaxinfra.data.tokenizer import ByteTokenizer
+
+# Name -> (sizes of the mesh, zero).
+MESHES = {
+    "one device": ({}, 3),
+    "data 8": ({"data": 8}, 3),
+    "fsdp 8, zero 0": ({"fsdp": 8}, 0),
+    "fsdp 8, zero 1": ({"fsdp": 8}, 1),
+    "fsdp 8, zero 2": ({"fsdp": 8}, 2),
+    "fsdp 8, zero 3": ({"fsdp": 8}, 3),
+    "fsdp 4 x tensor 2": ({"fsdp": 4, "tensor": 2}, 3),
+    "data 2 x fsdp 2 x tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 3),
+}
+
+
+def write_documents(folder: pathlib.Path) -> shards.Dataset:
+    """Shakespeare in documents of 1 to 300 bytes, in shards that end in short rows: a
+    row's number of targets goes from a few to all."""
+    text = pathlib.Path(experiment.prepare.CORPORA["shakespeare"]).read_bytes()
+    rng = np.random.default_rng(7)
+    documents, at = [], 0
+    while at < 60_000:
+        size = int(rng.choice([1, 3, 12, 40, 300]))
+        ids = np.frombuffer(text[at : at + size], np.uint8).astype(np.uint16)
+        documents.append(np.append(ids, np.uint16(256)))
+        at += size
+    content = writer.SplitContent(documents=documents, text_bytes=at)
+    return writer.write_dataset(
+        folder,
+        tokenizer=ByteTokenizer(),
+        splits={"train": content},
+        shard_tokens=1_999,
+    )
+
+
+def tiny(
+    *,
+    mesh: str = "one device",
+    microbatches: int = 1,
+    optimizer: str = "adamw",
+    dropout: float = 0.0,
+    is_whole: bool = False,
+    precision: str = "float32",
+) -> Config:
+    """The tiny config, 20 steps of 32 rows; narrower and shorter unless `is_whole`."""
+    sizes, zero = MESHES[mesh]
+    config = options.load_config("tiny")
+    model = dataclasses.replace(config.model, dropout=dropout)
+    train = dataclasses.replace(
+        config.train,
+        steps=20,
+        batch_size=32,
+        microbatches=microbatches,
+        log_batch_digest=True,
+    )
+    if not is_whole:
+        model = dataclasses.replace(model, width=64, ffn_width=96, repeats=2)
+        train = dataclasses.replace(train, length=48)
+    rates = {"learning_rate": 3e-3} if optimizer == "adamw" else {"learning_rate": 0.02}
+    return dataclasses.replace(
+        config,
+        model=model,
+        train=train,
+        optimizer=dataclasses.replace(config.optimizer, name=optimizer, **rates),
+        mesh=MeshConfig(**{"data": 1, **sizes}),
+        zero=zero,
+        precision=precision,
+    )
+
+
+def build(config: Config, data: shards.Dataset) -> experiment.Experiment:
+    """`config` on as many devices as its mesh asks for."""
+    count = int(np.prod(list(dataclasses.asdict(config.mesh).values())))
+    resolved = experiment.resolve(config, data.tokenizer.vocab_size)
+    return experiment.build(resolved, jax.devices()[:count])
+
+
+def run(config: Config, data: shards.Dataset) -> dict[str, np.ndarray]:
+    """Every metric of every step, by name."""
+    built = build(config, data)
+    stream = batches.make_stream(
+        data.split("train"),
+        length=config.train.length,
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+    )
+    with jax.set_mesh(built.layout.mesh):
+        state, steps = built.init(), []
+        for k in range(config.train.steps):
+            batch = device.to_device(
+                stream.batch,
+                k,
+                batch_size=config.train.batch_size,
+                length=config.train.length,
+                sharding=experiment.batch_sharding(built.layout),
+            )
+            state, metrics = built.train_step(state, batch)
+            steps.append(metrics)
+        steps = jax.device_get(steps)
+    return {name: np.array([step[name] for step in steps]) for name in steps[0]}
