@@ -27,14 +27,20 @@ def get_config() -> Config:
             repeats=4,
             activation="relu_squared",
             qk_norm=True,
+            tied=False,
         ),
         data=DataConfig(tokenizer="char", split="tail", held_out=0.1),
-        train=TrainConfig(steps=2000, batch_size=12, length=64, save_every=500),
+        train=TrainConfig(
+            steps=2000, batch_size=12, length=64, save_every=1000, unroll=True
+        ),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.02,
             adam_learning_rate=4e-3,
-            warmup_steps=100,
+            schedule="wsd",
+            warmup_steps=20,
+            decay_fraction=1.0,
+            final_fraction=0.0,
         ),
         eval=EvalConfig(every=0),
     )

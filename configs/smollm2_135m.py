@@ -39,7 +39,7 @@ def get_config() -> Config:
             adam_learning_rate=3e-3,
             schedule="wsd",
             warmup_steps=2000,
-            decay_steps=3800,
+            decay_fraction=0.2,
             final_fraction=0.0,
         ),
         eval=EvalConfig(every=500, batches=20),

@@ -1,21 +1,42 @@
 """A byte-level transformer of 0.9 million parameters, to see everything work.
 
 Data: Shakespeare's works as shipped (1.1 MB), the last tenth held out.
-Cost: 300 steps of 2,048 bytes, 4 TFLOP: under 2 minutes on 2 CPU cores.
-Expected: held-out loss about 2.5 nats a byte; uniform guessing is 5.5.
+Cost: 900 steps of 1,024 bytes, 5 TFLOP: under 2 minutes on 2 CPU cores.
+Expected: held-out loss about 1.75 nats a byte; uniform guessing is 5.5.
 """
 
-from jaxinfra.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from jaxinfra.config import (
+    Config,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
         name="tiny",
         model=ModelConfig(
-            width=128, ffn_width=384, num_heads=4, num_kv_heads=4, repeats=4
+            width=128,
+            ffn_width=384,
+            num_heads=4,
+            num_kv_heads=4,
+            repeats=4,
+            qk_norm=True,
+            tied=False,
         ),
-        train=TrainConfig(steps=300, batch_size=16, length=128),
+        train=TrainConfig(steps=900, batch_size=8, length=128, save_every=300),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, adam_learning_rate=3e-3, warmup_steps=10
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=4e-3,
+            schedule="wsd",
+            warmup_steps=20,
+            decay_fraction=1.0,
+            final_fraction=0.0,
         ),
+        eval=EvalConfig(every=300),
+        sample=SampleConfig(prompt="HAMLET.\n", tokens=300, temperature=0.7),
     )

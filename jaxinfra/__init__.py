@@ -1,9 +1,9 @@
 """jaxinfra: JAX-native functional training of neural networks on TPU, GPU and CPU.
 
 The public names below load their module when first used (PEP 562), so `import jaxinfra`
-is free and loads no jax. README has them with an example; each package's docstring is the
-chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`, `resilience`,
-`generate`, `interop`.
+is free and loads no jax. README has them with an example; each package's docstring is
+the chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`,
+`resilience`, `generate`, `interop`.
 """
 
 import importlib

@@ -22,3 +22,7 @@ def main() -> None:
         sys.exit(0 if verb in ("-h", "--help") else 2)
     sys.argv = [str(scripts[verb]), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -165,8 +165,8 @@ class OptimizerConfig:
 
     muon updates matrices by `learning_rate` and all else by adamw with
     `adam_learning_rate`. Weight decay falls on matrices alone, by kind. decay_fraction:
-    the part of all steps over which 'wsd' falls; final_fraction: of the peak, at the end.
-    clip_norm 0 means no clipping.
+    the part of all steps over which 'wsd' falls; final_fraction: of the peak, at the
+    end. clip_norm 0 means no clipping.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -279,8 +279,8 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment. zero: what the fsdp axis shards: 0 nothing, 1 optimizer state,
-    2 and gradients, 3 and parameters; -1 means 3, or 1 with a pipeline. check: trace the
+    """One experiment. zero: what the fsdp axis shards: 0 nothing, 1 optimizer state, 2
+    and gradients, 3 and parameters; -1 means 3, or 1 with a pipeline. check: trace the
     whole step, print the parameter table and stop."""
 
     name: str
@@ -304,7 +304,8 @@ class Config:
 
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
-    "check", "run.dir", "run.accept_changes", "run.log_every", "runtime", "mesh", "zero",
+    "check", "run.dir", "run.accept_changes", "run.log_every", "runtime", "mesh",
+    "zero",
     "parallel", "profile", "eval", "sample", "checkpoint", "data.cache_dir",
     "data.prefetch", "train.steps", "train.microbatches", "train.remat",
     "train.unroll", "train.save_every", "train.max_secs", "train.log_batch_digest",

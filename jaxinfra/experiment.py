@@ -83,7 +83,8 @@ def cache_dir(config: Config) -> pathlib.Path:
 
 
 def resolve(config: Config, vocab_size: int) -> Config:
-    """`config`, checked, with the tokenizer's vocabulary where the model states none."""
+    """`config`, checked, with the tokenizer's vocabulary where the model states
+    none."""
     checks.check(config, vocab_size=vocab_size)
     vocab_size = config.model.vocab_size or vocab_size
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -209,6 +210,8 @@ def train(config: Config) -> int:
         told = {"attempt": owner.attempt, "rejected": saver.rejected}
         told |= facts.bytes_at_rest(state, model.specs, layout, experiment.policy)
         journal.start(config, start=start, facts=told)
+        if start:
+            journal.event("restore", step=start)
         journal.say(
             facts.headline(config, model.specs, layout, start=start, run_dir=run_dir)
         )
@@ -238,8 +241,10 @@ def train(config: Config) -> int:
                 stop_wanted=lambda: preemption.why_stop(
                     stop, since_secs=started_secs, max_secs=config.train.max_secs
                 ),
-                profile=profile.make_profile(
-                    run_dir, start=config.profile.start, steps=config.profile.steps
+                profile=enter(
+                    profile.tracing(
+                        run_dir, start=config.profile.start, steps=config.profile.steps
+                    )
                 ),
             ),
             saver=saver,
@@ -250,24 +255,40 @@ def train(config: Config) -> int:
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
         if code == exitcodes.DONE and config.sample.tokens:
-            journal.say(f"--- sample ---\n{sample(experiment, state.params, data)}")
+            [made] = continued(experiment, state.params, data, [config.sample.prompt])
+            journal.say(f"--- sample ---\n{made}")
         return code
 
 
-def sample(experiment: Experiment, weights: Any, data: shards.Dataset) -> str:
-    """The text of config.sample, from parameters `weights`."""
-    config = experiment.config
-    [made] = text.continue_prompts(
+def continued(
+    experiment: Experiment, weights: Any, data: shards.Dataset, prompts: list[str]
+) -> list[str]:
+    """Prompts with their continuations by parameters `weights`, as config.sample
+    says."""
+    return text.continue_prompts(
         weights,
-        [config.sample.prompt],
+        prompts,
         data.tokenizer,
-        config.sample,
-        model=config.model,
+        experiment.config.sample,
+        model=experiment.config.model,
         policy=experiment.policy,
         layout=experiment.layout,
-        seed=config.run.seed,
+        seed=experiment.config.run.seed,
     )
-    return made
+
+
+def generate(config: Config, prompts: list[str]) -> list[str]:
+    """Prompts with their continuations, by the newest checkpoint of the run folder.
+
+    Reads the parameters alone. Raises CheckpointError if there is no usable one.
+    """
+    data = open_data(config)
+    experiment = build(resolve(config, data.tokenizer.vocab_size))
+    with jax.set_mesh(experiment.layout.mesh):
+        weights = saving.restore_params(
+            runfolder.folder(config), abstract_state(experiment), experiment.model.specs
+        )
+        return continued(experiment, weights, data, prompts)
 
 
 def trace(experiment: Experiment, stream: batches.Stream) -> int:

@@ -4,14 +4,20 @@ The only module that touches process-wide state: environment variables before ja
 `jax.distributed`, jax's compile cache. Every way out has an exit code.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 
 from jaxinfra.config import Config, ConfigError
 from jaxinfra.data.errors import DataError
-from jaxinfra.resilience import exitcodes
+from jaxinfra.resilience import exitcodes, peers
+
+# A full or failing disk; saves meet them too, and tell them as SaveError.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run(config: Config) -> int:
@@ -26,7 +32,8 @@ def run(config: Config) -> int:
 
     try:
         _start_jax(config, experiment.cache_dir(config))
-        return experiment.train(config)
+        with _job(config):
+            return experiment.train(config)
     except (ConfigError, DataError):
         raise
     except FolderOwned as error:
@@ -36,6 +43,8 @@ def run(config: Config) -> int:
     except IncompatibleCheckpoint as error:
         return _ended(exitcodes.INPUT, error)
     except Exception as error:  # the one place that turns a bug into its code
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return _ended(exitcodes.SAVE_FAILED, error)
         traceback.print_exc()
         is_peer = config.runtime.num_processes > 1 and "Gloo" in str(error)
         return exitcodes.PEER_LOST if is_peer else exitcodes.BUG
@@ -66,8 +75,32 @@ def _start_jax(config: Config, cache_dir) -> None:
             runtime.num_processes,
             runtime.process_id,
             cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=10,
+            # `peers` comes first, with a code of ours: jax ends the process by SIGABRT.
+            heartbeat_timeout_seconds=60,
         )
+
+
+@contextlib.contextmanager
+def _job(config: Config) -> Iterator[None]:
+    """Within it the processes listen to each other; they leave it together, since the
+    first one's end would be an error to those that are not done."""
+    if config.runtime.num_processes == 1:
+        yield
+        return
+    import jax
+
+    from jaxinfra.checkpoint import errors, processes
+    from jaxinfra.resilience.ownership import FolderOwned
+
+    agreed = (FolderOwned, errors.NoUsableCheckpoint, errors.IncompatibleCheckpoint)
+    group = processes.this_job()
+    try:
+        with peers.watched(group.store, group.rank):
+            yield
+    except agreed:  # raised in all processes alike
+        jax.distributed.shutdown()
+        raise
+    jax.distributed.shutdown()
 
 
 def _ended(code: int, error: Exception) -> int:

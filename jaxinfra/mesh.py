@@ -27,13 +27,15 @@ def make_mesh(
     `pipeline` where `data` does not divide. Errors: ValueError where the product of the
     sizes is not the number of devices.
     """
+    if unknown := set(sizes or {}) - set(AXES):
+        raise ValueError(f"{sorted(unknown)} are no mesh axes; they are {AXES}")
     sizes = {axis: (sizes or {}).get(axis, 1) for axis in AXES}
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
         raise ValueError(
             f"a mesh of {sizes} needs {math.prod(shape)} devices and there are "
-            f"{len(devices)}; set one of mesh.data, mesh.fsdp ... to -1 to take the rest"
+            f"{len(devices)}; set mesh.data, mesh.fsdp ... to -1 to take the rest"
         )
     if slices > 1:
         array = _across_slices(sizes, devices, slices)

@@ -98,9 +98,9 @@ def load_config(path_or_name: str) -> Config:
 def parse(argv: list[str], default: Config) -> Config:
     """`default` with the options in `argv`: `--key value` or `--key=value`.
 
-    A value that begins with `--` needs the second form; a true-or-false option without a
-    value is true. Raises ConfigError on unknown,
-    repeated, valueless or ill-typed options; rules between settings are `checks.check`.
+    A value that begins with `--` needs the second form; a true-or-false option without
+    a value is true. Raises ConfigError on unknown, repeated, valueless or ill-typed
+    options; rules between settings are `checks.check`.
     """
     return _apply(_split(argv), default)
 

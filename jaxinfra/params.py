@@ -1,7 +1,7 @@
 """Parameters are plain pytrees described by one tree of `ParamSpec`.
 
-The spec tree is the single source for sharded initialisation, restore targets, optimizer
-masks, the parameter table and the counts of parameters and FLOPs: all are a
+The spec tree is the single source for sharded initialisation, restore targets,
+optimizer masks, the parameter table and the counts of parameters and FLOPs: all are a
 `jax.tree.map` over it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import sharding
+from jaxinfra import compiler_options, sharding
 from jaxinfra.sharding import Layout, Rules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -26,7 +26,8 @@ class ParamSpec:
     """One parameter array.
 
     shape: logical, before the vocabulary is padded. axes: logical name of every dim.
-    contract: dims that a matmul sums over. kind: decides decay, optimizer, quantization.
+    contract: dims that a matmul sums over. kind: decides decay, optimizer,
+    quantization.
     """
 
     shape: tuple[int, ...]
@@ -76,11 +77,13 @@ def initialize(
     outs = shardings(specs, layout, layout.params)
     # Auto: random bits and pads have no sharding to propagate; only the results do.
     auto = jax.sharding.auto_axes(make_all, out_sharding=outs)
-    return jax.jit(auto)(key)
+    options = compiler_options.for_init(layout.mesh.devices.flat[0].platform)
+    return jax.jit(auto, compiler_options=options)(key)
 
 
 def physical_shape(spec: ParamSpec, layout: Layout) -> tuple[int, ...]:
-    """Shape on this mesh: the vocabulary is padded to a multiple of the axes over it."""
+    """Shape on this mesh: the vocabulary is padded to a multiple of the axes over
+    it."""
     parts = sharding.axis_product(layout.mesh, layout.params.vocab)
     return tuple(
         -(-size // parts) * parts if name == "vocab" else size

@@ -10,6 +10,7 @@
 Imports no jax: a changed config is refused before jax loads.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -45,6 +46,9 @@ def check_resume(config: Config) -> None:
             f"{path} is not a config of this version: {error}; choose another "
             "--run.dir, or go on with this one by --run.accept_changes true"
         ) from error
+    if not config.model.vocab_size:  # The tokenizer's, which the old config tells.
+        model = dataclasses.replace(config.model, vocab_size=old.model.vocab_size)
+        config = dataclasses.replace(config, model=model)
     changes = options.not_resumable(options.diff(old, config))
     if changes:
         lines = "".join(f"\n  {key}: {was!r} -> {now!r}" for key, was, now in changes)

@@ -84,7 +84,8 @@ def sharding(
         if size % parts:
             raise ValueError(
                 f"{array}: dim {dim} ({name}) of size {size} does not divide over mesh "
-                f"axes {axes} of size {parts}; change {_KEYS.get(name, 'the shape')} or "
+                f"axes {axes} of size {parts}; "
+                f"change {_KEYS.get(name, 'the shape')} or "
                 f"mesh.{axes[0]}"
             )
     return NamedSharding(layout.mesh, spec(rules, *names))

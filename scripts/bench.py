@@ -6,9 +6,9 @@
     python scripts/bench.py loop               host time a step that the loop costs
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
 
-Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares this
-environment: `--peers` makes one for it in the cache folder. Machines are noisy: quote the
-ratios, which come from runs in turn.
+Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares
+this environment: `--peers` makes one for it in the cache folder. Machines are noisy:
+quote the ratios, which come from runs in turn.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def step(args) -> dict:
-    """Seconds a step of a 5.2 M model, 8 x 256 tokens, float32: ours and naive in turn."""
+    """Seconds a step of a 5.2 M model, 8 x 256 tokens, float32: ours and naive in
+    turn."""
     import jax
     import numpy as np
 

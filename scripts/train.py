@@ -1,8 +1,8 @@
 """Trains a model: `python scripts/train.py [--config FILE_OR_NAME] [--key value ...]`.
 
 With no arguments it trains configs/tiny.py on text that ships with the project, on CPU,
-and ends with a sample. `--help` lists every key; `--check` traces the step and stops. The
-same command again goes on from the newest checkpoint. Exit codes: see
+and ends with a sample. `--help` lists every key; `--check` traces the step and stops.
+The same command again goes on from the newest checkpoint. Exit codes: see
 `jaxinfra.resilience.exitcodes`.
 """
 

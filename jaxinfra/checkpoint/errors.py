@@ -1,4 +1,5 @@
-"""What can go wrong with a checkpoint, by name; `resilience.exitcodes` has the codes."""
+"""What can go wrong with a checkpoint, by name; `resilience.exitcodes` has the
+codes."""
 
 
 class CheckpointError(Exception):

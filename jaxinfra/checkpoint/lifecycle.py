@@ -93,7 +93,8 @@ class Checkpointer:
         metadata: dict[str, Any],
         logical_shapes: Shapes | None = None,
     ) -> None:
-        """Starts to save; on return the arrays may be donated. Waits for an earlier one.
+        """Starts to save; on return the arrays may be donated. Waits for an earlier
+        one.
 
         `metadata` has two JSON objects, `config` and `data`. `logical_shapes` are
         those of padded arrays, without the padding. How an earlier save ended is told

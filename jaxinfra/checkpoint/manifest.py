@@ -83,10 +83,12 @@ class Manifest:
 
 
 def array_folder(name: str) -> str:
+    """Path of an array's chunks, within the checkpoint's folder."""
     return f"arrays/{name}"
 
 
 def chunk_path(name: str, index: tuple[int, ...]) -> str:
+    """Path of one chunk, within the checkpoint's folder."""
     return "/".join([array_folder(name), "c", *map(str, index)])
 
 

@@ -6,7 +6,8 @@ C order, little-endian, and 4 bytes of crc32c; the XXH3-128 digest of the bytes 
 read is compared before any of them is used, so a missing or stale chunk cannot read
 as zeros. The digest is taken from memory, not from the file: it covers the way down.
 
-Limits: POSIX folders. A restore holds this process's share in host memory. Typed PRNG keys are stored by their caller as key data.
+Limits: POSIX folders. A restore holds this process's share in host memory. Typed PRNG
+keys are stored by their caller as key data.
 """
 
 import collections

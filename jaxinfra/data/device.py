@@ -26,6 +26,8 @@ class Batch(NamedTuple):
 
 
 class Fetched(NamedTuple):
+    """A batch of `prefetch`."""
+
     step: int
     batch: Batch
     wait_secs: float  # that the consumer waited for this batch

@@ -57,7 +57,7 @@ def prepare(
     Limits: holds the text and the ids of the whole corpus in memory, one process.
     """
     _check_options(tokenizer, split, held_out, seed, shard_tokens)
-    files = sources.find_files(inputs)
+    files = sources.find_files([CORPORA.get(str(path), path) for path in inputs])
     texts = list(
         sources.read_documents(
             files, text_key=text_key, document_separator=document_separator

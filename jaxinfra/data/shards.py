@@ -74,6 +74,8 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
+    """An opened data set folder: its tokenizer, and its splits by name."""
+
     folder: pathlib.Path
     digest: str  # sha256 of dataset.json, and through its checksums of every byte
     tokenizer: tokenizers.Tokenizer

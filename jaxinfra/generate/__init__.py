@@ -1,0 +1,11 @@
+"""Text from a model: prefill, then one token at a time against a KV cache.
+
+| file | subject |
+|---|---|
+| `cache` | the cache of a layer, and the attention that reads and writes it |
+| `decode` | prefill and the decoding loop, for prompts of different lengths |
+| `sample` | logits to a token: greedy, temperature, top-k, top-p |
+| `text` | prompts to texts |
+
+The cache enters by the seam: the same model functions, with another `attend`.
+"""

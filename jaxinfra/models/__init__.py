@@ -1,0 +1,1 @@
+"""Models: `specs`, a tree of `ParamSpec`; `transformer`, pure functions over it."""

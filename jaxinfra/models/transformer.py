@@ -1,13 +1,12 @@
 """A decoder-only transformer as pure functions over one tree of parameter specs.
 
 The stack is prefix + pattern x repeats + suffix. The repeated layers' parameters are
-stored `[repeats, ...]` in layer order, whether they run as a loop or unrolled. Model code
-contracts weights only by `ops.einsum` and attends only by `ops.attend`: precision,
+stored `[repeats, ...]` in layer order, whether they run as a loop or unrolled. Model
+code contracts weights only by `ops.einsum` and attends only by `ops.attend`: precision,
 sharding, quantization and caches enter there.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.config import LayerConfig, ModelConfig
+from jaxinfra.models.specs import param_specs
 from jaxinfra.ops import embedding, mlp, norm, rope
 from jaxinfra.ops.dropout import dropout
 from jaxinfra.ops.seam import Context, Ops
-from jaxinfra.params import ParamSpec, Tree, constant, normal
+from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -70,87 +70,6 @@ def make_model(
         return *unembed(params, x_BTD), caches
 
     return Model(param_specs(cfg), embed, block, unembed, forward)
-
-
-def param_specs(cfg: ModelConfig) -> Tree:
-    """The spec tree: embedding, prefix, pattern (stacked), suffix, final norm, head."""
-    std = cfg.init_std or 1.0 / math.sqrt(cfg.width)
-    table = ("vocab", "embed")
-    specs = {
-        "embedding": ParamSpec(
-            (cfg.vocab_size, cfg.width), table, (), "embedding", normal(std)
-        ),
-        "prefix": [_layer_specs(cfg) for _ in cfg.prefix],
-        "pattern": [
-            jax.tree.map(lambda spec: spec.stacked(cfg.repeats), _layer_specs(cfg))
-            for _ in cfg.pattern
-        ],
-        "suffix": [_layer_specs(cfg) for _ in cfg.suffix],
-        "final_norm": _norm_specs(cfg, cfg.width),
-    }
-    if cfg.positions == "learned":
-        specs["positions"] = ParamSpec(
-            (cfg.max_length, cfg.width), (None, "embed"), (), "embedding", normal(std)
-        )
-    if not cfg.tied:
-        specs["head"] = ParamSpec(
-            (cfg.vocab_size, cfg.width), table, (1,), "head", normal(std)
-        )
-    return specs
-
-
-def _layer_specs(cfg: ModelConfig) -> Tree:
-    """One layer. Query heads are stored by group, [D, K, G, H], so that every head of a
-    group and its key head live on one device and no reshape crosses a split dim."""
-    D, F, H = cfg.width, cfg.ffn_width, cfg.head_width
-    K, G = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
-    depth = math.sqrt(2 * cfg.num_layers) if cfg.residual_scale_init else 1.0
-
-    def matrix(shape, axes, contract, scale=1.0):
-        fan_in = math.prod(shape[dim] for dim in contract)
-        std = (cfg.init_std or 1.0 / math.sqrt(fan_in)) / scale
-        return ParamSpec(shape, axes, contract, "matrix", normal(std))
-
-    def bias(shape, axes):
-        return ParamSpec(shape, axes, (), "vector", constant(0.0))
-
-    heads = ("embed", "heads", None)
-    attention = {
-        "query": matrix((D, K, G, H), ("embed", "heads", None, None), (0,)),
-        "key": matrix((D, K, H), heads, (0,)),
-        "value": matrix((D, K, H), heads, (0,)),
-        "out": matrix((K, G, H, D), ("heads", None, None, "embed"), (0, 1, 2), depth),
-    }
-    if cfg.qkv_bias:
-        attention["query_bias"] = bias((K, G, H), ("heads", None, None))
-        attention["key_bias"] = bias((K, H), ("heads", None))
-        attention["value_bias"] = bias((K, H), ("heads", None))
-    if cfg.out_bias:
-        attention["out_bias"] = bias((D,), (None,))
-    if cfg.qk_norm:
-        one = ParamSpec((H,), (None,), (), "vector", constant(1.0))
-        attention |= {"query_norm": one, "key_norm": one}
-    ffn = {
-        "up": matrix((D, F), ("embed", "ffn"), (0,)),
-        "down": matrix((F, D), ("ffn", "embed"), (0,), depth),
-    }
-    if cfg.activation in mlp.GATED:
-        ffn["gate"] = matrix((D, F), ("embed", "ffn"), (0,))
-    if cfg.mlp_bias:
-        ffn |= {"up_bias": bias((F,), ("ffn",)), "down_bias": bias((D,), (None,))}
-    return {
-        "attention_norm": _norm_specs(cfg, D),
-        "attention": attention,
-        "ffn_norm": _norm_specs(cfg, D),
-        "ffn": ffn,
-    }
-
-
-def _norm_specs(cfg: ModelConfig, size: int) -> Tree:
-    specs = {"scale": ParamSpec((size,), (None,), (), "vector", constant(1.0))}
-    if cfg.norm == "layernorm":
-        specs["bias"] = ParamSpec((size,), (None,), (), "vector", constant(0.0))
-    return specs
 
 
 def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
@@ -265,21 +184,31 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     x_BTD, prefix = run(params["prefix"], cfg.prefix, 0, x_BTD, caches["prefix"])
     first, size = len(cfg.prefix), len(cfg.pattern)
 
-    def turn(x_BTD, xs):
-        r, layer_params, layer_caches = xs
-        number = first + r * size
+    def turn(carry, xs):
+        """One repeat. Caches are carried whole: a loop's results would be a copy."""
+        (x_BTD, pattern), (r, layer_params) = carry, xs
+        mine = jax.tree.map(
+            lambda c: jax.lax.dynamic_index_in_dim(c, r, 0, keepdims=False), pattern
+        )
         block = flat if unroll else looped
-        return run(layer_params, cfg.pattern, number, x_BTD, layer_caches, block)
+        x_BTD, mine = run(
+            layer_params, cfg.pattern, first + r * size, x_BTD, mine, block
+        )
+        if pattern is not None:
+            put = functools.partial(
+                jax.lax.dynamic_update_index_in_dim, index=r, axis=0
+            )
+            pattern = jax.tree.map(put, pattern, mine)
+        return (x_BTD, pattern), None
 
-    xs = (params["pattern"], caches["pattern"])
+    carry = (x_BTD, caches["pattern"])
     if unroll:
-        outs = []
-        for r, (p, c) in enumerate(_unstack(xs, cfg.repeats)):
-            x_BTD, out = turn(x_BTD, (r, p, c))
-            outs.append(out)
-        pattern = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        for r, layer_params in enumerate(_unstack(params["pattern"], cfg.repeats)):
+            carry, _ = turn(carry, (r, layer_params))
     else:
-        x_BTD, pattern = jax.lax.scan(turn, x_BTD, (jnp.arange(cfg.repeats), *xs))
+        xs = (jnp.arange(cfg.repeats), params["pattern"])
+        carry, _ = jax.lax.scan(turn, carry, xs)
+    x_BTD, pattern = carry
     first += size * cfg.repeats
     x_BTD, suffix = run(params["suffix"], cfg.suffix, first, x_BTD, caches["suffix"])
     return x_BTD, {"prefix": prefix, "pattern": pattern, "suffix": suffix}

@@ -1,0 +1,15 @@
+"""Pure math on arrays, and the seam that every weight goes through.
+
+| file | subject |
+|---|---|
+| `seam` | `Ops(einsum, attend, dispatch)`: precision and ZeRO's gathers enter here |
+| `attention` | causal attention and the table that chooses its kernel |
+| `kernels/` | splash (TPU) and cuDNN (GPU) attention for one device's rows and heads |
+| `loss` | cross-entropy in chunks that make their own gradients |
+| `embedding`, `norm`, `rope`, `mlp`, `dropout` | what their names say |
+
+Arrays come first and are named with their dims: B batch, T query length, S key length,
+D width, K key heads, G query heads a key head, H head width, F ffn, V vocabulary. A
+function that sums over a dim which a mesh axis splits says where the result lives
+(`out`).
+"""

@@ -170,6 +170,8 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
     missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
     if missing:
         return " + ".join(missing)
+    if kernel != "xla" and jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
+        return "a length split over the mesh axis context"
     if kernel == "splash":
         return splash.uncovered(length=q_BTKGH.shape[1])
     if kernel == "cudnn":

@@ -108,7 +108,8 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
 
 
 def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
-    """Loss sums and gradients (float32, not yet summed over devices) of local tokens."""
+    """Loss sums and gradients (float32, not yet summed over devices) of local
+    tokens."""
     B, T, D = h_BTD.shape
     num_chunks, size = _chunks(B * T, head_VD.shape[0], cfg.chunk)
     pad = num_chunks * size - B * T
@@ -139,7 +140,8 @@ def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
 
 
 def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
-    """Loss sums and gradients of one chunk; V is this device's part of the vocabulary."""
+    """Loss sums and gradients of one chunk; V is this device's part of the
+    vocabulary."""
     axes, precision = cfg.rules.vocab, cfg.policy.matmul_precision
     dot = functools.partial(
         jnp.einsum, precision=precision, preferred_element_type=jnp.float32
@@ -175,7 +177,8 @@ def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
     )
 
 
-# Bytes of float32 logits at a time: what a core's cache holds; what feeds a matrix unit.
+# Bytes of float32 logits at a time: what a core's cache holds; what feeds a matrix
+# unit.
 _CHUNK_BYTES = {"cpu": 16 << 20}
 _CHUNK_BYTES_DEFAULT = 512 << 20
 

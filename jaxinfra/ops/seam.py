@@ -1,7 +1,8 @@
 """The seam: every weight contraction of a model goes through `Ops`, closed over.
 
-Precision, ZeRO's gathers, and later quantization, low-rank adapters, context parallelism
-and expert dispatch enter here and nowhere else; model code is never touched for them.
+Precision, ZeRO's gathers, and later quantization, low-rank adapters, context
+parallelism and expert dispatch enter here and nowhere else; model code is never touched
+for them.
 """
 
 import functools

@@ -172,7 +172,8 @@ def _refuse_if_alive(
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """An owner's record; one that cannot be read is of nobody here: its lease counts."""
+    """An owner's record; one that cannot be read is of nobody here: its lease
+    counts."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):

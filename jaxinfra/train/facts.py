@@ -1,4 +1,5 @@
-"""What a run tells of itself when it starts: a headline, bytes at rest, FLOPs a step."""
+"""What a run tells of itself when it starts: a headline, bytes at rest, FLOPs a
+step."""
 
 import pathlib
 

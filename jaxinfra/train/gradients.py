@@ -1,7 +1,7 @@
 """From a loss to the gradient of its sum: whole, or in microbatches.
 
-A `GradFn` has a LossFn's arguments and returns `Gradients` of the *sum*; wrappers compose:
-`accumulate(grad_of(loss), 4)`.
+A `GradFn` has a LossFn's arguments and returns `Gradients` of the *sum*; wrappers
+compose: `accumulate(grad_of(loss), 4)`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +21,8 @@ class Gradients(NamedTuple):
 
 
 class GradFn(Protocol):
+    """A LossFn's arguments -> the gradient of its sum with respect to params."""
+
     def __call__(
         self, params: Any, model_state: Any, batch: Any, key: jax.Array | None
     ) -> Gradients: ...

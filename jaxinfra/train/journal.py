@@ -1,4 +1,5 @@
-"""What a run tells: to disk (metrics.jsonl, events.jsonl) and to the person watching."""
+"""What a run tells: to disk (metrics.jsonl, events.jsonl) and to the person
+watching."""
 
 import contextlib
 import math

@@ -5,6 +5,7 @@ there is fixed: metrics up to step s are on disk before the save of s begins.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -92,7 +93,10 @@ def run(
     step, code = start, exitcodes.DONE
     for fetched in batches:
         hooks.profile(step)
+        began_secs = time.perf_counter()
         state, values = train_step(state, fetched.batch)
+        if step == start:  # The first call compiles, or reads the cache of programs.
+            journal.event("compile", secs=time.perf_counter() - began_secs)
         step += 1
         vote = hooks.ballot(hooks.stop_wanted() is not None)
         late = reader.push(step, values, vote, fetched.wait_secs)
@@ -111,7 +115,8 @@ def run(
         if is_boundary:
             reader.restart_clock()
         if late.is_stop and step < schedule.steps:
-            journal.event("stop", step=step, reason=hooks.stop_wanted() or "a peer's")
+            reason = hooks.stop_wanted() or "a peer's"
+            journal.event("preemption", step=step, reason=reason)
             code = exitcodes.PREEMPTED
             break
     last = reader.flush({})
@@ -121,7 +126,8 @@ def run(
 
 
 def _report_saves(saver: Saver, journal: Journal) -> None:
-    """Events of saves that ended; a failed one is told now, and the next tries again."""
+    """Events of saves that ended; a failed one is told now, and the next tries
+    again."""
     try:
         for report in saver.poll():
             journal.event(

@@ -1,8 +1,8 @@
 """The loss contract, and next-token prediction on it.
 
 A `LossFn` returns the *sum* of the loss and an `Aux` with the sum of the weights. The
-step divides once, by the global weight sum, so microbatches and devices of unequal weight
-are right.
+step divides once, by the global weight sum, so microbatches and devices of unequal
+weight are right.
 """
 
 from typing import Any, NamedTuple, Protocol

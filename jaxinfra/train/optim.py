@@ -80,11 +80,12 @@ def make_optimizer(
 def scale_at_step(
     schedule: optax.Schedule, peak: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by -peak * schedule(step): the run's step, which counts skipped updates
-    too, and not the number of updates made."""
+    """Multiplies by -peak * schedule(step): the run's step, which counts skipped
+    updates too, and not the number of updates made."""
 
     def update(updates, state, params=None, *, step, **unused):
-        scale = -peak * schedule(step)
+        # An array always: a constant schedule gives a float.
+        scale = jnp.asarray(-peak * schedule(step))
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(

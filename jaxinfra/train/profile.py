@@ -1,16 +1,18 @@
 """A `jax.profiler` trace of a few steps, by the step that the run is at."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 
-def make_profile(
+@contextlib.contextmanager
+def tracing(
     run_dir: pathlib.Path, *, start: int, steps: int
-) -> Callable[[int], None]:
-    """A function to call before every step, counted from 0: it traces `steps` steps from
-    step `start` on into `run_dir`/profile."""
+) -> Iterator[Callable[[int], None]]:
+    """A function to call before every step, counted from 0: it traces `steps` steps
+    from step `start` on into `run_dir`/profile; fewer if the block ends before."""
     is_tracing = False
 
     def profile(step: int) -> None:
@@ -19,7 +21,11 @@ def make_profile(
             jax.profiler.start_trace(str(run_dir / "profile"))
             is_tracing = True
         elif is_tracing and step >= start + steps:
-            jax.profiler.stop_trace()
             is_tracing = False
+            jax.profiler.stop_trace()
 
-    return profile
+    try:
+        yield profile
+    finally:
+        if is_tracing:
+            jax.profiler.stop_trace()

@@ -8,8 +8,10 @@ from typing import Any
 
 from jaxinfra import params, runfolder
 from jaxinfra.checkpoint import lifecycle, restore
+from jaxinfra.checkpoint.errors import CheckpointError
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 from jaxinfra.config import ConfigError
+from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.train.state import TrainState
 
@@ -49,8 +51,8 @@ def owned(run_dir: pathlib.Path, group: ProcessGroup) -> Iterator[Owner]:
 class Saver:
     """Saves and restores the state of one run; every process makes one alike.
 
-    `abstract` is the state to restore into, `logical_shapes` what its arrays are without
-    padding, `stream` the identity of the data stream.
+    `abstract` is the state to restore into, `logical_shapes` what its arrays are
+    without padding, `stream` the identity of the data stream.
     """
 
     def __init__(
@@ -82,8 +84,8 @@ class Saver:
         """The newest good state, None where the run has none yet.
 
         Steps that are damaged are passed over and stand in `rejected`. Raises what
-        `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream is
-        not the one that the state has seen, unless `accept_changes`.
+        `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
+        is not the one that the state has seen, unless `accept_changes`.
         """
         found = restore.restore_latest(
             self._folder,
@@ -101,8 +103,8 @@ class Saver:
         if seen != self._stream and not accept_changes:
             changed = [k for k in self._stream if seen.get(k) != self._stream[k]]
             raise ConfigError(
-                f"the data stream is not the one of step {found.step}: {changed} changed; "
-                "put the data back, choose another --run.dir, or go on by "
+                f"the data stream is not the one of step {found.step}: {changed} "
+                "changed; put the data back, choose another --run.dir, or go on by "
                 "--run.accept_changes true"
             )
         names = [name for name, _ in params.named(self._abstract)]
@@ -124,3 +126,17 @@ class Saver:
     def close(self) -> list[lifecycle.SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
+
+
+def restore_params(run_dir: pathlib.Path, abstract: TrainState, specs: Tree) -> Tree:
+    """The parameters of the run's newest good checkpoint, laid out as `abstract`'s.
+
+    Raises CheckpointError if there is none.
+    """
+    wanted = {f"params/{path}": leaf for path, leaf in params.named(abstract.params)}
+    shapes = {f"params/{path}": spec.shape for path, spec in params.named(specs)}
+    folder = run_dir / runfolder.CHECKPOINTS
+    found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
+    if found is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet; train first")
+    return params.unflatten(abstract.params, [found.arrays[name] for name in wanted])

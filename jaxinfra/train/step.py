@@ -28,9 +28,10 @@ def make_train_step(
     """A step to be jitted with its state donated.
 
     Metrics, replicated scalars: loss, grad_norm (before clipping), param_norm, tokens,
-    is_finite, the loss's own divided by its weight, and what `observe` makes of a batch.
-    A loss or gradient that is not finite leaves params, optimizer and model state
-    bitwise as they were. `update_state(model_state, stats)` makes the next model state.
+    is_finite, the loss's own divided by its weight, and what `observe` makes of a
+    batch. A loss or gradient that is not finite leaves params, optimizer and model
+    state bitwise as they were. `update_state(model_state, stats)` makes the next model
+    state.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -38,7 +39,7 @@ def make_train_step(
         grads, loss_sum, aux = grad_fn(state.params, state.model_state, batch, key)
         weight = jnp.maximum(aux.weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
 
         with jax.named_scope("update"):
@@ -53,7 +54,7 @@ def make_train_step(
         metrics |= {
             "loss": loss_sum / weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
+            "param_norm": optax.tree.norm(params),
             "tokens": aux.weight_sum,
             "is_finite": is_finite,
         } | observe(batch)

@@ -1,7 +1,8 @@
 """A Llama-like training step as one writes it by hand in an hour: the yardstick.
 
-Jitted and donated, layers unrolled, no remat, whole float32 logits, plain optax. It knows
-no mesh, no documents in a row, no checkpoint. 5.2 million parameters, 8 x 256 tokens.
+Jitted and donated, layers unrolled, no remat, whole float32 logits, plain optax. It
+knows no mesh, no documents in a row, no checkpoint. 5.2 million parameters, 8 x 256
+tokens.
 """
 
 import math

@@ -32,7 +32,7 @@ def test_every_number_is_in_one_range():
         ["--model.positions=learned", "--model.max_length=256"],
         ["--model.positions=learned", "--model.max_length=300", "--model.head_dim=7"],
         ["--model.repeats=0", "--model.prefix=[{}]"],
-        ["--optimizer.schedule=wsd", "--optimizer.decay_steps=280"],
+        ["--optimizer.schedule=wsd", "--optimizer.decay_fraction=1"],
         ["--train.remat=save:query+ffn_in"],
         ["--mesh.fsdp=3", "--zero=0", "--train.batch_size=12"],
         ["--mesh.data=1", "--mesh.fsdp=8", "--runtime.cpu_devices=8"],

@@ -17,7 +17,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--train", "5"], ["--train is a section", "--train.steps"]),
     (["--eval.sets", "x"], ["--eval.sets is a section", "--eval.sets.NAME"]),
     (["--train.steps"], ["--train.steps has no value", "--train.steps=int"]),
-    (["--run.accept_changes", "yes"], ["run.accept_changes", "true|false"]),
+    (["--run.accept_changes", "yes"], ["run.accept_changes", "true or false"]),
     (["--train.steps", "5", "--train.steps=6"], ["--train.steps", "given twice"]),
     (["train.steps=5"], ["unexpected argument", "did you mean --train.steps?"]),
     (["5"], ["unexpected argument '5'", "--key value"]),

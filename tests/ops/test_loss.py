@@ -1,5 +1,7 @@
 """Chunked cross-entropy against optax on whole logits: sums and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from jaxinfra import precision, sharding
 from jaxinfra.ops import embedding, loss
 
 FLOAT32_ROUNDING = 1e-5  # sums of 20 losses of size 3, chunk by chunk
+# Optimising these programs takes longer than running them.
+QUICK = {"xla_backend_optimization_level": 0}
 B, T, D, V, PADDED = 4, 5, 6, 23, 24
 
 rng = np.random.default_rng(0)
@@ -68,7 +72,7 @@ def test_sums_and_gradients_are_those_of_whole_logits(name, each_mesh):
     cfg = make_config(**SETTINGS[name])
     h, head, targets, weights = place(cfg)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(h, head):
         def total(h, head):
             sums = loss.cross_entropy(h, head, targets, weights, cfg)
@@ -76,7 +80,7 @@ def test_sums_and_gradients_are_those_of_whole_logits(name, each_mesh):
 
         return jax.grad(total, argnums=(0, 1), has_aux=True)(h, head)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def expect(h, head):
         def total(h, head):
             nll, z = expected_sums(h, head, softcap=cfg.softcap)
@@ -105,7 +109,7 @@ def test_a_tied_table_gets_both_gradients(four_devices):
     cfg = make_config()
     _, head, targets, weights = place(cfg)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(head):
         def total(head):
             h = embedding.embed(head, targets, policy=cfg.policy, rules=cfg.rules)

@@ -1,5 +1,7 @@
 """The seam's einsum against jnp.einsum, on split weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from jaxinfra import precision, sharding
 from jaxinfra.ops import seam
 
 FLOAT32_ROUNDING = 1e-5  # sums of up to 24 terms of size 1, in another order
+# Optimising these programs takes longer than running them.
+QUICK = {"xla_backend_optimization_level": 0}
 B, T, D, K, G, H, F = 4, 5, 6, 2, 3, 8, 12
 
 # equation -> (shape of x, names of x, shape of w, names of w, names out)
@@ -50,7 +54,7 @@ def run(equation, policy_name, *, zero=3):
         for array, (_, names) in zip(arrays, shapes, strict=True)
     ]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def both(x, w, g):
         y, pull = jax.vjp(
             lambda x, w: einsum(equation, x, w, out=out_names),

@@ -1,0 +1,1 @@
+"""Fused kernels for one device's rows and heads; `ops.attention` chooses."""

@@ -1,0 +1,139 @@
+"""The same numbers on every mesh, for every zero and every number of microbatches."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from parallel import tiny_runs
+
+from jaxinfra import experiment
+from jaxinfra.train import facts
+
+LOSS = 1e-5  # float32 sums in another order, carried through 20 updates
+GRAD_NORM = 1e-4  # the same, of a norm about 4
+# Every kind of mesh, 1, 2 and 4 microbatches, both optimizers, with dropout and not.
+FEW = [
+    ("data 8", 1, "adamw", 0.1),
+    ("fsdp 8, zero 2", 2, "muon", 0.0),
+    ("fsdp 8, zero 3", 1, "adamw", 0.1),
+    ("fsdp 4 x tensor 2", 4, "adamw", 0.1),
+    ("data 2 x fsdp 2 x tensor 2", 1, "muon", 0.0),
+    pytest.param("fsdp 8, zero 0", 4, "muon", 0.0, marks=pytest.mark.slow),
+    pytest.param("fsdp 8, zero 1", 2, "adamw", 0.1, marks=pytest.mark.slow),
+]
+ALL = list(
+    itertools.product(tiny_runs.MESHES, (1, 2, 4), ("adamw", "muon"), (0.0, 0.1))
+)
+
+
+def check(found, expected):
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=0, atol=LOSS)
+    np.testing.assert_allclose(
+        found["grad_norm"], expected["grad_norm"], rtol=0, atol=GRAD_NORM
+    )
+    np.testing.assert_array_equal(found["digest"], expected["digest"])
+    np.testing.assert_array_equal(found["tokens"], expected["tokens"])
+    assert expected["loss"][-1] < expected["loss"][0] - 1.0, "it must have learned"
+
+
+def test_rows_have_unequal_weights(documents):
+    config = tiny_runs.tiny()
+    stream = experiment.batches.make_stream(
+        documents.split("train"), length=config.train.length, batch_size=32, seed=0
+    )
+    segments = np.concatenate([stream.batch(k).segments_BT1 for k in range(20)])
+    weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).sum(1)
+    assert np.quantile(weights, 0.25) < 0.7 * np.quantile(weights, 0.75)
+    assert (segments == 0).any(), "a row with padding must come"
+
+
+@pytest.mark.parametrize(("mesh", "microbatches", "optimizer", "dropout"), FEW)
+def test_twenty_steps_are_those_of_one_device(
+    documents, reference, first_params, mesh, microbatches, optimizer, dropout
+):
+    kind = {"optimizer": optimizer, "dropout": dropout}
+    config = tiny_runs.tiny(mesh=mesh, microbatches=microbatches, **kind)
+    found = tiny_runs.run(config, documents, first=first_params)
+    check(found, reference(**kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "microbatches", "optimizer", "dropout"), ALL)
+def test_twenty_steps_of_the_whole_tiny_are_those_of_one_device(
+    documents, reference, mesh, microbatches, optimizer, dropout
+):
+    kind = {"optimizer": optimizer, "dropout": dropout, "is_whole": True}
+    config = tiny_runs.tiny(mesh=mesh, microbatches=microbatches, **kind)
+    check(tiny_runs.run(config, documents), reference(**kind))
+
+
+def initial(documents, mesh):
+    return tiny_runs.first_params(tiny_runs.tiny(mesh=mesh), documents)
+
+
+def test_first_parameters_have_the_same_bits_on_a_mesh(documents, first_params):
+    found = initial(documents, "data 2 x fsdp 2 x tensor 2")
+    jax.tree.map(np.testing.assert_array_equal, found, first_params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", tiny_runs.MESHES)
+def test_first_parameters_have_the_same_bits_on_every_mesh(
+    documents, first_params, mesh
+):
+    found = initial(documents, mesh)
+    jax.tree.map(np.testing.assert_array_equal, found, first_params)
+
+
+def bytes_by_hand(config, vocab_size, sizes, zero):
+    """Bytes of (params, grads, adamw state) on one device, written from the model's
+    equations: float32, one tied table, RMS norms without bias."""
+    m = config.model
+    fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
+    vocab = -(-vocab_size // tensor) * tensor
+    table = vocab * m.width
+    layer = 4 * m.width * m.width + 3 * m.width * m.ffn_width  # all split both ways
+    split = table + m.repeats * layer
+    norms = m.repeats * 2 * m.width + m.width  # whole on every device
+
+    def floats(is_sharded):
+        return split // tensor // (fsdp if is_sharded else 1) + norms
+
+    count = 4  # of adam's updates, int32
+    return {
+        "memory/params_bytes": 4 * floats(zero >= 3),
+        "memory/grads_bytes": 4 * floats(zero >= 2),
+        "memory/opt_bytes": 2 * 4 * floats(zero >= 1) + count,
+    }
+
+
+def bytes_told(built):
+    """What the start of a run tells."""
+    state = experiment.abstract_state(built)
+    return facts.bytes_at_rest(state, built.model.specs, built.layout, built.policy)
+
+
+@pytest.mark.parametrize("mesh", tiny_runs.MESHES)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_bytes_on_a_device_follow_zero(documents, mesh, is_whole):
+    sizes, zero = tiny_runs.MESHES[mesh]
+    config = tiny_runs.tiny(mesh=mesh, is_whole=is_whole)
+    built = tiny_runs.build(config, documents)
+    vocab_size = documents.tokenizer.vocab_size
+    expected = bytes_by_hand(config, vocab_size, sizes, zero)
+    assert bytes_told(built) == expected
+
+
+def test_the_state_made_takes_the_bytes_told(documents):
+    config = tiny_runs.tiny(mesh="fsdp 4 x tensor 2")
+    built = tiny_runs.build(config, documents)
+    told = bytes_told(built)
+    with jax.set_mesh(built.layout.mesh):
+        state = built.init()
+
+    def on_first(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert on_first(state.params) == told["memory/params_bytes"]
+    assert on_first(state.opt_state) == told["memory/opt_bytes"]

@@ -1,0 +1,56 @@
+"""Who falls silent is named; who takes leave, or is slow, is not."""
+
+import threading
+import time
+
+from jaxinfra.resilience import peers
+
+QUICK = {"limit_secs": 0.4, "every_secs": 0.02}
+
+
+class Store:
+    """The coordination service's key-value store, in this process."""
+
+    def __init__(self):
+        self.values, self.is_dead = {}, False
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite
+        self.values[key] = value
+
+    def key_value_dir_get(self, topic):
+        if self.is_dead:
+            raise RuntimeError("UNAVAILABLE")
+        return [(k, v) for k, v in self.values.items() if k.startswith(topic)]
+
+
+def test_a_peer_that_fell_silent_is_named():
+    store, lost, told = Store(), [], threading.Event()
+    store.values["jaxinfra/alive/1"] = "7"
+
+    def tell(reason):
+        lost.append(reason)
+        told.set()
+
+    with peers.watched(store, 0, lost=tell, **QUICK):
+        assert told.wait(5)
+    assert lost[0].startswith("process 1 is silent for ")
+
+
+def test_peers_that_count_or_take_leave_are_not():
+    store, lost = Store(), []
+    with (
+        peers.watched(store, 0, lost=lost.append, **QUICK),
+        peers.watched(store, 1, lost=lost.append, **QUICK),
+    ):
+        store.values["jaxinfra/alive/2"] = "left"
+        time.sleep(1.0)
+    assert lost == []
+    assert store.values["jaxinfra/alive/0"] == "left"
+
+
+def test_a_store_that_does_not_answer_is_the_first_process_lost():
+    store, told = Store(), threading.Event()
+    store.is_dead = True
+    with peers.watched(store, 1, lost=lambda reason: told.set(), **QUICK):
+        assert told.wait(5)

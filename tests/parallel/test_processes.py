@@ -1,0 +1,189 @@
+"""Several real processes through scripts/train.py: one run, one set of files."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOSS = 1e-5  # float32 sums in another order, carried through 20 updates
+STEPS = 60  # so many that a signal sent after a few lands before the end
+SMALL = {
+    "model.width": 64,
+    "model.ffn_width": 96,
+    "model.repeats": 2,
+    "train.length": 48,
+    "train.steps": STEPS,
+    "train.save_every": 1000,
+    "train.log_batch_digest": "true",
+    "optimizer.schedule": "constant",
+    "eval.batches": 1,
+    "sample.tokens": 4,
+}
+MESHES = {
+    "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def command(run_dir, cache_dir, settings):
+    settings = {
+        "run.dir": run_dir,
+        "data.cache_dir": cache_dir,
+        **SMALL,
+        **settings,
+    }
+    words = [word for k, v in settings.items() for word in (f"--{k}", str(v))]
+    return [sys.executable, str(ROOT / "scripts/train.py"), *words]
+
+
+def quick():
+    """Compiling takes longer than the steps here; the flag halves that."""
+    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+class Job:
+    """The processes of one job, with their output in files; killed at the end."""
+
+    def __init__(self, run_dir, cache_dir, *, mesh, steps=STEPS):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {
+            "mesh.data": 1,
+            **{f"mesh.{axis}": size for axis, size in mesh.items()},
+            "train.steps": steps,
+            "runtime.cpu_devices": 4,
+            "runtime.coordinator": f"127.0.0.1:{port}",
+            "runtime.num_processes": 2,
+        }
+        self.run_dir = run_dir
+        self.outs = [run_dir.with_name(f"{run_dir.name}.{i}.txt") for i in (0, 1)]
+        self.processes = []
+        for i, out in enumerate(self.outs):
+            words = command(run_dir, cache_dir, settings | {"runtime.process_id": i})
+            with open(out, "a") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        words, stdout=file, stderr=file, cwd=ROOT, env=quick()
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait_for_steps(self, count):
+        deadline = time.monotonic() + 200
+        while len(read(self.run_dir, "metrics.jsonl")) < count:
+            assert all(p.poll() is None for p in self.processes), self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def codes(self, timeout_secs=200):
+        deadline = time.monotonic() + timeout_secs
+        return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+
+    def text(self):
+        return "\n".join(f"-- {out}\n{out.read_text()[-3000:]}" for out in self.outs)
+
+
+def read(run_dir, name):
+    path = run_dir / name
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def one_process(run_dir, cache_dir, **settings):
+    words = command(run_dir, cache_dir, settings)
+    return subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, timeout=300, env=quick()
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache_dir):
+    """The metrics of one process with one device."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    done = one_process(
+        run_dir, cache_dir, **{"train.steps": 20, "runtime.cpu_devices": 1}
+    )
+    assert done.returncode == 0, done.stderr
+    return read(run_dir, "metrics.jsonl")
+
+
+def check_losses(found, alone):
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    for ours, theirs in zip(found[:20], alone, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=LOSS)
+        assert ours["data/digest"] == theirs["data/digest"]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp 4 x tensor 2",
+        pytest.param("data 2 x fsdp 2 x tensor 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_stops_both_and_one_process_can_go_on(
+    tmp_path, cache_dir, alone, mesh
+):
+    run_dir = tmp_path / "run"
+    with Job(run_dir, cache_dir, mesh=MESHES[mesh]) as job:
+        job.wait_for_steps(2)
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.codes() == [10, 10], job.text()
+    steps = [line["step"] for line in read(run_dir, "metrics.jsonl")]
+    stopped = steps[-1]
+    assert steps == list(range(1, stopped + 1))
+    assert stopped < STEPS
+    assert os.listdir(run_dir / "checkpoints") == [str(stopped)]
+
+    with Job(run_dir, cache_dir, mesh=MESHES[mesh]) as job:
+        assert job.codes() == [0, 0], job.text()
+    found = read(run_dir, "metrics.jsonl")
+    assert len(found) == STEPS
+    check_losses(found, alone)
+    starts = [e["step"] for e in read(run_dir, "events.jsonl") if e["event"] == "start"]
+    assert starts == [0, stopped]  # and each told by one process alone
+    assert "step " not in job.outs[1].read_text(), "process 0 alone shows steps"
+
+    more = STEPS + 5
+    settings = {"train.steps": more, "runtime.cpu_devices": 1}
+    done = one_process(run_dir, cache_dir, **settings)
+    assert done.returncode == 0, done.stderr
+    assert len(read(run_dir, "metrics.jsonl")) == more
+    check_losses(read(run_dir, "metrics.jsonl"), alone)
+    assert not (run_dir / "metrics.lost.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("killed", "codes"),
+    [
+        (1, (14,)),
+        # Process 0 is the coordinator: jax's own client may end the other by SIGABRT.
+        pytest.param(0, (14, -6), marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_peer_ends_the_other_soon(tmp_path, cache_dir, killed, codes):
+    run_dir = tmp_path / "run"
+    mesh = MESHES["fsdp 4 x tensor 2"]
+    with Job(run_dir, cache_dir, mesh=mesh, steps=100_000) as job:
+        job.wait_for_steps(3)
+        job.processes[killed].kill()
+        started_secs = time.monotonic()
+        code = job.processes[1 - killed].wait(60)
+        took_secs = time.monotonic() - started_secs
+    assert code in codes, job.text()
+    assert took_secs < 25  # 15 of silence, where the other waits within a collective

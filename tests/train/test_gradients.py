@@ -1,0 +1,119 @@
+"""Microbatches of unequal weight give the gradient of the whole batch; bad steps give
+nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxinfra import mesh
+from jaxinfra.train import gradients, objective, state, step
+
+ROWS, WIDTH = 8, 5
+FLOAT32 = 1e-5  # sums of 8 terms in another order
+
+
+@pytest.fixture(params=[1, 2])
+def here(request):
+    devices = jax.devices()[: request.param]
+    with jax.set_mesh(mesh.make_mesh({"data": request.param}, devices=devices)) as m:
+        yield m or jax.sharding.get_mesh()
+
+
+def batch_on(mesh_, *, poison=False):
+    """Rows and weights, of which two microbatches of four share almost nothing."""
+    rng = np.random.default_rng(3)
+    x_BD = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
+    weight_B = np.array([9, 0, 2, 0, 7, 1, 0, 30], np.float32)
+    if poison:
+        x_BD[3, 2] = np.nan
+    rows = jax.NamedSharding(mesh_, jax.P("data"))
+    return jax.device_put(x_BD, rows), jax.device_put(weight_B, rows)
+
+
+def loss_fn(params, model_state, batch, key):
+    x_BD, weight_B = batch
+    error_B = jnp.einsum("BD,D->B", x_BD, params["w"]) - 1.0
+    aux = objective.Aux(jnp.sum(weight_B), {"x": jnp.sum(weight_B * x_BD[:, 0])})
+    return jnp.sum(weight_B * error_B**2), aux
+
+
+def whole_by_hand(x_BD, weight_B, w_D):
+    error_B = x_BD @ w_D - 1.0
+    return (weight_B * error_B**2).sum(), 2 * (weight_B * error_B) @ x_BD
+
+
+def params_on(mesh_):
+    whole = jax.NamedSharding(mesh_, jax.P(None))
+    w_D = np.linspace(-1, 1, WIDTH).astype(np.float32)
+    return {"w": jax.device_put(w_D, whole)}, {"w": whole}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_parts_of_unequal_weight_sum_to_the_whole(here, microbatches):
+    batch, (params, places) = batch_on(here), params_on(here)
+    fn = gradients.accumulate(
+        gradients.grad_of(loss_fn), microbatches, shardings=places
+    )
+    found = jax.jit(fn)(params, (), batch, None)
+    x_BD, weight_B = map(np.asarray, batch)
+    loss_sum, grad = whole_by_hand(x_BD, weight_B, np.asarray(params["w"]))
+    np.testing.assert_allclose(found.loss_sum, loss_sum, rtol=FLOAT32)
+    np.testing.assert_allclose(found.grads["w"], grad, rtol=FLOAT32)
+    assert float(found.aux.weight_sum) == 49.0
+    weighted = (weight_B * x_BD[:, 0]).sum()
+    np.testing.assert_allclose(found.aux.metrics["x"], weighted, rtol=FLOAT32)
+
+
+def stepped(here, microbatches, *, poison=False):
+    batch, (params, places) = batch_on(here, poison=poison), params_on(here)
+    tx = optax.with_extra_args_support(optax.sgd(0.1, momentum=0.9))
+    opt_state = tx.init(params)
+    whole = jax.NamedSharding(here, jax.P())
+    shardings = state.Shardings(
+        params=places,
+        grads=places,
+        optimizer=places,
+        opt_state=jax.tree.map(lambda x: places["w"], opt_state),
+    )
+    fn = gradients.accumulate(
+        gradients.grad_of(loss_fn), microbatches, shardings=places
+    )
+    first = state.TrainState(
+        step=jax.device_put(np.int32(4), whole),
+        params=params,
+        opt_state=opt_state,
+        model_state=(),
+        key=jax.device_put(np.zeros(2, np.uint32), whole),
+    )
+    return first, *jax.jit(step.make_train_step(fn, tx, shardings=shardings))(
+        first, batch
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_step_divides_once_by_the_weight_of_all(here, microbatches):
+    first, after, metrics = stepped(here, microbatches)
+    x_BD, weight_B = map(np.asarray, batch_on(here))
+    w_D = np.asarray(first.params["w"])
+    loss_sum, grad = whole_by_hand(x_BD, weight_B, w_D)
+    np.testing.assert_allclose(metrics["loss"], loss_sum / 49, rtol=FLOAT32)
+    norm = np.linalg.norm(grad / 49)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=FLOAT32)
+    np.testing.assert_allclose(
+        after.params["w"], w_D - 0.1 * grad / 49, rtol=FLOAT32, atol=1e-7
+    )
+    assert int(after.step) == 5
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(here):
+    first, after, metrics = stepped(here, 2, poison=True)
+    assert not bool(metrics["is_finite"])
+    for old, new in zip(
+        jax.tree.leaves((first.params, first.opt_state)),
+        jax.tree.leaves((after.params, after.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(old, new)
+    assert int(after.step) == 5
