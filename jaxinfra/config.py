@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
 
+class DataError(ValueError):
+    """A bad file, option or data set: the message says what, the rule and the fix."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`; did you mean X?` with the choice spelled most like `word`, or nothing."""
     spelled = {choice.lower(): choice for choice in choices}

@@ -21,22 +21,13 @@ from jaxinfra import checks, mesh, options, params, precision, runfolder, shardi
 from jaxinfra.checkpoint import processes
 from jaxinfra.config import Config, ConfigError
 from jaxinfra.data import batches, device, packing, prepare, shards
-from jaxinfra.generate import text
+from jaxinfra.generate import decode
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
 from jaxinfra.precision import Policy
-from jaxinfra.resilience import ballot, exitcodes, preemption
+from jaxinfra.resilience import exitcodes, preemption
 from jaxinfra.sharding import Layout
-from jaxinfra.train import (
-    evaluate,
-    facts,
-    gradients,
-    loop,
-    objective,
-    optim,
-    profile,
-    saving,
-)
+from jaxinfra.train import evaluate, facts, loop, objective, optim
 from jaxinfra.train import state as states
 from jaxinfra.train import step as steps
 from jaxinfra.train.journal import Journal
@@ -131,8 +122,8 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Experiment
         ),
         document_mask=config.model.document_mask,
     )
-    grad_fn = gradients.accumulate(
-        gradients.grad_of(loss_fn), config.train.microbatches, shardings=places.grads
+    grad_fn = objective.accumulate(
+        objective.grad_of(loss_fn), config.train.microbatches, shardings=places.grads
     )
     train_step = steps.make_train_step(
         objective.with_row_ids(grad_fn, rules, is_random=config.model.dropout > 0),
@@ -191,10 +182,10 @@ def train(config: Config) -> int:
             return trace(experiment, stream)
         run_dir, group = runfolder.folder(config), processes.this_job()
         stop = enter(preemption.stop_requests())
-        owner = enter(saving.owned(run_dir, group))
+        owner = enter(states.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))
         abstract = abstract_state(experiment)
-        saver = saving.Saver(
+        saver = states.Saver(
             run_dir,
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, model.specs, layout),
@@ -237,12 +228,12 @@ def train(config: Config) -> int:
                 evaluate=lambda state: evaluate.evaluate(
                     experiment.eval_step, eval_sets, state.params, state.model_state
                 ),
-                ballot=ballot.make_ballot(layout.mesh),
+                ballot=processes.make_ballot(layout.mesh),
                 stop_wanted=lambda: preemption.why_stop(
                     stop, since_secs=started_secs, max_secs=config.train.max_secs
                 ),
                 profile=enter(
-                    profile.tracing(
+                    facts.tracing(
                         run_dir, start=config.profile.start, steps=config.profile.steps
                     )
                 ),
@@ -265,7 +256,7 @@ def continued(
 ) -> list[str]:
     """Prompts with their continuations by parameters `weights`, as config.sample
     says."""
-    return text.continue_prompts(
+    return decode.continue_prompts(
         weights,
         prompts,
         data.tokenizer,
@@ -285,7 +276,7 @@ def generate(config: Config, prompts: list[str]) -> list[str]:
     data = open_data(config)
     experiment = build(resolve(config, data.tokenizer.vocab_size))
     with jax.set_mesh(experiment.layout.mesh):
-        weights = saving.restore_params(
+        weights = states.restore_params(
             runfolder.folder(config), abstract_state(experiment), experiment.model.specs
         )
         return continued(experiment, weights, data, prompts)

@@ -12,9 +12,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from jaxinfra.config import Config, ConfigError
-from jaxinfra.data.errors import DataError
-from jaxinfra.resilience import exitcodes, peers
+from jaxinfra.config import Config, ConfigError, DataError
+from jaxinfra.resilience import exitcodes, preemption
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -27,7 +26,7 @@ def run(config: Config) -> int:
     """
     prepare_process(config)
     from jaxinfra import experiment
-    from jaxinfra.checkpoint.errors import IncompatibleCheckpoint, NoUsableCheckpoint
+    from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, NoUsableCheckpoint
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
@@ -75,7 +74,7 @@ def _start_jax(config: Config, cache_dir) -> None:
             runtime.num_processes,
             runtime.process_id,
             cluster_detection_method="deactivate",
-            # `peers` comes first, with a code of ours: jax ends the process by SIGABRT.
+            # `watched` comes first, with a code of ours: jax ends a process by SIGABRT.
             heartbeat_timeout_seconds=60,
         )
 
@@ -89,13 +88,13 @@ def _job(config: Config) -> Iterator[None]:
         return
     import jax
 
-    from jaxinfra.checkpoint import errors, processes
+    from jaxinfra.checkpoint import commits, processes
     from jaxinfra.resilience.ownership import FolderOwned
 
-    agreed = (FolderOwned, errors.NoUsableCheckpoint, errors.IncompatibleCheckpoint)
+    agreed = (FolderOwned, commits.NoUsableCheckpoint, commits.IncompatibleCheckpoint)
     group = processes.this_job()
     try:
-        with peers.watched(group.store, group.rank):
+        with preemption.watched(group.store, group.rank):
             yield
     except agreed:  # raised in all processes alike
         jax.distributed.shutdown()

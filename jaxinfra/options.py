@@ -356,7 +356,7 @@ def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, kind
 
 
-def _sections() -> dict[str, type]:
+def _sections() -> dict[str, Any]:
     kinds = {name: kind for name, (_, kind) in _fields(Config).items()}
     return {"": Config} | {
         name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)
@@ -404,6 +404,7 @@ def _run_file(path: pathlib.Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(
         name, path, loader=_Source(name, str(path))
     )
+    assert spec and spec.loader, "a loader was given"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

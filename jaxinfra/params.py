@@ -14,11 +14,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import compiler_options, sharding
+from jaxinfra import sharding
 from jaxinfra.sharding import Layout, Rules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Tree = Any
+
+# Compiler options by platform. At full optimisation XLA's CPU backend spends 5.5 s on
+# the 16 arrays of gpt2_124m, at level 1 1.6 s; they are drawn as fast (1.9, 2.1 s).
+_INIT_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def initialize(
     outs = shardings(specs, layout, layout.params)
     # Auto: random bits and pads have no sharding to propagate; only the results do.
     auto = jax.sharding.auto_axes(make_all, out_sharding=outs)
-    options = compiler_options.for_init(layout.mesh.devices.flat[0].platform)
+    options = _INIT_OPTIONS.get(layout.mesh.devices.flat[0].platform, {})
     return jax.jit(auto, compiler_options=options)(key)
 
 

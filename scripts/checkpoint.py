@@ -12,8 +12,7 @@ import pathlib
 import sys
 
 from jaxinfra.checkpoint import commits, integrity
-from jaxinfra.checkpoint import manifest as manifests
-from jaxinfra.checkpoint.errors import CheckpointError
+from jaxinfra.checkpoint.commits import CheckpointError
 from jaxinfra.resilience import exitcodes
 
 
@@ -68,7 +67,7 @@ def verify(steps: list[tuple[int, pathlib.Path]]) -> int:
 def show(steps: list[tuple[int, pathlib.Path]]) -> int:
     for step, path in steps:
         try:
-            manifest = manifests.load(path)
+            manifest = integrity.load(path)
         except CheckpointError as error:
             print(f"{step:>10}  damaged: {error}")
             continue

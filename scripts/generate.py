@@ -13,8 +13,7 @@ import pathlib
 import sys
 
 from jaxinfra import checks, options
-from jaxinfra.config import ConfigError
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import ConfigError, DataError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
         launcher.prepare_process(config)
         from jaxinfra import experiment
-        from jaxinfra.checkpoint.errors import CheckpointError
+        from jaxinfra.checkpoint.commits import CheckpointError
 
         try:
             texts = experiment.generate(config, args.prompt or [config.sample.prompt])

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from jaxinfra.config import DataError
 from jaxinfra.data import prepare, shards
-from jaxinfra.data.errors import DataError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

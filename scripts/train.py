@@ -10,8 +10,7 @@ import os
 import sys
 
 from jaxinfra import options, runfolder
-from jaxinfra.config import ConfigError
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import ConfigError, DataError
 
 
 def main(argv: list[str] | None = None) -> int:

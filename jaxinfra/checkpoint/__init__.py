@@ -23,11 +23,9 @@ found by size or digest, reported, and answered by walking back one step.
 | `restore` | which step to go on from, and its arrays on any mesh |
 | `snapshot` | device arrays to host copies, before the next step donates them |
 | `store` | chunk files: write one's own shards, read what a mesh needs |
-| `commits` | folders of steps: begun, committed, deleted; needs no jax |
-| `manifest` | what a checkpoint holds, with all digests; needs no jax |
-| `integrity` | sizes, digests, durable writes; needs no jax |
+| `commits` | folders of steps: begun, committed, deleted; errors; needs no jax |
+| `integrity` | the manifest, and every file's size and digest; needs no jax |
 | `processes` | agreement of several processes; the one private jax import |
-| `errors` | what can go wrong, by name |
 
 This package imports nothing when imported: take the modules by name.
 """

@@ -1,4 +1,5 @@
-"""Folders of steps: begun as `.writing`, committed by a rename, at last deleted.
+"""Folders of steps: begun as `.writing`, synced, committed by a rename, at last
+deleted; and the errors of checkpoints, by name.
 
 | name | meaning |
 |---|---|
@@ -7,19 +8,38 @@
 | `20.replaced` | the former `20`, while it is saved again; counts where `20` is not |
 | `20.deleting` | no longer counts |
 
-Imports no jax. Limits: POSIX folders, where a rename is atomic; an object store has
-none and needs a conditional write of the manifest instead.
+Imports no jax; `resilience.exitcodes` has the codes of the errors. Limits: POSIX
+folders, where a rename is atomic; an object store has none and needs a conditional
+write of the manifest instead.
 """
 
+import collections
+import concurrent.futures
 import os
 import pathlib
 import re
 import shutil
 
-from jaxinfra.checkpoint import integrity
+THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
 
 _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(\.replaced)?")
 _WRITING = re.compile(r"[0-9]+\.([0-9]+)\.writing")
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged or not there; a restore walks back one step."""
+
+
+class IncompatibleCheckpoint(CheckpointError):
+    """A sound checkpoint of another model, or format: walking back cannot help."""
+
+
+class NoUsableCheckpoint(CheckpointError):
+    """There are checkpoints and none validates: the run must not start at 0."""
+
+
+class SaveError(Exception):
+    """A save behind the training loop failed; every process raises the same text."""
 
 
 def step_folders(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
@@ -41,7 +61,7 @@ def begin(writing: pathlib.Path, *, attempt: int) -> None:
     folder = writing.parent
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        integrity.sync_folder(folder.parent)
+        sync_folder(folder.parent)
     matches = [_WRITING.fullmatch(name) for name in os.listdir(folder)]
     for match in matches:
         if match and int(match[1]) <= attempt:
@@ -57,7 +77,7 @@ def commit(writing: pathlib.Path, *, step: int) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(writing, final)
-    integrity.sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def abandon(writing: pathlib.Path) -> None:
@@ -87,3 +107,27 @@ def prune(folder: pathlib.Path, *, step: int, keep: int) -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+def write_synced(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file and its contents to the disk; its name needs `sync_folders`."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folders(root: pathlib.Path) -> None:
+    """`sync_folder` for a folder and all below it, several at once."""
+    folders = [pathlib.Path(folder) for folder, _, _ in os.walk(root)]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        collections.deque(pool.map(sync_folder, folders), maxlen=0)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes the names in a folder durable, as fsync of a file does not."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,20 +1,209 @@
-"""Is a checkpoint what was written: sizes, digests, durable writes.
+"""Is a checkpoint what was written: the manifest, and every file against it.
+
+`manifest.json` is canonical JSON and its last field is the SHA-256 of the rest, so
+any changed byte of it shows. It lists every chunk with its size and XXH3-128 digest,
+and a restore takes shapes, dtypes and chunking from here alone. Chunk paths follow
+from name and grid and must be exactly those: a manifest cannot point elsewhere, nor
+leave a chunk out.
 
 Imports no jax, so that `scripts/checkpoint.py` and a supervisor may look.
+
+Limits: digests find damage, not a forger, who can compute them as well.
 """
 
-import collections
 import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
 import os
 import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import xxhash
 
-from jaxinfra.checkpoint import manifest as manifests
-from jaxinfra.checkpoint.errors import CheckpointError
-from jaxinfra.checkpoint.manifest import FileRecord, Manifest
+from jaxinfra.checkpoint import commits
+from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 
-THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CHECKSUM_BYTES = 4  # zarr3's crc32c codec appends it to every chunk.
+MAX_MANIFEST_BYTES = 256 << 20  # About 1.5 million chunks.
+MAX_DEPTH = 64
+ITEM_BYTES = {
+    **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64"), 8),
+}
+_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_FIELDS = {
+    *("format_version", "step", "run_id", "attempt"),
+    *("versions", "config", "data", "arrays"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A file of a checkpoint: path within the step's folder, size, digest."""
+
+    path: str
+    bytes: int
+    xxh3_128: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecord:
+    """One array on disk; `chunks` are in the order of `grid`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_shape: tuple[int, ...]
+    zarr_json: FileRecord
+    chunks: tuple[FileRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known of one checkpoint besides the arrays' values."""
+
+    step: int
+    run_id: str
+    attempt: int
+    versions: dict[str, str]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    arrays: dict[str, ArrayRecord]
+
+    def files(self) -> Iterator[FileRecord]:
+        """Every file that the manifest vouches for."""
+        for array in self.arrays.values():
+            yield array.zarr_json
+            yield from array.chunks
+
+
+def array_folder(name: str) -> str:
+    """Path of an array's chunks, within the checkpoint's folder."""
+    return f"arrays/{name}"
+
+
+def chunk_path(name: str, index: tuple[int, ...]) -> str:
+    """Path of one chunk, within the checkpoint's folder."""
+    return "/".join([array_folder(name), "c", *map(str, index)])
+
+
+def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Indexes of all chunks, last dim fastest; one empty index for rank 0."""
+    return itertools.product(*map(range, _grid_shape(shape, chunk)))
+
+
+def chunk_file_bytes(chunk_shape: tuple[int, ...], dtype: str) -> int:
+    """Size of every chunk file: those at the edge are padded to the full shape."""
+    return math.prod(chunk_shape) * ITEM_BYTES[dtype] + CHECKSUM_BYTES
+
+
+def dump(manifest: Mapping[str, Any]) -> bytes:
+    """Canonical bytes of a manifest given as JSON values without its `sha256`.
+
+    Raises:
+      ValueError: a value is not JSON (NaN and infinity are not).
+    """
+    body = _canonical(manifest)
+    sha256 = hashlib.sha256(body).hexdigest()
+    return body[:-1] + f',"sha256":"{sha256}"}}\n'.encode()
+
+
+def build(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`, parsed once: what is written can be loaded."""
+    text = dump({"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)})
+    parse(text)
+    return text
+
+
+def parse(text: bytes) -> Manifest:
+    """The manifest in `text`, with every field checked.
+
+    Raises:
+      CheckpointError: its bytes are not those that were written, or break a rule.
+      IncompatibleCheckpoint: sound, of a format that this version cannot read.
+    """
+    try:
+        values = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST}: not JSON: {error}") from error
+    _check_depth(values)
+    _require(isinstance(values, dict), "it must be an object")
+    body = {key: value for key, value in values.items() if key != "sha256"}
+    _require(dump(body) == text, "its bytes do not match its sha256")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise IncompatibleCheckpoint(
+            f"{MANIFEST}: format_version={body.get('format_version')!r}, this version "
+            f"reads {FORMAT_VERSION}; use the jaxinfra that wrote it, or a newer one"
+        )
+    _require(set(body) == _FIELDS, f"its fields must be {sorted(_FIELDS)}, sha256")
+    for key in ("versions", "config", "data", "arrays"):
+        _require(isinstance(body[key], dict), f"{key} must be an object")
+    _require(_is_count(body["step"]), "step must be an integer >= 0")
+    _require(_is_count(body["attempt"]), "attempt must be an integer >= 0")
+    _require(isinstance(body["run_id"], str), "run_id must be a string")
+    entries = body["arrays"].items()
+    check_arrays({n: v.get("dtype") for n, v in entries if isinstance(v, dict)})
+    arrays = {name: _array(name, value) for name, value in body["arrays"].items()}
+    body.pop("format_version")
+    return Manifest(**{**body, "arrays": arrays})
+
+
+def load(step_folder: pathlib.Path) -> Manifest:
+    """The manifest of a committed step; sizes and digests of files not yet looked at.
+
+    Raises:
+      CheckpointError: no manifest, a damaged one, or that of another step.
+    """
+    path = step_folder / MANIFEST
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    _require(len(text) <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
+    manifest = parse(text)
+    # A step may stand in a folder set aside for the moment, as `20.replaced`.
+    wanted = step_folder.name.split(".")[0]
+    _require(
+        not wanted.isdigit() or manifest.step == int(wanted),
+        f"it is of step {manifest.step} in a folder of step {wanted}",
+    )
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of what writes a checkpoint, for the reader of a manifest."""
+    found = {}
+    for name in ("jaxinfra", "jax", "jaxlib", "numpy", "tensorstore"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def check_arrays(dtypes: Mapping[str, str]) -> None:
+    """Names are folders below `arrays/`: plain parts, none inside another."""
+    for name, dtype in dtypes.items():
+        text = f"array {name!r:.200} has dtype {dtype!r:.100}, must be one of "
+        is_known = isinstance(dtype, str) and dtype in ITEM_BYTES
+        _require(is_known, text + ", ".join(ITEM_BYTES))
+    parts = sorted(tuple(name.split("/")) for name in dtypes)
+    for name in parts:
+        plain = all(_NAME.fullmatch(part) for part in name) and len(name) <= 32
+        _require(plain, f"array name {'/'.join(name)[:200]!r} is not plain")
+    for one, other in itertools.pairwise(parts):
+        _require(other[: len(one)] != one, f"array {one} is inside array {other}")
 
 
 def check_sizes(step_folder: pathlib.Path, manifest: Manifest) -> None:
@@ -30,7 +219,7 @@ def check_sizes(step_folder: pathlib.Path, manifest: Manifest) -> None:
 def validate(step_folder: pathlib.Path) -> list[str]:
     """Reads every byte of a checkpoint; one line for each file that is not right."""
     try:
-        manifest = manifests.load(step_folder)
+        manifest = load(step_folder)
     except CheckpointError as error:
         return [str(error)]
 
@@ -42,7 +231,7 @@ def validate(step_folder: pathlib.Path) -> list[str]:
             return str(error)
         return None
 
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         return [line for line in pool.map(problem, manifest.files()) if line]
 
 
@@ -71,28 +260,86 @@ def digest(data) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def write_synced(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file and its contents to the disk; its name needs `sync_folders`."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _array(name: str, value: Any) -> ArrayRecord:
+    """One array's record; its chunks must be exactly those of its grid."""
+    fields = {field.name for field in dataclasses.fields(ArrayRecord)}
+    where = f"array {name}: "
+    _require(isinstance(value, dict) and set(value) == fields, f"{where}its fields")
+    shape, chunk = value["shape"], value["chunk_shape"]
+    for dims, least in ((shape, 0), (chunk, 1)):
+        is_shape = isinstance(dims, list) and len(dims) <= 32
+        is_shape = is_shape and all(_is_count(dim) and dim >= least for dim in dims)
+        _require(is_shape, f"{where}shape {dims!r:.100}")
+    _require(len(shape) == len(chunk), f"{where}shape and chunk_shape differ in rank")
+    chunks = value["chunks"]
+    # Counted before the grid is walked: a huge shape costs nothing.
+    num_chunks = math.prod(_grid_shape(tuple(shape), tuple(chunk)))
+    is_whole = isinstance(chunks, list) and len(chunks) == num_chunks
+    _require(is_whole, f"{where}it must list {num_chunks} chunks")
+    size = chunk_file_bytes(tuple(chunk), value["dtype"])
+    indexes = grid(tuple(shape), tuple(chunk))
+    return ArrayRecord(
+        shape=tuple(shape),
+        dtype=value["dtype"],
+        chunk_shape=tuple(chunk),
+        zarr_json=_file(value["zarr_json"], f"{array_folder(name)}/zarr.json", None),
+        chunks=tuple(
+            _file(record, chunk_path(name, index), size)
+            for record, index in zip(chunks, indexes, strict=True)
+        ),
+    )
 
 
-def sync_folders(root: pathlib.Path) -> None:
-    """`sync_folder` for a folder and all below it, several at once."""
-    folders = [pathlib.Path(folder) for folder, _, _ in os.walk(root)]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        collections.deque(pool.map(sync_folder, folders), maxlen=0)
+def _file(value: Any, path: str, size: int | None) -> FileRecord:
+    fields = {"path", "bytes", "xxh3_128"}
+    _require(isinstance(value, dict) and set(value) == fields, f"{path}: its fields")
+    _require(value["path"] == path, f"path {value['path']!r:.100}, must be {path}")
+    is_size = _is_count(value["bytes"]) and size in (None, value["bytes"])
+    _require(is_size, f"{path}: size {value['bytes']!r:.100}")
+    found = value["xxh3_128"]
+    is_digest = isinstance(found, str) and _DIGEST.fullmatch(found) is not None
+    _require(is_digest, f"{path}: digest {found!r:.100}")
+    return FileRecord(**value)
 
 
-def sync_folder(folder: pathlib.Path) -> None:
-    """Makes the names in a folder durable, as fsync of a file does not."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _grid_shape(shape: tuple[int, ...], chunk: tuple[int, ...]) -> list[int]:
+    return [-(-size // part) for size, part in zip(shape, chunk, strict=True)]
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def _check_depth(values: Any) -> None:
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [
+            leaf
+            for value in inner
+            for leaf in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    _require(False, f"it is nested deeper than {MAX_DEPTH}")
+
+
+def _finite(text: str) -> float:
+    """A float as JSON can write it again; `1e999` and `NaN` are not."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:100]} is not finite")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _require(rule: bool, text: str) -> None:
+    if not rule:
+        raise CheckpointError(f"{MANIFEST}: {text}")
 
 
 def _check_size(path: pathlib.Path, record: FileRecord) -> None:

@@ -28,9 +28,8 @@ from typing import Any
 import jax
 
 from jaxinfra.checkpoint import commits, integrity, store
-from jaxinfra.checkpoint import manifest as manifests
 from jaxinfra.checkpoint import snapshot as snapshots
-from jaxinfra.checkpoint.errors import SaveError
+from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 
 Arrays = Mapping[str, jax.Array]
@@ -105,7 +104,7 @@ class Checkpointer:
         """
         started = time.monotonic()
         concurrent.futures.wait(self._pending)
-        manifests.check_arrays({name: x.dtype.name for name, x in arrays.items()})
+        integrity.check_arrays({name: x.dtype.name for name, x in arrays.items()})
         about = {"step": int(step), **self._about, **_plain(metadata)}
         taken = snapshots.take(arrays, logical_shapes=logical_shapes or {})
         topic = f"jaxinfra/save/{next(_TURN)}"
@@ -177,11 +176,11 @@ class Checkpointer:
     ) -> int:
         """Returns the bytes of the whole checkpoint, without its manifest."""
         records = store.describe_arrays(writing, taken, digests)
-        versions = manifests.versions()
-        manifest = manifests.Manifest(arrays=records, versions=versions, **about)
-        text = manifests.build(manifest)
-        integrity.write_synced(writing / manifests.MANIFEST, text)
-        integrity.sync_folders(writing)
+        versions = integrity.versions()
+        manifest = integrity.Manifest(arrays=records, versions=versions, **about)
+        text = integrity.build(manifest)
+        commits.write_synced(writing / integrity.MANIFEST, text)
+        commits.sync_folders(writing)
         self._fence()
         commits.commit(writing, step=manifest.step)
         return sum(file.bytes for file in manifest.files())

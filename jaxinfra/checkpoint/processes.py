@@ -1,4 +1,4 @@
-"""How the processes of one job agree about a save or a restore.
+"""How the processes of one job agree: about a save, a restore, the step to stop after.
 
 `jax.distributed`'s coordination service holds a small key-value store that works
 from any thread and needs no devices, so a save can agree behind a running step
@@ -6,6 +6,10 @@ from any thread and needs no devices, so a save can agree behind a running step
 
 - `contribute`, then `collect`: each does its part, the first process hears of all;
 - `from_first`: the first process acts, all get what it returned, or its error.
+
+`make_ballot` is for what is asked at every step: a tiny program on the devices, queued
+like the step itself, so every process reads the same answer for the same step and
+nobody waits for a message.
 
 A topic is used once, and in the same order by all processes. Values are JSON.
 
@@ -22,6 +26,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import distributed
 
 _LOG = logging.getLogger(__name__)
@@ -125,6 +131,22 @@ def this_job(*, timeout_secs: float = 600.0) -> ProcessGroup:
         timeout_secs=timeout_secs,
         store=client,
     )
+
+
+def make_ballot(mesh: jax.sharding.Mesh) -> Callable[[bool], Any]:
+    """ballot(wants) -> whether any process wants to stop; a device value where there
+    are several processes, to be read later."""
+    if jax.process_count() == 1:
+        return lambda wants: wants
+    votes = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    count = jax.jit(jnp.max, out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+    def ballot(wants: bool) -> jax.Array:
+        mine = np.full((1,), wants, np.int32)
+        shape = (mesh.size,)
+        return count(jax.make_array_from_callback(shape, votes, lambda index: mine))
+
+    return ballot
 
 
 def _outcome(action: Callable[[], Any]) -> str:

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from jaxinfra.checkpoint import commits, integrity, store
-from jaxinfra.checkpoint import manifest as manifests
-from jaxinfra.checkpoint.errors import (
+from jaxinfra.checkpoint.commits import (
     CheckpointError,
     IncompatibleCheckpoint,
     NoUsableCheckpoint,
@@ -53,7 +52,7 @@ def latest(folder: str | os.PathLike) -> int | None:
     rejected = []
     for step, path in commits.step_folders(pathlib.Path(folder)):
         try:
-            integrity.check_sizes(path, manifests.load(path))
+            integrity.check_sizes(path, integrity.load(path))
         except IncompatibleCheckpoint:
             raise
         except CheckpointError as error:
@@ -145,7 +144,7 @@ def _read(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     logical_shapes: Shapes,
 ) -> Restored:
-    manifest = manifests.load(path)
+    manifest = integrity.load(path)
     integrity.check_sizes(path, manifest)
     arrays = store.read_arrays(path, manifest, abstract, logical_shapes=logical_shapes)
     about = ("config", "data", "run_id", "attempt", "versions")

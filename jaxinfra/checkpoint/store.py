@@ -22,10 +22,9 @@ import numpy as np
 import tensorstore
 import xxhash
 
-from jaxinfra.checkpoint import integrity
-from jaxinfra.checkpoint import manifest as manifests
-from jaxinfra.checkpoint.errors import IncompatibleCheckpoint
-from jaxinfra.checkpoint.manifest import ArrayRecord, FileRecord, Manifest
+from jaxinfra.checkpoint import commits, integrity
+from jaxinfra.checkpoint.commits import IncompatibleCheckpoint
+from jaxinfra.checkpoint.integrity import ArrayRecord, FileRecord, Manifest
 from jaxinfra.checkpoint.snapshot import SnapshotArray
 
 WRITE_TIMEOUT_SECS = 600.0  # Of one chunk: a black hole must not hang a save.
@@ -53,7 +52,7 @@ def write_arrays(
     def write(job) -> tuple[str, str, str]:
         name, array, opened, box, values = job
         index = tuple(first // size for (first, _), size in zip(box, array.chunk_shape))
-        path = manifests.chunk_path(name, index)
+        path = integrity.chunk_path(name, index)
         window = tuple(slice(*ends) for ends in box)
         writing = opened[window].write(
             values, can_reference_source_data_indefinitely=True
@@ -61,12 +60,12 @@ def write_arrays(
         digest = xxhash.xxh3_128(_padded(values, array.chunk_shape))
         writing.result(timeout=WRITE_TIMEOUT_SECS)
         with open(folder / path, "rb") as file:
-            file.seek(-manifests.CHECKSUM_BYTES, 2)
+            file.seek(-integrity.CHECKSUM_BYTES, 2)
             digest.update(file.read())
         return name, path, digest.hexdigest()
 
     digests: dict[str, dict[str, str]] = {name: {} for name in arrays}
-    with concurrent.futures.ThreadPoolExecutor(integrity.THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         for name, path, digest in pool.map(write, jobs):
             digests[name][path] = digest
     return digests
@@ -86,13 +85,13 @@ def describe_arrays(
     def describe(item: tuple[str, SnapshotArray]) -> ArrayRecord:
         name, array = item
         found = {path: one for part in digests for path, one in part[name].items()}
-        size = manifests.chunk_file_bytes(array.chunk_shape, array.dtype)
+        size = integrity.chunk_file_bytes(array.chunk_shape, array.dtype)
         zarr_json = json.dumps(_metadata(array)).encode()
-        path = f"{manifests.array_folder(name)}/zarr.json"
+        path = f"{integrity.array_folder(name)}/zarr.json"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        integrity.write_synced(folder / path, zarr_json)
-        indexes = manifests.grid(array.shape, array.chunk_shape)
-        paths = [manifests.chunk_path(name, index) for index in indexes]
+        commits.write_synced(folder / path, zarr_json)
+        indexes = integrity.grid(array.shape, array.chunk_shape)
+        paths = [integrity.chunk_path(name, index) for index in indexes]
         return ArrayRecord(
             shape=array.shape,
             dtype=array.dtype,
@@ -106,7 +105,7 @@ def describe_arrays(
             ),
         )
 
-    with concurrent.futures.ThreadPoolExecutor(integrity.THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         return dict(zip(arrays, pool.map(describe, arrays.items()), strict=True))
 
 
@@ -149,7 +148,7 @@ def read_arrays(
         if values is None or values.shape != array.chunk_shape or boxes != [here]:
             values = np.empty(array.chunk_shape, array.dtype)
         record = array.chunks[_position(array, index)]
-        checksum = bytearray(manifests.CHECKSUM_BYTES)
+        checksum = bytearray(integrity.CHECKSUM_BYTES)
         integrity.read_into(folder, record, values.reshape(-1).view(np.uint8), checksum)
         for box in boxes:
             if values is blocks_here[box]:
@@ -160,7 +159,7 @@ def read_arrays(
             )
             blocks_here[box][_window(both, box)] = values[_window(both, here)]
 
-    with concurrent.futures.ThreadPoolExecutor(integrity.THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         collections.deque(pool.map(read, jobs), maxlen=0)
     return {name: _place(target, blocks.pop(name)) for name, target in abstract.items()}
 
@@ -168,7 +167,7 @@ def read_arrays(
 def _chunks(array: SnapshotArray) -> Iterator[tuple[Box, np.ndarray]]:
     """The chunks of this process's shards: where each stands, and its values."""
     for shard in array.shards:
-        for index in manifests.grid(shard.values.shape, array.chunk_shape):
+        for index in integrity.grid(shard.values.shape, array.chunk_shape):
             window = tuple(
                 slice(i * size, (i + 1) * size)
                 for i, size in zip(index, array.chunk_shape)
@@ -191,7 +190,7 @@ def _padded(values: np.ndarray, chunk_shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _spec(folder: pathlib.Path, name: str, array: SnapshotArray) -> dict:
-    path = folder.absolute() / manifests.array_folder(name)
+    path = folder.absolute() / integrity.array_folder(name)
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -205,7 +204,7 @@ def _spec(folder: pathlib.Path, name: str, array: SnapshotArray) -> dict:
 
 def _metadata(array: SnapshotArray) -> dict:
     """`zarr.json`. Source: Zarr core specification 3.0; its bytes and crc32c codecs."""
-    is_bytes = manifests.ITEM_BYTES[array.dtype] == 1
+    is_bytes = integrity.ITEM_BYTES[array.dtype] == 1
     endian = {} if is_bytes else {"configuration": {"endian": "little"}}
     grid = {"chunk_shape": list(array.chunk_shape)}
     return {

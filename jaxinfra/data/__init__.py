@@ -3,16 +3,16 @@
 The way of an item through the files:
 
     sources    text and JSONL files -> documents
-    prepare    documents -> train and held-out, shuffled once, encoded
+    prepare    documents -> train and held-out, shuffled once, encoded; a data set
+               folder, written whole or not at all
     tokenizer  text <-> ids
-    writer     ids -> a data set folder, whole or not at all
     shards     the folder, opened as memory maps, checked byte by byte
     packing    shards -> numbered rows of T + 1 tokens, with a segment beside each token
     order      turn in an epoch -> row, by a permutation that is computed, not stored
     batches    step -> rows -> HostBatch; what training may resume from
     device     HostBatch -> global `jax.Array`s, ahead of time; their digest
 
-`errors` holds the error that users see, `digests` the hashes.
+What a user can put right is a `config.DataError`.
 
 The folder. `dataset.json` describes it; `train-00000.tokens.npy` holds ids, document
 after document, each ended by the tokenizer's EOD id, and `train-00000.lengths.npy` the

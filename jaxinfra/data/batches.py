@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfra.config import DataError
 from jaxinfra.data import order
-from jaxinfra.data.errors import DataError
 from jaxinfra.data.packing import ConcatRows, HostBatch
 from jaxinfra.data.shards import Split
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import DataError
 from jaxinfra.data.packing import HostBatch
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import DataError
 from jaxinfra.data.shards import Shard, Split
 
 

@@ -1,20 +1,26 @@
 """Text files to a data set folder: split, shuffle once, encode, write.
 
 Which documents are held out, and the order of the others, follow from the texts and the
-seed alone: the same input gives the same bytes on every machine.
+seed alone: the same input gives the same bytes on every machine. A folder is written
+whole or not at all; `shards` says what stands in it.
 """
 
+import dataclasses
 import difflib
 import hashlib
+import json
+import os
 import pathlib
-from collections.abc import Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 
-from jaxinfra.data import digests, order, shards, sources, writer
-from jaxinfra.data.errors import DataError
-from jaxinfra.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, id_dtype
+from jaxinfra.config import DataError
+from jaxinfra.data import order, shards, sources
+from jaxinfra.data import tokenizer as tokenizers
 
 TokenizerName = Literal["byte", "char"]
 SplitRule = Literal["documents", "tail"]
@@ -24,6 +30,14 @@ CORPORA = {"shakespeare": pathlib.Path(__file__).parent / "corpus" / "shakespear
 
 _VERSION = 1  # of the way from text to bytes: part of the name of a cached data set
 _LAYOUT_EPOCH = 2**64 - 1  # the shuffle on disk is not the shuffle of any real epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitContent:
+    """What a split is written from: the ids of its documents, in reading order."""
+
+    documents: Sequence[np.ndarray]
+    text_bytes: int
 
 
 class _Piece(NamedTuple):
@@ -83,7 +97,7 @@ def prepare(
         pieces["held_out"] = held
     coder = _make_tokenizer(tokenizer, texts)
     contents = {name: _encode(coder, split) for name, split in pieces.items()}
-    return writer.write_dataset(
+    return write_dataset(
         pathlib.Path(out), tokenizer=coder, splits=contents, shard_tokens=shard_tokens
     )
 
@@ -123,12 +137,46 @@ def prepared(
         "text_key": text_key,
         "document_separator": document_separator,
     }
-    inputs = [[file.suffix, digests.file_sha256(file)] for file in files]
+    inputs = [[file.suffix, shards.file_sha256(file)] for file in files]
     key = {"version": [_VERSION, shards.FORMAT_VERSION], "inputs": inputs, **options}
-    folder = pathlib.Path(cache_dir) / digests.json_sha256(key)
+    folder = pathlib.Path(cache_dir) / tokenizers.json_sha256(key)
     if not (folder / shards.MANIFEST).is_file():
         prepare(files, folder, **options)
     return folder
+
+
+def write_dataset(
+    folder: pathlib.Path,
+    *,
+    tokenizer: tokenizers.Tokenizer,
+    splits: Mapping[str, SplitContent],
+    shard_tokens: int,
+) -> shards.Dataset:
+    """Writes a data set folder, or leaves nothing under its name.
+
+    A shard holds whole documents, together at most `shard_tokens` tokens unless one
+    document alone is longer. Everything is written and fsynced in a sibling folder
+    (`.NAME.*.tmp`, all that a killed process leaves behind), which is then renamed. A
+    folder that is there already, or that another process renamed first, is kept if it
+    is equal. Raises DataError if it is not, or if the disk refuses; refused after the
+    rename, the folder stands all the same, and whole.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        digest = _write_files(temporary, tokenizer, splits, shard_tokens)
+        _rename_or_accept(temporary, folder, digest)
+        _fsync(folder.parent)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {folder}: {error.strerror or error}; "
+            "free the disk or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return shards.open_dataset(folder, verify=False)
 
 
 def _check_options(
@@ -196,24 +244,24 @@ def _split_tail(
     return train, held
 
 
-def _make_tokenizer(name: TokenizerName, texts: list[str]) -> Tokenizer:
+def _make_tokenizer(name: TokenizerName, texts: list[str]) -> tokenizers.Tokenizer:
     match name:
         case "byte":
-            return ByteTokenizer()
+            return tokenizers.ByteTokenizer()
         case "char":
-            return CharTokenizer("".join(set().union(*texts)))
+            return tokenizers.CharTokenizer("".join(set().union(*texts)))
         case _:
             assert_never(name)
 
 
-def _encode(tokenizer: Tokenizer, pieces: list[_Piece]) -> writer.SplitContent:
-    eod = np.array([tokenizer.eod_id], id_dtype(tokenizer.vocab_size))
+def _encode(tokenizer: tokenizers.Tokenizer, pieces: list[_Piece]) -> SplitContent:
+    eod = np.array([tokenizer.eod_id], tokenizers.id_dtype(tokenizer.vocab_size))
     documents, text_bytes = [], 0
     for text, is_end in pieces:
         ids = tokenizer.encode(text)
         documents.append(np.concatenate([ids, eod]) if is_end else ids)
         text_bytes += len(text.encode("utf-8"))
-    return writer.SplitContent(documents=documents, text_bytes=text_bytes)
+    return SplitContent(documents=documents, text_bytes=text_bytes)
 
 
 def _not_found(path: str | pathlib.Path) -> str:
@@ -225,3 +273,101 @@ def _not_found(path: str | pathlib.Path) -> str:
         f"data.path={str(path)!r} does not exist; give a folder that prepare wrote, "
         f"{sources.ACCEPTED}, or a corpus that ships here ({', '.join(CORPORA)}){hint}"
     )
+
+
+def _write_files(
+    folder: pathlib.Path,
+    tokenizer: tokenizers.Tokenizer,
+    splits: Mapping[str, SplitContent],
+    shard_tokens: int,
+) -> str:
+    """Writes all files of a data set, `dataset.json` last; returns its digest."""
+    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
+    records = {}
+    for name, content in splits.items():
+        files = []
+        for number, documents in enumerate(_grouped(content.documents, shard_tokens)):
+            tokens = np.concatenate(documents).astype(dtype)
+            lengths = np.array([len(d) for d in documents], shards.LENGTH_DTYPE)
+            file = f"{name}-{number:05d}.tokens.npy"
+            lengths_file = f"{name}-{number:05d}.lengths.npy"
+            files.append(
+                {
+                    "file": file,
+                    "checksum": _write_array(folder / file, tokens),
+                    "lengths_file": lengths_file,
+                    "lengths_checksum": _write_array(folder / lengths_file, lengths),
+                    "tokens": len(tokens),
+                    "documents": len(lengths),
+                }
+            )
+        records[name] = {
+            "tokens": sum(s["tokens"] for s in files),
+            "documents": sum(s["documents"] for s in files),
+            "bytes": content.text_bytes,
+            "shards": files,
+        }
+    manifest = {
+        "format_version": shards.FORMAT_VERSION,
+        "dtype": dtype.name,
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_digest": tokenizer.digest(),
+        "splits": records,
+    }
+    with (folder / shards.MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _fsync(folder)
+    return tokenizers.json_sha256(manifest)
+
+
+def _grouped(
+    documents: Sequence[np.ndarray], shard_tokens: int
+) -> Iterator[list[np.ndarray]]:
+    group: list[np.ndarray] = []
+    tokens = 0
+    for document in documents:
+        if group and tokens + len(document) > shard_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(document)
+        tokens += len(document)
+    if group:
+        yield group
+
+
+def _write_array(path: pathlib.Path, array: np.ndarray) -> str:
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    return shards.file_xxh3_128(path)
+
+
+def _rename_or_accept(
+    temporary: pathlib.Path, folder: pathlib.Path, digest: str
+) -> None:
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        if not (folder / shards.MANIFEST).exists():
+            raise DataError(
+                f"{folder} is there already and holds no data set; choose a folder "
+                "that does not exist yet"
+            ) from None
+        if shards.open_dataset(folder, verify=True).digest != digest:
+            raise DataError(
+                f"{folder} holds another data set; a data set is never overwritten: "
+                "delete the folder or choose another one"
+            ) from None
+
+
+def _fsync(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

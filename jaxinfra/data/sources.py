@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import DataError
 
 ACCEPTED = "a .txt or .jsonl file, a folder of them, or a glob"
 _SUFFIXES = (".txt", ".jsonl")

@@ -5,13 +5,13 @@ Every tokenizer keeps one id for the end of a document (EOD); `encode` never add
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxinfra.data import digests
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import DataError
 
 _CODE_POINT = np.dtype("<u4")
 
@@ -45,6 +45,15 @@ class Tokenizer(Protocol):
     def digest(self) -> str:
         """Hex sha256 of `to_json()`."""
         ...
+
+
+def json_sha256(value: Any) -> str:
+    """Hex sha256 of `value` as canonical JSON: sorted keys, no spaces, ASCII.
+
+    What names something for ever: a tokenizer, a data set, a prepared text.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -103,7 +112,7 @@ class ByteTokenizer:
         return {"name": self.name}
 
     def digest(self) -> str:
-        return digests.json_sha256(self.to_json())
+        return json_sha256(self.to_json())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +157,7 @@ class CharTokenizer:
         return {"name": self.name, "characters": self.characters}
 
     def digest(self) -> str:
-        return digests.json_sha256(self.to_json())
+        return json_sha256(self.to_json())
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -3,9 +3,8 @@
 | file | subject |
 |---|---|
 | `cache` | the cache of a layer, and the attention that reads and writes it |
-| `decode` | prefill and the decoding loop, for prompts of different lengths |
+| `decode` | prompts of different lengths to texts: prefill and the decoding loop |
 | `sample` | logits to a token: greedy, temperature, top-k, top-p |
-| `text` | prompts to texts |
 
 The cache enters by the seam: the same model functions, with another `attend`.
 """

@@ -1,6 +1,7 @@
 """Text from a model: prompts into caches at once, then a token a row at a time.
 
-`make_generate` works on ids, `generate_text` on strings. Two programs are compiled:
+`make_generate` works on ids, `generate_text` on strings, `continue_prompts` by the
+settings of `SampleConfig`. Two programs are compiled:
 `_prefill`, once for each power of two of prompt lengths, and `_decode`, whose loop ends
 as soon as every row has met a stop token.
 """
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import ModelConfig, SampleConfig
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import cache, sample
 from jaxinfra.models import transformer
@@ -161,6 +162,42 @@ def generate_text(
         tokenizer.decode(tokens_N[:length])
         for tokens_N, length in zip(*generated, strict=True)
     ]
+
+
+def continue_prompts(
+    params: Tree,
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    settings: SampleConfig,
+    *,
+    model: ModelConfig,
+    policy: Policy,
+    layout: Layout,
+    seed: int,
+) -> list[str]:
+    """Each prompt with its continuation, which ends with the document.
+
+    Learned positions bound the tokens: what does not fit is not generated.
+    """
+    longest = max((len(tokenizer.encode(prompt)) for prompt in prompts), default=1)
+    longest, num_tokens = max(longest, 1), settings.tokens
+    if model.positions == "learned":
+        num_tokens = min(num_tokens, model.max_length - longest)
+    generate = make_generate(
+        model,
+        policy=policy,
+        layout=layout,
+        max_new_tokens=num_tokens,
+        capacity=longest + num_tokens,
+        stop_ids=(tokenizer.eod_id,),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        vocab_size=tokenizer.vocab_size,
+    )
+    key = jax.random.key(seed)
+    texts = generate_text(params, prompts, tokenizer, generate=generate, key=key)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def logits(

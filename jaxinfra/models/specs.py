@@ -5,7 +5,7 @@ import math
 import jax
 
 from jaxinfra.config import ModelConfig
-from jaxinfra.ops import mlp
+from jaxinfra.ops import layers
 from jaxinfra.params import ParamSpec, Tree, constant, normal
 
 
@@ -71,7 +71,7 @@ def _layer_specs(cfg: ModelConfig) -> Tree:
         "up": matrix((D, F), ("embed", "ffn"), (0,)),
         "down": matrix((F, D), ("ffn", "embed"), (0,), depth),
     }
-    if cfg.activation in mlp.GATED:
+    if cfg.activation in layers.GATED:
         ffn["gate"] = matrix((D, F), ("embed", "ffn"), (0,))
     if cfg.mlp_bias:
         ffn |= {"up_bias": bias((F,), ("ffn",)), "down_bias": bias((D,), (None,))}

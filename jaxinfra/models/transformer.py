@@ -16,8 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.config import LayerConfig, ModelConfig
 from jaxinfra.models.specs import param_specs
-from jaxinfra.ops import embedding, mlp, norm, rope
-from jaxinfra.ops.dropout import dropout
+from jaxinfra.ops import layers
 from jaxinfra.ops.seam import Context, Ops
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
@@ -74,15 +73,13 @@ def make_model(
 
 def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
     with jax.named_scope("embed"):
-        x_BTD = embedding.embed(
-            params["embedding"], tokens_BT, policy=policy, rules=rules
-        )
+        x_BTD = layers.embed(params["embedding"], tokens_BT, policy=policy, rules=rules)
         if cfg.positions == "learned":
-            x_BTD += embedding.position_rows(
+            x_BTD += layers.position_rows(
                 params["positions"], context.positions_BT, policy=policy, rules=rules
             )
         key = _layer_key(context, cfg.num_layers)
-        return dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
+        return layers.dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
 
 
 def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, ops):
@@ -95,13 +92,13 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
         h_BTD, cache = _attention(
             params["attention"], h_BTD, context, layer, cache, cfg, ops
         )
-        x_BTD += dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
+        x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
     with jax.named_scope("ffn"):
         h_BTD = _norm(params["ffn_norm"], x_BTD, cfg)
-        h_BTD = mlp.mlp(
+        h_BTD = layers.mlp(
             params["ffn"], h_BTD, activation=cfg.activation, einsum=ops.einsum
         )
-        x_BTD += dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
+        x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
     return x_BTD, cache
 
 
@@ -117,11 +114,11 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     k_BTKH = project("key", "BTD,DKH->BTKH", None)
     v_BTKH = project("value", "BTD,DKH->BTKH", None)
     if cfg.qk_norm:
-        q_BTKGH = norm.rms_norm(q_BTKGH, params["query_norm"], eps=cfg.norm_eps)
-        k_BTKH = norm.rms_norm(k_BTKH, params["key_norm"], eps=cfg.norm_eps)
+        q_BTKGH = layers.rms_norm(q_BTKGH, params["query_norm"], eps=cfg.norm_eps)
+        k_BTKH = layers.rms_norm(k_BTKH, params["key_norm"], eps=cfg.norm_eps)
     if cfg.positions == "rotary":
         angles = context.rotations[layer.rope_theta or cfg.rope_theta]
-        q_BTKGH, k_BTKH = rope.rope(q_BTKGH, *angles), rope.rope(k_BTKH, *angles)
+        q_BTKGH, k_BTKH = layers.rope(q_BTKGH, *angles), layers.rope(k_BTKH, *angles)
     q_BTKGH = checkpoint_name(q_BTKGH, "query")
     k_BTKH = checkpoint_name(k_BTKH, "key")
     v_BTKH = checkpoint_name(v_BTKH, "value")
@@ -149,7 +146,7 @@ def _rotations(positions_BT, cfg):
         return {}
     thetas = {layer.rope_theta or cfg.rope_theta for layer in cfg.layers}
     return {
-        theta: rope.rotations(positions_BT, head_width=cfg.head_width, theta=theta)
+        theta: layers.rotations(positions_BT, head_width=cfg.head_width, theta=theta)
         for theta in sorted(thetas)
     }
 
@@ -162,8 +159,10 @@ def _unembed(params, x_BTD, *, cfg):
 
 def _norm(params, x_BTD, cfg):
     if cfg.norm == "layernorm":
-        return norm.layer_norm(x_BTD, params["scale"], params["bias"], eps=cfg.norm_eps)
-    return norm.rms_norm(x_BTD, params["scale"], eps=cfg.norm_eps)
+        return layers.layer_norm(
+            x_BTD, params["scale"], params["bias"], eps=cfg.norm_eps
+        )
+    return layers.rms_norm(x_BTD, params["scale"], eps=cfg.norm_eps)
 
 
 def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
@@ -171,11 +170,11 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     None; the result has the same form."""
     caches = caches or {"prefix": None, "pattern": None, "suffix": None}
 
-    def run(layer_params, layers, first, x_BTD, caches, block=flat):
-        caches = caches or [None] * len(layers)
+    def run(layer_params, configs, first, x_BTD, caches, block=flat):
+        caches = caches or [None] * len(configs)
         out = []
         for i, (layer, p, cache) in enumerate(
-            zip(layers, layer_params, caches, strict=True)
+            zip(configs, layer_params, caches, strict=True)
         ):
             x_BTD, cache = block(p, x_BTD, context, layer, first + i, cache)
             out.append(cache)

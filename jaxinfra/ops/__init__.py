@@ -4,9 +4,9 @@
 |---|---|
 | `seam` | `Ops(einsum, attend, dispatch)`: precision and ZeRO's gathers enter here |
 | `attention` | causal attention and the table that chooses its kernel |
-| `kernels/` | splash (TPU) and cuDNN (GPU) attention for one device's rows and heads |
+| `kernels` | splash (TPU) and cuDNN (GPU) attention for one device's rows and heads |
 | `loss` | cross-entropy in chunks that make their own gradients |
-| `embedding`, `norm`, `rope`, `mlp`, `dropout` | what their names say |
+| `layers` | embedding, norms, rotary positions, the feed-forward layer, dropout |
 
 Arrays come first and are named with their dims: B batch, T query length, S key length,
 D width, K key heads, G query heads a key head, H head width, F ffn, V vocabulary. A

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import sharding
-from jaxinfra.ops.kernels import cudnn, splash
+from jaxinfra.ops import kernels
 from jaxinfra.ops.seam import Attend
 from jaxinfra.sharding import Rules
 
@@ -65,7 +65,7 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
             keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
             out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
             return out, cache
-        fused = splash.attend if name == "splash" else cudnn.attend
+        fused = kernels.splash if name == "splash" else kernels.cudnn
         # A fused kernel sees one device's rows and heads.
         tokens = functools.partial(sharding.spec, rules, "batch", "length")
         heads = functools.partial(tokens, "heads")
@@ -173,9 +173,11 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
     if kernel != "xla" and jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
         return "a length split over the mesh axis context"
     if kernel == "splash":
-        return splash.uncovered(length=q_BTKGH.shape[1])
+        return kernels.splash_uncovered(length=q_BTKGH.shape[1])
     if kernel == "cudnn":
-        return cudnn.uncovered(head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype)
+        return kernels.cudnn_uncovered(
+            head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype
+        )
     return ""
 
 

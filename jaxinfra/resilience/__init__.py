@@ -4,7 +4,7 @@
 |---|---|
 | `exitcodes` | the codes that a run ends with, and what to do about each |
 | `ownership` | one run folder, one live run: owner records and fencing numbers |
-| `preemption` | SIGTERM and SIGINT as a request to stop after the running step |
+| `preemption` | a request to stop (signals, train.max_secs), the loss of a peer |
 
 None of these imports jax.
 """

@@ -2,14 +2,14 @@
 
 | file | subject |
 |---|---|
-| `objective` | the loss contract (sum of the loss, sum of weights); next-token loss |
-| `gradients` | `grad_of`, `accumulate`: wrappers that return a `GradFn` |
+| `objective` | the contract (sums of loss and weights), next-token loss, gradients |
 | `optim` | optax by name, decay and muon by kind, schedules |
-| `state` | `TrainState` and where each part of it lives |
+| `state` | `TrainState`, where each part of it lives, its way to and from checkpoints |
 | `step` | (state, batch) -> (state, metrics): one division, one update |
 | `loop` | dispatches step n before it reads n - 1; evaluation, saves, reasons to stop |
-| `metrics`, `journal`, `progress` | figures on their way to disk and screen |
-| `evaluate`, `flops`, `facts`, `profile`, `saving` | what their names say |
+| `journal` | figures on their way from the device to disk and screen |
+| `evaluate` | the loss on held-out sets, in nats a token and bits a byte |
+| `facts` | headline, bytes at rest, FLOPs and peak, profile |
 
 Why the loss is a sum: microbatches, devices and documents have unequal numbers of
 targets. Sums add up in any order; the step divides once, by the global weight. Why the

@@ -1,17 +1,24 @@
-"""What a run tells: to disk (metrics.jsonl, events.jsonl) and to the person
-watching."""
+"""What a run tells while it runs: figures on their way from the device to disk
+(metrics.jsonl, events.jsonl) and to the person watching.
+
+Reading a step's scalars waits for the step. `Reader` reads them one step late, when
+they are there already, and the device never waits for the host.
+"""
 
 import contextlib
 import math
 import pathlib
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import rich.console
+import rich.progress
 
 from jaxinfra import runfolder
 from jaxinfra.config import Config
 from jaxinfra.options import to_json
-from jaxinfra.train.progress import Progress
 
 
 class Journal:
@@ -82,6 +89,166 @@ class Journal:
                 lines.sync()
 
 
+class Read(NamedTuple):
+    """What the loop must know of a step that was read."""
+
+    is_stop: bool = False
+    has_diverged: bool = False
+
+
+class Reader:
+    """Metrics on their way from the device to the journal, one step late."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        lr: Callable[[int], float],
+        max_bad_steps: int,
+        flops_per_step: float,
+        peak_flops: float | None,
+    ):
+        self._journal, self._lr = journal, lr
+        self._max_bad_steps = max_bad_steps
+        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._pending: tuple[int, Any, Any, float] | None = None
+        self._bad_steps = 0
+        self._settled_secs: float | None = None
+        self._clock: float | None = None  # when the last step was read; None: no figure
+
+    def push(self, step: int, metrics: Any, vote: Any, wait_secs: float) -> Read:
+        """Takes what step `step` will give; reads the step before."""
+        read = self.flush({}, following=metrics)
+        self._pending = (step, metrics, vote, wait_secs)
+        return read
+
+    def settle(self) -> None:
+        """Waits for the pending step; what the caller does next is not its time."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+            self._settled_secs = time.perf_counter()
+
+    def flush(self, extra: dict[str, float], following: Any = None) -> Read:
+        """Reads what is pending, with `extra` metrics of the same step; `following` is
+        what the next step will give, if that is dispatched."""
+        if self._pending is None:
+            return Read()
+        (step, metrics, vote, wait_secs), self._pending = self._pending, None
+        values = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        # A small step on CPU runs while it is dispatched: then the two share the time.
+        num_ended = 1 + _has_ended(following)
+        record = self._record(step, values, wait_secs, num_ended) | extra
+        if "eval/held_out/loss" in extra:
+            record["eval/loss"] = extra["eval/held_out/loss"]
+        self._journal.step(record)
+        self._bad_steps = 0 if values["is_finite"] else self._bad_steps + 1
+        if not values["is_finite"]:
+            self._journal.event(
+                "anomaly", step=step, reason="loss or gradient not finite"
+            )
+        has_diverged = self._bad_steps >= self._max_bad_steps
+        return Read(bool(jax.device_get(vote)), has_diverged)
+
+    def restart_clock(self) -> None:
+        """Evaluation and saves are not part of a step's time."""
+        self._clock = time.perf_counter()
+
+    def _record(
+        self, step: int, values: dict[str, Any], wait_secs: float, num_ended: int
+    ) -> dict[str, Any]:
+        record: dict[str, Any] = {"step": step}
+        names = {"digest": "data/digest", "padding_frac": "data/padding_frac"}
+        for name, value in values.items():
+            record[names.get(name, f"train/{name}")] = value
+        record["train/lr"] = self._lr(step - 1)
+        record["data/wait_secs"] = wait_secs
+        now, self._settled_secs = self._settled_secs or time.perf_counter(), None
+        if self._clock is not None:
+            secs = (now - self._clock) / num_ended
+            now = self._clock + secs
+            record["perf/step_secs"] = secs
+            record["perf/tokens_per_sec"] = values["tokens"] / secs
+            if self._peak_flops:
+                rate = self._flops_per_step / secs
+                record["perf/mfu"] = rate / self._peak_flops
+        self._clock = now
+        return record
+
+
+class Progress:
+    """Shows steps as they are recorded; a context manager."""
+
+    def __init__(self, *, start: int, steps: int, every: int, is_shown: bool = True):
+        self._console = rich.console.Console(stderr=True, quiet=not is_shown)
+        self._every = every
+        self._steps = steps
+        self._start = start
+        self._start_secs = time.monotonic()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            rich.progress.BarColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start, figures="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._bar.stop()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Shows a record of metrics.jsonl."""
+        figures = _figures(record)
+        step = record["step"]
+        self._bar.update(self._task, completed=step, figures=figures)
+        has_eval = "eval/loss" in record
+        is_due = step % self._every == 0 or step in (self._start + 1, self._steps)
+        if not self._console.is_terminal and (is_due or has_eval):
+            left = (time.monotonic() - self._start_secs) / (step - self._start)
+            eta = _duration(left * (self._steps - step))
+            self.say(f"step {step}/{self._steps}  {figures}  eta {eta}")
+        if has_eval:
+            self.say(_held_out(record))
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _has_ended(metrics: Any) -> bool:
+    leaves = jax.tree.leaves(metrics)
+    return bool(leaves) and all(leaf.is_ready() for leaf in leaves)
+
+
 def _plain(value: Any) -> Any:
     is_odd = isinstance(value, float) and not math.isfinite(value)
     return None if is_odd else value
+
+
+def _figures(record: dict[str, Any]) -> str:
+    parts = [f"loss {record['train/loss']:.4f}"]
+    if "perf/tokens_per_sec" in record:
+        parts.append(f"{record['perf/tokens_per_sec']:,.0f} tokens/s")
+    if "perf/mfu" in record:
+        parts.append(f"mfu {record['perf/mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def _held_out(record: dict[str, Any]) -> str:
+    sets = [key.split("/")[1] for key in record if key.endswith("/bits_per_byte")]
+    return "; ".join(
+        f"{name}: {record[f'eval/{name}/loss']:.4f} nats a token, "
+        f"{record[f'eval/{name}/bits_per_byte']:.4f} bits a byte"
+        for name in sets
+    )
+
+
+def _duration(secs: float) -> str:
+    minutes, secs = divmod(int(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}"

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxinfra.checkpoint.errors import SaveError
+from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.resilience import exitcodes
-from jaxinfra.train import metrics
-from jaxinfra.train.journal import Journal
+from jaxinfra.train.journal import Journal, Reader
 from jaxinfra.train.state import TrainState
 
 
@@ -83,7 +82,7 @@ def run(
     Returns the state and an exit code: DONE, PREEMPTED (after a committed save),
     DIVERGED, or SAVE_FAILED if the last save is not committed.
     """
-    reader = metrics.Reader(
+    reader = Reader(
         journal,
         lr=lr,
         max_bad_steps=schedule.max_bad_steps,

@@ -1,8 +1,9 @@
-"""The loss contract, and next-token prediction on it.
+"""From a loss to the gradient of its sum: the contracts, and next-token prediction.
 
 A `LossFn` returns the *sum* of the loss and an `Aux` with the sum of the weights. The
 step divides once, by the global weight sum, so microbatches and devices of unequal
-weight are right.
+weight are right. A `GradFn` has a LossFn's arguments and returns `Gradients` of the
+sum; wrappers compose: `accumulate(grad_of(loss), 4)`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +38,22 @@ class LossFn(Protocol):
         ...
 
 
+class Gradients(NamedTuple):
+    """grads: a tree like params, of the loss sum. loss_sum: float32."""
+
+    grads: Any
+    loss_sum: jax.Array
+    aux: Aux
+
+
+class GradFn(Protocol):
+    """A LossFn's arguments -> the gradient of its sum with respect to params."""
+
+    def __call__(
+        self, params: Any, model_state: Any, batch: Any, key: jax.Array | None
+    ) -> Gradients: ...
+
+
 class Rows(NamedTuple):
     """A batch as a loss takes it: what the device got, and each row's global id.
 
@@ -59,27 +76,29 @@ class Targets(NamedTuple):
     segments_BT: jax.Array
 
 
-def numbered(batch: Any, rules: Rules) -> Rows:
-    """`batch` (tokens and segments) with the ids of its rows."""
-    tokens_BT1, segments_BT1 = batch
-    rows_B = jax.lax.broadcasted_iota(
-        jnp.uint32, tokens_BT1.shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
-    )
-    return Rows(tokens_BT1, segments_BT1, rows_B)
+def next_token_loss(
+    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
+) -> LossFn:
+    """Cross-entropy of the next token. Without `document_mask` a row is one document to
+    attention; targets across a boundary do not count either way."""
 
+    def loss_fn(params, model_state, batch: Rows, key):
+        t = make_targets(batch.tokens_BT1, batch.segments_BT1, loss_config.rules)
+        context = Context(
+            positions_BT=t.positions_BT,
+            segments_BT=t.segments_BT if document_mask else None,
+            rows_B=batch.rows_B,
+            key=key,
+        )
+        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        with jax.named_scope("loss"):
+            sums = loss.cross_entropy(
+                h_BTD, head_VD, t.targets_BT, t.weights_BT, loss_config
+            )
+        metrics = {"log_z_squared": sums.z}
+        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
 
-def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:
-    """A LossFn or GradFn of `Rows` as one of a batch from the stream.
-
-    The ids are given before microbatches are cut, so that a row's dropout is its own.
-    Not `is_random`: the key is not passed on, and no random number is made.
-    """
-
-    def on_batch(params, model_state, batch, key):
-        rows = numbered(batch, rules)
-        return function(params, model_state, rows, key if is_random else None)
-
-    return on_batch
+    return loss_fn
 
 
 def make_targets(
@@ -106,26 +125,71 @@ def make_targets(
     return jax.tree.map(lambda x_BT: jax.reshard(x_BT, split), targets)
 
 
-def next_token_loss(
-    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
-) -> LossFn:
-    """Cross-entropy of the next token. Without `document_mask` a row is one document to
-    attention; targets across a boundary do not count either way."""
+def grad_of(loss_fn: LossFn) -> GradFn:
+    """Reverse-mode gradient of the loss sum with respect to params."""
 
-    def loss_fn(params, model_state, batch: Rows, key):
-        t = make_targets(batch.tokens_BT1, batch.segments_BT1, loss_config.rules)
-        context = Context(
-            positions_BT=t.positions_BT,
-            segments_BT=t.segments_BT if document_mask else None,
-            rows_B=batch.rows_B,
-            key=key,
+    def grad_fn(params, model_state, batch, key):
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss_sum, aux), grads = value_and_grad(params, model_state, batch, key)
+        return Gradients(grads, loss_sum, aux)
+
+    return grad_fn
+
+
+def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
+    """Sums `grad_fn` over `microbatches` parts of the batch, one after another.
+
+    Row r goes to part r % microbatches, so that no row leaves its device. `shardings`:
+    of the sum of gradients, a tree like params; zero >= 2 keeps it sharded over fsdp.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        over_rows, *others = jax.typeof(x).sharding.spec
+        parts = jax.lax.reshape(
+            x,
+            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
+            out_sharding=jax.P(over_rows, None, *others),
         )
-        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
-        with jax.named_scope("loss"):
-            sums = loss.cross_entropy(
-                h_BTD, head_VD, t.targets_BT, t.weights_BT, loss_config
-            )
-        metrics = {"log_z_squared": sums.z}
-        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        return jnp.swapaxes(parts, 0, 1)
 
-    return loss_fn
+    def placed(result: Gradients) -> Gradients:
+        return result._replace(grads=jax.tree.map(jax.reshard, result.grads, shardings))
+
+    def accumulated(params, model_state, batch, key):
+        if microbatches == 1:
+            return placed(grad_fn(params, model_state, batch, key))
+
+        def add(total, part):
+            result = placed(grad_fn(params, model_state, part, key))
+            return jax.tree.map(jnp.add, total, result), None
+
+        parts = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        total = placed(grad_fn(params, model_state, first, key))
+        rest = jax.tree.map(lambda x: x[1:], parts)
+        return jax.lax.scan(add, total, rest)[0]
+
+    return accumulated
+
+
+def numbered(batch: Any, rules: Rules) -> Rows:
+    """`batch` (tokens and segments) with the ids of its rows."""
+    tokens_BT1, segments_BT1 = batch
+    rows_B = jax.lax.broadcasted_iota(
+        jnp.uint32, tokens_BT1.shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
+    )
+    return Rows(tokens_BT1, segments_BT1, rows_B)
+
+
+def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:
+    """A LossFn or GradFn of `Rows` as one of a batch from the stream.
+
+    The ids are given before microbatches are cut, so that a row's dropout is its own.
+    Not `is_random`: the key is not passed on, and no random number is made.
+    """
+
+    def on_batch(params, model_state, batch, key):
+        rows = numbered(batch, rules)
+        return function(params, model_state, rows, key if is_random else None)
+
+    return on_batch

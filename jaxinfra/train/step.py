@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinfra.train.gradients import GradFn
+from jaxinfra.train.objective import GradFn
 from jaxinfra.train.state import Shardings, TrainState
 
 Metrics = dict[str, jax.Array]

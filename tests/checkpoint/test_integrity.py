@@ -8,8 +8,8 @@ import shutil
 import pytest
 import small_state
 
-from jaxinfra.checkpoint import integrity, manifest, restore
-from jaxinfra.checkpoint.errors import CheckpointError, IncompatibleCheckpoint
+from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 
 NUM_FLIPS = 150
 NUM_FUZZED = 2000
@@ -88,7 +88,7 @@ def test_a_valid_chunk_or_manifest_of_another_step_is_found(folder, state):
 
 def signed(values: dict) -> bytes:
     """A manifest as a forger writes it: any values, a right sha256."""
-    return manifest.dump({key: values[key] for key in values if key != "sha256"})
+    return integrity.dump({key: values[key] for key in values if key != "sha256"})
 
 
 def changed(values, path, new):
@@ -141,7 +141,7 @@ NU = ("arrays", "opt/nu")
 def test_a_forged_manifest_is_refused_by_rule(path, new, says, folder):
     values = json.loads((folder / "2/manifest.json").read_bytes())
     with pytest.raises(CheckpointError) as error:
-        manifest.parse(changed(values, path, new))
+        integrity.parse(changed(values, path, new))
     assert says in str(error.value)
 
 
@@ -173,7 +173,7 @@ def test_a_newer_format_is_named_and_not_walked_back_from(folder, state):
 )
 def test_text_that_is_no_manifest_is_refused(text):
     with pytest.raises(CheckpointError):
-        manifest.parse(text)
+        integrity.parse(text)
 
 
 def test_fuzzed_manifests_are_refused_or_unchanged(folder):
@@ -187,4 +187,4 @@ def test_fuzzed_manifests_are_refused_or_unchanged(folder):
         if bytes(bad) == text:
             continue
         with pytest.raises(CheckpointError):
-            manifest.parse(bytes(bad))
+            integrity.parse(bytes(bad))

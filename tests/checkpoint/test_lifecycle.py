@@ -9,7 +9,7 @@ import pytest
 import small_state
 
 from jaxinfra.checkpoint import commits, integrity, lifecycle, restore, store
-from jaxinfra.checkpoint.errors import NoUsableCheckpoint, SaveError
+from jaxinfra.checkpoint.commits import NoUsableCheckpoint, SaveError
 
 NAN = float("nan")
 # (module, function) after which, or before which, a save is killed -> latest step.
@@ -18,7 +18,7 @@ KILLS = [
     ("store.write_arrays", "before", 10),
     ("store.write_arrays", "after", 10),
     ("store.describe_arrays", "after", 10),
-    ("manifests.build", "after", 10),
+    ("integrity.build", "after", 10),
     ("commits.commit", "before", 10),
     ("commits.commit", "after", 20),
     ("commits.prune", "after", 20),
@@ -113,7 +113,7 @@ def test_a_failed_save_is_raised_by_the_next_poll_and_later_saves_go_on(
             raise OSError(28, "No space left on device")
 
         patch.setattr(store, "write_arrays", full)
-        with pytest.raises(SaveError, match="save of step 2 failed.*No space left"):
+        with pytest.raises(SaveError, match=r"save of step 2 failed.*No space left"):
             small_state.save_now(checkpointer, 2, state)
     assert commits.step_folders(tmp_path / "checkpoints")[0][0] == 1
     assert small_state.save_now(checkpointer, 3, state)[0].step == 3
@@ -183,7 +183,7 @@ def test_when_all_steps_are_bad_nothing_is_started(state, checkpointer, tmp_path
     (folder / "1/manifest.json").unlink()
     (folder / "2/manifest.json").write_bytes(b"{}")
     for find in (lambda: restored(folder, state), lambda: restore.latest(folder)):
-        with pytest.raises(NoUsableCheckpoint, match="(?s)step 2: .*step 1: .*"):
+        with pytest.raises(NoUsableCheckpoint, match=r"(?s)step 2: .*step 1: .*"):
             find()
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.checkpoint import restore, snapshot
-from jaxinfra.checkpoint.errors import CheckpointError, IncompatibleCheckpoint
+from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 
 MESHES = {
     "as saved": ({"fsdp": 4, "tensor": 2}, 264, ("fsdp", "tensor"), None),

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxinfra.checkpoint import lifecycle, processes, restore, store
-from jaxinfra.checkpoint.errors import NoUsableCheckpoint, SaveError
+from jaxinfra.checkpoint.commits import NoUsableCheckpoint, SaveError
 
 
 def main(rank: int, port: str, folder: pathlib.Path) -> None:

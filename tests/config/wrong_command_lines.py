@@ -83,8 +83,10 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--mesh.expert", "2"], ["mesh.expert=2", "expert parallelism"]),
     (["--mesh.context", "2"], ["mesh.context=2", "context parallelism"]),
     (
-        ["--model.width=48", "--model.num_heads=6", "--model.num_kv_heads=6"]
-        + ["--mesh.tensor=4"],
+        [
+            *("--model.width=48", "--model.num_heads=6", "--model.num_kv_heads=6"),
+            "--mesh.tensor=4",
+        ],
         ["model.num_heads=6 does not divide over mesh axis 'tensor' of size 4"],
     ),
     (
@@ -92,8 +94,10 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["model.width=64", "'fsdp' of size 5", "set mesh.fsdp to a divisor of 64"],
     ),
     (
-        ["--model.width=64", "--model.head_dim=16", "--mesh.fsdp=32"]
-        + ["--train.batch_size=16"],
+        [
+            *("--model.width=64", "--model.head_dim=16", "--mesh.fsdp=32"),
+            "--train.batch_size=16",
+        ],
         ["train.batch_size=16", "a multiple of 32"],
     ),
     (

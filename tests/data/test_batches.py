@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from jaxinfra.config import DataError
 from jaxinfra.data.batches import make_evaluation, make_stream
-from jaxinfra.data.errors import DataError
 from jaxinfra.data.packing import ConcatRows
 
 LENGTHS = [7, 31, 3, 19, 64, 1, 11, 40, 25]

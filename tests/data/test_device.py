@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxinfra.config import DataError
 from jaxinfra.data import device
 from jaxinfra.data.batches import make_evaluation, make_stream
-from jaxinfra.data.errors import DataError
 from jaxinfra.data.packing import HostBatch
 
 AXES = ("data", "fsdp", "expert", "context", "tensor", "pipeline")

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxinfra.config import DataError
 from jaxinfra.data import shards
-from jaxinfra.data.errors import DataError
 from jaxinfra.data.packing import ConcatRows
 
 

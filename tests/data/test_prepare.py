@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxinfra.config import DataError
 from jaxinfra.data import prepare as preparation
 from jaxinfra.data import shards
-from jaxinfra.data.errors import DataError
 
 OPTIONS = {"tokenizer": "byte", "split": "documents", "held_out": 0.2, "seed": 0}
 GOLDEN_V1 = "965005b5e10179c805cf29d04eaa3c674e0aaa69692c3aa784dce10b09a06bb1"

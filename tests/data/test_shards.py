@@ -4,8 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxinfra.data import shards, writer
-from jaxinfra.data.errors import DataError
+from jaxinfra.config import DataError
+from jaxinfra.data import prepare, shards
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 LENGTHS = [7, 31, 3, 64, 1, 11]
@@ -78,7 +78,7 @@ def test_checksums_may_be_skipped_and_checked_later(folder):
 
 def test_large_data_sets_are_not_read_whole_at_open(folder, monkeypatch):
     monkeypatch.setattr(shards, "AUTO_VERIFY_BYTES", 0)
-    monkeypatch.setattr(shards.digests, "file_xxh3_128", lambda path: "read")
+    monkeypatch.setattr(shards, "file_xxh3_128", lambda path: "read")
     shards.open_dataset(folder)
     with pytest.raises(DataError, match="checksum read"):
         shards.open_dataset(folder, verify=True)
@@ -147,8 +147,8 @@ def test_lengths_that_are_not_those_of_documents_are_refused(folder, lengths):
 
 
 def test_an_id_outside_the_vocabulary_is_found(tmp_path):
-    content = writer.SplitContent(documents=[np.array([5, 257])], text_bytes=1)
-    dataset = writer.write_dataset(
+    content = prepare.SplitContent(documents=[np.array([5, 257])], text_bytes=1)
+    dataset = prepare.write_dataset(
         tmp_path / "set",
         tokenizer=ByteTokenizer(),
         splits={"train": content},

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from jaxinfra.config import DataError
 from jaxinfra.data import sources
-from jaxinfra.data.errors import DataError
 
 
 def read(path, **options):

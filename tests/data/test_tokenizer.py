@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer as tokenizers
-from jaxinfra.data.errors import DataError
 from jaxinfra.data.tokenizer import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))

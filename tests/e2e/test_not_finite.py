@@ -7,7 +7,7 @@ import pytest
 from e2e import command
 
 from jaxinfra import checks, experiment, options
-from jaxinfra.train import gradients, objective
+from jaxinfra.train import objective
 from jaxinfra.train import step as steps
 
 # (factor of the loss, inside of a square root): the gradient of sqrt at 0 is not finite
@@ -35,7 +35,7 @@ def _build(optimizer: str):
     checks.check(config)
     built = experiment.build(config, jax.devices()[:1])
     step = steps.make_train_step(
-        gradients.grad_of(_loss),
+        objective.grad_of(_loss),
         built.tx,
         shardings=built.shardings,
         update_state=lambda model_state, stats: {

@@ -7,7 +7,7 @@ from e2e import command
 from e2e.command import SAVE_EVERY, SMALL, STEPS
 
 from jaxinfra import options
-from jaxinfra.train import metrics as train_metrics
+from jaxinfra.train import journal as journals
 
 EVERY_STEP = {
     "step": int,
@@ -73,9 +73,9 @@ def test_steps_that_run_while_they_are_dispatched_share_their_time(monkeypatch):
     # Small steps on CPU do. The last step before a save then looked 40 times as fast
     # as the others, at 300% MFU.
     clock = [0.0]
-    monkeypatch.setattr(train_metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(journals.time, "perf_counter", lambda: clock[0])
     journal = _Records()
-    reader = train_metrics.Reader(
+    reader = journals.Reader(
         journal,
         lr=lambda step: 0.0,
         max_bad_steps=1,

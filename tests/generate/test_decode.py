@@ -202,16 +202,18 @@ def test_text_goes_in_and_comes_out():
         tokens_BN, _ = generate(case.tree, eod_B1, np.ones(3, int), KEY)
         assert tokenizer.decode(tokens_BN[1]) == texts[0]
         assert run([], tokenizer) == []
-        with pytest.raises(ValueError, match="7 tokens.*capacity - max_new_tokens = 6"):
+        with pytest.raises(
+            ValueError, match=r"7 tokens.*capacity - max_new_tokens = 6"
+        ):
             run(["abcdefg"], tokenizer)
-        with pytest.raises(ValueError, match="at least 1; got lengths"):
+        with pytest.raises(ValueError, match=r"at least 1; got lengths"):
             generate(case.tree, eod_B1, np.array([1, 0, 1]), KEY)
-        with pytest.raises(ValueError, match="from 300 to 300"):
+        with pytest.raises(ValueError, match=r"from 300 to 300"):
             generate(case.tree, np.array([[300]]), np.array([1]), KEY)
 
 
 def test_learned_positions_bound_the_capacity():
-    with pytest.raises(ValueError, match="model.max_length=20"):
+    with pytest.raises(ValueError, match=r"model.max_length=20"):
         setting(GPT2).generate(prompts(257), LENGTHS, capacity=21)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         setting(GPT2).generate(prompts(257), LENGTHS, max_new_tokens=0)

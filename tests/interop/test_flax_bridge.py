@@ -13,7 +13,7 @@ from flax import nnx
 from jaxinfra import mesh as mesh_lib
 from jaxinfra import sharding
 from jaxinfra.interop import flax_bridge
-from jaxinfra.train import gradients
+from jaxinfra.train import objective
 from jaxinfra.train import state as state_lib
 from jaxinfra.train import step as step_lib
 
@@ -96,8 +96,8 @@ def train(bridged, sizes, *, zero=3, micro=1, steps=8):
         params, model_state = jax.jit(bridged.init)(jax.random.key(0), batch)
         shardings = flax_bridge.shardings_for(params, tx, layout)
         params = jax.device_put(params, shardings.params)
-        grad_fn = gradients.grad_of(bridged.loss_fn)
-        grad_fn = gradients.accumulate(grad_fn, micro, shardings=shardings.grads)
+        grad_fn = objective.grad_of(bridged.loss_fn)
+        grad_fn = objective.accumulate(grad_fn, micro, shardings=shardings.grads)
         step = step_lib.make_train_step(grad_fn, tx, shardings=shardings)
         step = jax.jit(step, compiler_options=QUICK)
         key = jax.random.key_data(jax.random.key(1))
@@ -165,7 +165,7 @@ def test_gradients_are_flax_own(kind):
         tx = optax.sgd(0.1)
         places = flax_bridge.shardings_for(params, tx, layout).params
         params = jax.device_put(jax.tree.map(np.asarray, params), places)
-        result = jax.jit(gradients.grad_of(bridged.loss_fn))(params, {}, placed, None)
+        result = jax.jit(objective.grad_of(bridged.loss_fn))(params, {}, placed, None)
         for grad, place in zip(
             jax.tree.leaves(result.grads), jax.tree.leaves(places), strict=True
         ):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra.ops.dropout import dropout
+from jaxinfra.ops.layers import dropout
 
 B, T, D = 4, 64, 32
 RATE = 0.3

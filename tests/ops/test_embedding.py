@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfra import precision, sharding
-from jaxinfra.ops import embedding
+from jaxinfra.ops import layers
 
 FLOAT32_ROUNDING = 1e-6
 # Optimising these programs takes longer than running them.
@@ -46,7 +46,7 @@ def look_up(function, table, names, tokens_BT, *, policy, zero):
 @pytest.mark.parametrize("zero", [1, 3])
 def test_embedding_and_its_gradient_are_plain_indexing(each_mesh, zero):
     x_BTD, dtable_VD = look_up(
-        embedding.embed,
+        layers.embed,
         table_VD,
         ("vocab", "embed"),
         tokens_BT,
@@ -63,7 +63,7 @@ def test_under_bfloat16_rows_are_rounded_once_and_gradients_sum_in_float32(
     four_devices,
 ):
     x_BTD, dtable_VD = look_up(
-        embedding.embed,
+        layers.embed,
         table_VD,
         ("vocab", "embed"),
         np.zeros_like(tokens_BT),
@@ -81,7 +81,7 @@ def test_learned_positions_and_their_gradient_are_plain_indexing(each_mesh):
     positions_BT = np.tile(np.array([0, 1, 2, 0, 1]), (B, 1)).astype(np.int32)
     table_PD = table_VD[:P]
     x_BTD, dtable_PD = look_up(
-        embedding.position_rows,
+        layers.position_rows,
         table_PD,
         (None, "embed"),
         positions_BT,

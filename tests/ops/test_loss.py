@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxinfra import precision, sharding
-from jaxinfra.ops import embedding, loss
+from jaxinfra.ops import layers, loss
 
 FLOAT32_ROUNDING = 1e-5  # sums of 20 losses of size 3, chunk by chunk
 # Optimising these programs takes longer than running them.
@@ -112,7 +112,7 @@ def test_a_tied_table_gets_both_gradients(four_devices):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(head):
         def total(head):
-            h = embedding.embed(head, targets, policy=cfg.policy, rules=cfg.rules)
+            h = layers.embed(head, targets, policy=cfg.policy, rules=cfg.rules)
             return loss.cross_entropy(h, head, targets, weights, cfg).nll
 
         return jax.grad(total)(head)

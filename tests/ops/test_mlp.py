@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.ops import mlp
+from jaxinfra.ops import layers
 
 FLOAT32_ROUNDING = 2e-5  # sums of 12 terms, through the platform's fast tanh
 B, T, D, F = 2, 5, 8, 12
@@ -46,7 +46,7 @@ ACTIVATIONS = {
 def test_mlp_is_the_published_formula(activation, biased):
     act = ACTIVATIONS[activation]
     used = dict(params)
-    if activation not in mlp.GATED:
+    if activation not in layers.GATED:
         del used["gate"]
     if not biased:
         del used["up_bias"], used["down_bias"]
@@ -54,6 +54,8 @@ def test_mlp_is_the_published_formula(activation, biased):
     hidden = act(x_BTD @ used["gate"]) * up if "gate" in used else act(up)
     expected = hidden @ used["down"] + used.get("down_bias", 0)
     given = {name: jnp.asarray(array) for name, array in used.items()}
-    got = mlp.mlp(given, jnp.asarray(x_BTD), activation=activation, einsum=plain_einsum)
+    got = layers.mlp(
+        given, jnp.asarray(x_BTD), activation=activation, einsum=plain_einsum
+    )
     scale = np.abs(expected).max()
     np.testing.assert_allclose(got / scale, expected / scale, atol=FLOAT32_ROUNDING)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.ops import norm
+from jaxinfra.ops import layers
 
 FLOAT32_ROUNDING = 2e-6  # a few units of 2^-24 on values up to 5
 BF16_ROUNDING = 2e-2  # 8-bit mantissa on values up to 4
@@ -19,7 +19,7 @@ bias_D = rng.normal(0.0, 0.3, D).astype(np.float32)
 
 def test_rms_norm_is_flax_rms_norm():
     expected = nn.RMSNorm(epsilon=1e-5).apply({"params": {"scale": scale_D}}, x_BTD)
-    got = norm.rms_norm(jnp.asarray(x_BTD), jnp.asarray(scale_D), eps=1e-5)
+    got = layers.rms_norm(jnp.asarray(x_BTD), jnp.asarray(scale_D), eps=1e-5)
     np.testing.assert_allclose(got, expected, atol=FLOAT32_ROUNDING)
 
 
@@ -28,7 +28,7 @@ def test_layer_norm_is_flax_layer_norm():
     expected = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False).apply(
         {"params": params}, x_BTD
     )
-    got = norm.layer_norm(
+    got = layers.layer_norm(
         jnp.asarray(x_BTD), jnp.asarray(scale_D), jnp.asarray(bias_D), eps=1e-5
     )
     np.testing.assert_allclose(got, expected, atol=FLOAT32_ROUNDING)
@@ -42,8 +42,8 @@ def test_bfloat16_is_normalised_in_float32_and_returned_in_bfloat16(kind):
 
     def run(x, ones, zeros):
         if kind == "rms":
-            return norm.rms_norm(x, ones, eps=1e-5)
-        return norm.layer_norm(x, ones, zeros, eps=1e-5)
+            return layers.rms_norm(x, ones, eps=1e-5)
+        return layers.layer_norm(x, ones, zeros, eps=1e-5)
 
     got = run(x, ones, zeros)
     exact = run(*(a.astype(jnp.float32) for a in (x, ones, zeros)))

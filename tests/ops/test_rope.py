@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra.ops import rope
+from jaxinfra.ops import layers
 
 FLOAT32_ANGLES = 2e-5  # angles up to 300 are good to 2^-24 of themselves
 B, T, K, G, H = 2, 5, 3, 2, 8
@@ -14,8 +14,8 @@ positions_BT = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 300]], np.int32)
 
 
 def rotate(x, positions_BT, theta=100.0):
-    angles = rope.rotations(jnp.asarray(positions_BT), head_width=H, theta=theta)
-    return rope.rope(jnp.asarray(x), *angles)
+    angles = layers.rotations(jnp.asarray(positions_BT), head_width=H, theta=theta)
+    return layers.rope(jnp.asarray(x), *angles)
 
 
 def test_rope_turns_complex_numbers_by_position_times_frequency():

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxinfra import experiment, options
-from jaxinfra.config import Config, MeshConfig
-from jaxinfra.data import batches, device, shards, writer
+from jaxinfra.config import Config, MeshConfig, OptimizerConfig
+from jaxinfra.data import batches, device, prepare, shards
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.train import state as states
 
@@ -41,8 +41,8 @@ def write_documents(folder: pathlib.Path) -> shards.Dataset:
         ids = np.frombuffer(text[at : at + size], np.uint8).astype(np.uint16)
         documents.append(np.append(ids, np.uint16(256)))
         at += size
-    content = writer.SplitContent(documents=documents, text_bytes=at)
-    return writer.write_dataset(
+    content = prepare.SplitContent(documents=documents, text_bytes=at)
+    return prepare.write_dataset(
         folder,
         tokenizer=ByteTokenizer(),
         splits={"train": content},
@@ -73,12 +73,12 @@ def tiny(
     if not is_whole:
         model = dataclasses.replace(model, width=64, ffn_width=96, repeats=2)
         train = dataclasses.replace(train, length=48)
-    rates = {"learning_rate": 3e-3} if optimizer == "adamw" else {"learning_rate": 0.02}
+    rate = 3e-3 if optimizer == "adamw" else 0.02
     return dataclasses.replace(
         config,
         model=model,
         train=train,
-        optimizer=dataclasses.replace(config.optimizer, name=optimizer, **rates),
+        optimizer=OptimizerConfig(name=optimizer, learning_rate=rate, warmup_steps=10),
         mesh=MeshConfig(**{"data": 1, **sizes}),
         zero=zero,
         precision=precision,

@@ -44,18 +44,14 @@ WITHOUT_JAX = (
     "jaxinfra.launcher",
     "jaxinfra.data",
     "jaxinfra.data.batches",
-    "jaxinfra.data.digests",
-    "jaxinfra.data.errors",
     "jaxinfra.data.order",
     "jaxinfra.data.packing",
     "jaxinfra.data.prepare",
     "jaxinfra.data.shards",
     "jaxinfra.data.sources",
     "jaxinfra.data.tokenizer",
-    "jaxinfra.data.writer",
     "jaxinfra.resilience.exitcodes",
     "jaxinfra.resilience.ownership",
-    "jaxinfra.resilience.peers",
     "jaxinfra.resilience.preemption",
 )
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore")
@@ -126,6 +122,12 @@ def loaded_by(start):
     return closure(start) | closure(ROOT / "configs/tiny.py")
 
 
+def has_code(path):
+    """Whether there is more than a docstring: a package's is a chapter to read before
+    its files, not one more file to read."""
+    return len(ast.parse(path.read_text()).body) > 1
+
+
 def test_the_spine_tells_the_story_in_under_1500_lines():
     counts = {name: lines(ROOT / name) for name in SPINE}
     assert sum(counts.values()) < MAX_SPINE_LINES, (sum(counts.values()), counts)
@@ -134,7 +136,8 @@ def test_the_spine_tells_the_story_in_under_1500_lines():
 def test_training_loads_few_files():
     files = loaded_by(ROOT / "scripts/train.py")
     listed = "\n".join(f"{lines(f):5} {relative(f)}" for f in sorted(files))
-    assert len(files) < MAX_CLOSURE_FILES, f"{len(files)} files:\n{listed}"
+    num_files = sum(map(has_code, files))
+    assert num_files < MAX_CLOSURE_FILES, f"{num_files} files with code:\n{listed}"
     total = sum(map(lines, files))
     assert total < MAX_CLOSURE_LINES, f"{total} lines:\n{listed}"
 
@@ -247,7 +250,7 @@ for name in {WITHOUT_JAX!r}:
 
 def test_every_jax_free_module_is_named_here():
     """A new file of `data` or `resilience` is free of jax, or known not to be."""
-    with_jax = {"jaxinfra.data.device", "jaxinfra.resilience.ballot"}
+    with_jax = {"jaxinfra.data.device"}
     names = {
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for folder in ("data", "resilience")
@@ -260,7 +263,7 @@ def test_importing_the_whole_of_it_loads_no_extra():
     names = [
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in SOURCES
-        if path.parts[-2] not in ("kernels", "configs")
+        if path.parts[-2] != "configs"
     ]
     code = f"""
 import importlib, sys

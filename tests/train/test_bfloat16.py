@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from parallel import tiny_runs
 
 from jaxinfra import experiment, mesh, precision, sharding
@@ -24,7 +25,7 @@ def test_the_state_is_float32_and_so_is_every_moment(tmp_path):
 
 
 def test_a_weight_gradient_is_not_rounded_before_it_is_summed_over_devices():
-    """Each device's part keeps its float32 digits: bfloat16 would drop the small one."""
+    """A device's part keeps its float32 digits: bfloat16 would drop the small one."""
     policy, rules = precision.policy("bfloat16"), Rules()
     here = mesh.make_mesh({"fsdp": 2}, devices=jax.devices()[:2])
     rows = jax.NamedSharding(here, jax.P("fsdp", None, None))
@@ -51,6 +52,7 @@ def test_a_weight_gradient_is_not_rounded_before_it_is_summed_over_devices():
     np.testing.assert_array_equal(found, np.full((4, 6), 1 + 2.0**-10, np.float32))
 
 
+@pytest.mark.slow
 def test_twenty_steps_stay_near_those_of_float32(tmp_path):
     data = tiny_runs.write_documents(tmp_path / "set")
     exact = tiny_runs.run(tiny_runs.tiny(), data)

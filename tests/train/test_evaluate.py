@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.data import writer
+from jaxinfra.data import prepare
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.train import evaluate
 
@@ -18,10 +18,10 @@ LENGTH, ROWS = 6, 4
 def split(tmp_path):
     """77 tokens, each another id, so that one read twice shows: 13 rows of 6."""
     ids = np.arange(1, 78, dtype=np.uint16)
-    content = writer.SplitContent(
+    content = prepare.SplitContent(
         documents=[ids[:30], ids[30:61], ids[61:]], text_bytes=154
     )
-    dataset = writer.write_dataset(
+    dataset = prepare.write_dataset(
         tmp_path / "set",
         tokenizer=ByteTokenizer(),
         splits={"held_out": content},

@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfra.config import LayerConfig, ModelConfig
 from jaxinfra.models import transformer
-from jaxinfra.train import flops
+from jaxinfra.train import facts
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -21,11 +21,11 @@ MODEL = ModelConfig(
 
 def per_token(model, length):
     specs = transformer.param_specs(model)
-    return flops.train_flops_per_token(model, specs, length=length)
+    return facts.train_flops_per_token(model, specs, length=length)
 
 
 def test_a_small_model_by_hand():
-    # A layer: query 4 x 4, key and value 4 x 2 each, out 4 x 4, three 4 x 6; norms 2 x 4.
+    # Query 4 x 4, key and value 4 x 2 each, out 4 x 4, three of 4 x 6; two norms of 4.
     layer = 16 + 8 + 8 + 16 + 72 + 8
     multiplied = 3 * layer + 4 + 11 * 4  # final norm, head
     # Scores and values: 2 products x 2 heads x width 2 x 2 FLOP, by 8 / 2 keys seen,

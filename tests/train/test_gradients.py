@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxinfra import mesh
-from jaxinfra.train import gradients, objective, state, step
+from jaxinfra.train import objective, state, step
 
 ROWS, WIDTH = 8, 5
 FLOAT32 = 1e-5  # sums of 8 terms in another order
@@ -53,8 +53,8 @@ def params_on(mesh_):
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 def test_parts_of_unequal_weight_sum_to_the_whole(here, microbatches):
     batch, (params, places) = batch_on(here), params_on(here)
-    fn = gradients.accumulate(
-        gradients.grad_of(loss_fn), microbatches, shardings=places
+    fn = objective.accumulate(
+        objective.grad_of(loss_fn), microbatches, shardings=places
     )
     found = jax.jit(fn)(params, (), batch, None)
     x_BD, weight_B = map(np.asarray, batch)
@@ -77,8 +77,8 @@ def stepped(here, microbatches, *, poison=False):
         optimizer=places,
         opt_state=jax.tree.map(lambda x: places["w"], opt_state),
     )
-    fn = gradients.accumulate(
-        gradients.grad_of(loss_fn), microbatches, shardings=places
+    fn = objective.accumulate(
+        objective.grad_of(loss_fn), microbatches, shardings=places
     )
     first = state.TrainState(
         step=jax.device_put(np.int32(4), whole),

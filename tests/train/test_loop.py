@@ -5,7 +5,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from jaxinfra.checkpoint.errors import SaveError
+from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.resilience import exitcodes
 from jaxinfra.train import loop
 

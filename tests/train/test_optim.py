@@ -81,9 +81,13 @@ SPECS = {
     "head": ParamSpec((7, 6), ("vocab", "embed"), (1,), "head", constant(1.0)),
     "norm": ParamSpec((6,), (None,), (), "vector", constant(1.0)),
     # [layers, D, K, H], contracts D; [layers, K, H, D], contracts K and H.
-    "query": ParamSpec((6, 3, 4), ("embed", "heads", None), (0,), "matrix", None).stacked(2),
-    "out": ParamSpec((3, 4, 6), ("heads", None, "embed"), (0, 1), "matrix", None).stacked(2),
-}  # fmt: skip
+    "query": ParamSpec(
+        (6, 3, 4), ("embed", "heads", None), (0,), "matrix", constant(1.0)
+    ).stacked(2),
+    "out": ParamSpec(
+        (3, 4, 6), ("heads", None, "embed"), (0, 1), "matrix", constant(1.0)
+    ).stacked(2),
+}
 CONSTANT = {"schedule": "constant", "warmup_steps": 0}
 
 
@@ -159,7 +163,7 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
         return OptimizerConfig(clip_norm=clip_norm, eps=1.0, **CONSTANT)
 
     grads, params = random_tree(1), random_tree(0)
-    norm = float(optax.global_norm(grads))
+    norm = float(optax.tree.norm(grads))
     clipped = update(settings(norm / 10), grads, params)
     tenth = jax.tree.map(lambda g: g / 10, grads)
     expected = update(settings(0.0), tenth, params)

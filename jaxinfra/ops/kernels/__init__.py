@@ -1,1 +1,0 @@
-"""Fused kernels for one device's rows and heads; `ops.attention` chooses."""

@@ -1,0 +1,162 @@
+"""The small pieces that a layer is made of, in the order in which tokens meet them:
+embedding, norms, rotary positions, the feed-forward layer, dropout.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxinfra import sharding
+from jaxinfra.ops.seam import Einsum
+from jaxinfra.precision import Policy
+from jaxinfra.sharding import Axes, Rules
+
+GATED = ("swiglu", "geglu")
+_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def embed(
+    table_VD: jax.Array, tokens_BT: jax.Array, *, policy: Policy, rules: Rules
+) -> jax.Array:
+    """Rows of `table_VD` for `tokens_BT` (any integer dtype), in compute dtype.
+
+    Each device looks up the ids of its own part of the vocabulary and the parts are
+    summed: a plain gather on such a table makes the partitioner replicate the result.
+    The table is gathered in its own dtype, so its gradient is summed in that.
+    """
+    table_spec = jax.typeof(table_VD).sharding.spec
+    lookup = jax.shard_map(
+        functools.partial(_lookup, table_spec=table_spec, axes=rules.vocab),
+        in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
+        out_specs=sharding.spec(rules, "batch", "length", "width"),
+    )
+    return lookup(table_VD, tokens_BT).astype(policy.compute)
+
+
+def position_rows(
+    table_PD: jax.Array, positions_BT: jax.Array, *, policy: Policy, rules: Rules
+) -> jax.Array:
+    """Rows of a learned position table, which no axis but fsdp splits."""
+    table_PD = jax.reshard(
+        table_PD, sharding.gathered(jax.typeof(table_PD).sharding.spec)
+    )
+    out_spec = sharding.spec(rules, "batch", "length", "width")
+    return table_PD.at[positions_BT].get(out_sharding=out_spec).astype(policy.compute)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """Scales the last dim to unit root mean square, then by `scale` (its size).
+
+    Computed in float32, returned in x's dtype. Source: arXiv:1910.07467 eq. 4.
+    """
+    x32 = x.astype(jnp.float32)
+    inv_rms = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    return (x32 * inv_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float
+) -> jax.Array:
+    """Zero mean and unit variance over the last dim, then `scale` and `bias`.
+
+    Computed in float32, returned in x's dtype. Source: arXiv:1607.06450 eq. 3.
+    """
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inv_std = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + eps)
+    y = centred * inv_std * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def rotations(
+    positions_BT: jax.Array, *, head_width: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [B, T, H/2], for `rope`."""
+    # float32: bfloat16 has 8 bits, so position 257 would round to 256.
+    exponent = jnp.arange(head_width // 2, dtype=jnp.float32) / (head_width // 2)
+    angles = positions_BT.astype(jnp.float32)[..., None] * theta**-exponent
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by each position's angles.
+
+    Source: arXiv:2104.09864 eq. 34; halves, not neighbours, as published Llama weights
+    expect.
+    """
+    heads = x.ndim - 3
+    shape = (*cos_BTh.shape[:2], *(1,) * heads, cos_BTh.shape[-1])
+    cos, sin = cos_BTh.reshape(shape), sin_BTh.reshape(shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def mlp(
+    params: dict, x_BTD: jax.Array, *, activation: str, einsum: Einsum
+) -> jax.Array:
+    """x -> act(x up) down, or act(x gate) * (x up) down for the gated ones.
+
+    `params`: up_DF, down_FD, gate_DF if gated, up_bias_F and down_bias_D if biased.
+    Source: arXiv:2002.05202 (gated), arXiv:2109.08668 (relu squared).
+    """
+    hidden = ("batch", "length", "ffn")
+    up_BTF = einsum("BTD,DF->BTF", x_BTD, params["up"], out=hidden)
+    if "up_bias" in params:
+        up_BTF += params["up_bias"].astype(up_BTF.dtype)
+    up_BTF = checkpoint_name(up_BTF, "ffn_in")
+    if activation in GATED:
+        gate_BTF = einsum("BTD,DF->BTF", x_BTD, params["gate"], out=hidden)
+        gate_BTF = checkpoint_name(gate_BTF, "ffn_in")
+        act_BTF = _ACTIVATIONS[activation](gate_BTF) * up_BTF
+    else:
+        act_BTF = _ACTIVATIONS[activation](up_BTF)
+    y_BTD = einsum(
+        "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "length", "width")
+    )
+    if "down_bias" in params:
+        y_BTD += params["down_bias"].astype(y_BTD.dtype)
+    return checkpoint_name(y_BTD, "ffn_out")
+
+
+def dropout(
+    x_BTD: jax.Array, rows_B: jax.Array, key: jax.Array | None, *, rate: float
+) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+
+    The mask of a row is drawn from fold_in(key, row id): the same on every mesh and for
+    every number of microbatches. No key or no rate: x itself.
+    """
+    if key is None or rate == 0.0:
+        return x_BTD
+
+    def row_mask(row: jax.Array) -> jax.Array:
+        row_key = jax.random.fold_in(key, row)
+        return jax.random.bernoulli(row_key, 1.0 - rate, x_BTD.shape[1:])
+
+    kept_BTD = jax.vmap(row_mask)(rows_B)
+    return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+
+
+def _lookup(
+    table_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    table_spec: jax.sharding.PartitionSpec,
+    axes: Axes,
+) -> jax.Array:
+    """Embedding of the ids that this device holds, zero for others; then the sum."""
+    table_VD = sharding.all_gather(table_VD, table_spec)
+    start = jax.lax.axis_index(axes) * table_VD.shape[0]
+    own_BT = tokens_BT.astype(jnp.int32) - start
+    is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
+    x_BTD = table_VD[jnp.where(is_own_BT, own_BT, 0)]
+    return jax.lax.psum(jnp.where(is_own_BT[..., None], x_BTD, 0), axes)
