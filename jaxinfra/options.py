@@ -404,7 +404,8 @@ def _run_file(path: pathlib.Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(
         name, path, loader=_Source(name, str(path))
     )
-    assert spec and spec.loader, "a loader was given"
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -51,7 +51,7 @@ def step(args) -> dict:
     import numpy as np
 
     sys.path.insert(0, str(PEERS))
-    import naive_jax as naive
+    import naive_jax as naive  # pyright: ignore[reportMissingImports]
 
     tokens = np.random.default_rng(0).integers(
         0, naive.VOCAB, (naive.ROWS, naive.LENGTH + 1)

@@ -253,8 +253,8 @@ def _generate(
 
     ids_B = np.arange(B) if rows_B is None else np.asarray(rows_B)
     rows = _Rows(key, place(ids_B), place(lengths_B))
-    prompts_BP = place(prompts_BP[:, :longest], (0, P - longest))
-    caches, first_B = prefill(params, prompts_BP, rows)
+    padded_BP = place(prompts_BP[:, :longest], (0, P - longest))
+    caches, first_B = prefill(params, padded_BP, rows)
     _, tokens_BN = decode(params, caches, first_B, rows)
     tokens_BN = np.asarray(tokens_BN)[:B]
     return Generated(tokens_BN, (tokens_BN != PADDING).sum(axis=1, dtype=np.int32))

@@ -52,6 +52,7 @@ class Attend(Protocol):
         v_BSKH: jax.Array,
         context: Context,
         cache: Any,
+        /,
         *,
         window: int,
         softcap: float,
