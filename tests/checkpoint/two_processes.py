@@ -107,4 +107,5 @@ def damage(step_folder: pathlib.Path, chunk: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]))
+    jax.distributed.shutdown()  # waits for the other: the first one is the coordinator
     os._exit(0)

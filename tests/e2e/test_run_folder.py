@@ -107,7 +107,9 @@ def test_events_tell_the_run_in_order(quiet):
     assert start["step"] == 0
     for name in ("params", "grads", "opt"):
         assert start[f"memory/{name}_bytes"] > 0
-    assert start["memory/opt_bytes"] > 1.9 * start["memory/params_bytes"]  # 2 moments
+    assert (
+        start["memory/opt_bytes"] > start["memory/params_bytes"]
+    )  # muon: 1 or 2 moments
     assert (end["step"], end["code"]) == (STEPS, 0)
 
 
