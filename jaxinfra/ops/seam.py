@@ -92,7 +92,11 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
         dx = _einsum(
             f"{out_dims},{w_dims}->{x_dims}", g, gather(w, policy), _spec_of(x), None
         )
-        dw = _einsum(f"{x_dims},{out_dims}->{w_dims}", x, g, _spec_of(w), policy.reduce)
+        # The first operand is transposed on the way: let it be the smaller one.
+        (a, a_dims), (b, b_dims) = sorted(
+            [(x, x_dims), (g, out_dims)], key=lambda pair: pair[0].size
+        )
+        dw = _einsum(f"{a_dims},{b_dims}->{w_dims}", a, b, _spec_of(w), policy.reduce)
         return dx, dw.astype(w.dtype)
 
     def _einsum(equation, a, b, out_sharding, dtype):

@@ -13,7 +13,7 @@ from jaxinfra.config import OptimizerConfig
 from jaxinfra.params import ParamSpec, Tree
 
 # Kinds that weight decay falls on, and the kind that muon orthogonalises.
-DECAYED = ("matrix", "head")
+DECAYED = ("matrix",)
 ORTHOGONALISED = "matrix"
 
 

@@ -13,7 +13,7 @@ def test_check_prints_the_parameters_and_writes_no_run_folder(cache, tmp_path):
     done = command.train(cache | {"run.dir": run_dir, "check": "true"})
     assert done.returncode == 0, done.stderr
     assert "attention/query" in done.stdout
-    assert "28,864" in done.stdout
+    assert "37,152" in done.stdout
     assert not run_dir.exists()
 
 

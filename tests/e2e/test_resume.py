@@ -15,7 +15,7 @@ def test_a_changed_learning_rate_is_refused_with_a_diff(cache, quiet, tmp_path):
     settings = cache | {"run.dir": run_dir, "optimizer.learning_rate": 0.002}
     done = command.train(settings | {"model.ffn_width": 96})
     assert done.returncode == 2, done.stderr
-    assert "optimizer.learning_rate: 0.003 -> 0.002" in done.stderr
+    assert "optimizer.learning_rate: 0.02 -> 0.002" in done.stderr
     assert "model.ffn_width: 64 -> 96" in done.stderr
     assert "--run.accept_changes true" in done.stderr
     assert "train.steps" not in done.stderr

@@ -126,7 +126,8 @@ def run(
             )
             if train_step is None:
                 lowered = built.train_step.lower(state, batch)
-                train_step = lowered.compile(compiler_options=QUICK)
+                is_small = config.model.width < 128
+                train_step = lowered.compile(QUICK if is_small else None)
             state, metrics = train_step(state, batch)
             steps.append(metrics)
         steps = jax.device_get(steps)
