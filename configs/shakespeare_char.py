@@ -12,6 +12,7 @@ from jaxinfra.config import (
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
+    RunConfig,
     TrainConfig,
 )
 
@@ -19,6 +20,7 @@ from jaxinfra.config import (
 def get_config() -> Config:
     return Config(
         name="shakespeare_char",
+        run=RunConfig(log_every=100),
         model=ModelConfig(
             width=128,
             ffn_width=512,

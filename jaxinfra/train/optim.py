@@ -130,6 +130,9 @@ def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):
 
     momentum = optax.contrib.scale_by_muon(
         beta=cfg.momentum,
+        # One step fewer than from the Frobenius norm. Source: arXiv:2512.04632.
+        ns_steps=4,
+        preconditioning="aol",
         mu_dtype=jnp.float32,
         weight_dimension_numbers=lambda _: matrices(sides),
     )

@@ -13,8 +13,10 @@ from jaxinfra.params import ParamSpec, constant
 from jaxinfra.train import optim
 
 FLOAT32 = 1e-6
-# Muon's five Newton-Schulz turns leave singular values here: Keller Jordan, "Muon".
+# Newton-Schulz turns leave singular values here: Keller Jordan, "Muon".
 SINGULAR = (0.6, 1.3)
+# Scaling the rows before them (arXiv:2512.04632) turns the direction a little.
+POLAR = 0.95
 
 
 def curve(steps, **settings):
@@ -137,9 +139,10 @@ def test_muon_orthogonalises_each_layer_over_the_contracted_dims():
             assert SINGULAR[0] < values.min()
             assert values.max() < SINGULAR[1]
             u, _, vt = np.linalg.svd(gradient, full_matrices=False)
-            turned = u.T @ (-matrix / scale) @ vt.T  # diagonal, if the directions stay
-            off = turned - np.diag(np.diag(turned))
-            assert np.abs(off).max() < 1e-3
+            polar = -(u @ vt)  # the nearest matrix with orthonormal rows or columns
+            cosine = np.sum(matrix * polar) / np.linalg.norm(matrix)
+            cosine /= np.linalg.norm(polar)
+            assert cosine > POLAR, cosine
 
 
 def test_under_muon_all_else_goes_by_adam_at_its_own_rate():
