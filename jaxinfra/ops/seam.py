@@ -19,6 +19,8 @@ Names = tuple[str | None, ...]
 
 
 class Einsum(Protocol):
+    """How activations meet a weight."""
+
     def __call__(
         self, equation: str, x: jax.Array, w: jax.Array, *, out: Names
     ) -> jax.Array:
@@ -45,6 +47,8 @@ class Context(NamedTuple):
 
 
 class Attend(Protocol):
+    """How queries meet keys and values."""
+
     def __call__(
         self,
         q_BTKGH: jax.Array,

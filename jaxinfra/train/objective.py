@@ -31,6 +31,8 @@ class Aux(NamedTuple):
 
 
 class LossFn(Protocol):
+    """The sum of a loss over a batch: what everything is made of."""
+
     def __call__(
         self, params: Any, model_state: Any, batch: Any, key: jax.Array | None
     ) -> tuple[jax.Array, Aux]:
