@@ -321,8 +321,14 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     rows = train.batch_size // train.microbatches
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
+    axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
+    if config.eval.batch_size % parts:
+        raise ConfigError(
+            f"eval.batch_size={config.eval.batch_size} rows do not divide over the"
+            f" {parts} parts of mesh axes {axes}; set eval.batch_size to a multiple of"
+            f" {parts}, or to 0 for train.batch_size"
+        )
     if rows % parts:
-        axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
         raise ConfigError(
             f"train.batch_size={train.batch_size} in train.microbatches="
             f"{train.microbatches} gives {rows} rows, which do not divide over the"

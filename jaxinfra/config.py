@@ -145,7 +145,7 @@ class TrainConfig:
     whose gradients are summed one after another. remat: none, full, dots, or
     save:NAME+NAME of named activations. unroll: layers as a flat program and not a
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
-    loss_chunk: tokens a row whose logits exist at a time; 0 lets the size decide.
+    loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
     """
 

@@ -70,7 +70,8 @@ def open_data(config: Config, path: str = "") -> shards.Dataset:
 def cache_dir(config: Config) -> pathlib.Path:
     """Where prepared text and compiled programs are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(config.data.cache_dir or pathlib.Path(home, "jaxinfra"))
+    folder = pathlib.Path(config.data.cache_dir or pathlib.Path(home, "jaxinfra"))
+    return folder.expanduser()
 
 
 def resolve(config: Config, vocab_size: int) -> Config:
@@ -90,10 +91,11 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Experiment
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = checks.resolve_mesh(config, len(devices))
-    layout = sharding.make_layout(
-        mesh.make_mesh(sizes, devices=devices, slices=config.mesh.slices),
-        zero=checks.resolve_zero(config),
-    )
+    try:
+        grid = mesh.make_mesh(sizes, devices=devices, slices=config.mesh.slices)
+    except ValueError as error:
+        raise ConfigError(f"mesh.slices={config.mesh.slices}: {error}") from error
+    layout = sharding.make_layout(grid, zero=checks.resolve_zero(config))
     rules, policy = layout.params, precision.policy(config.precision)
     ops = seam.Ops(seam.make_einsum(policy, rules), attention.make_attend(rules))
     model = transformer.make_model(
@@ -165,6 +167,7 @@ def train(config: Config) -> int:
     """
     started_secs = time.monotonic()
     data = open_data(config)
+    data.tokenizer.encode(config.sample.prompt)  # else the run would end in an error
     experiment = build(resolve(config, data.tokenizer.vocab_size))
     config, model, layout = experiment.config, experiment.model, experiment.layout
     stream = batches.make_stream(
@@ -206,6 +209,8 @@ def train(config: Config) -> int:
         journal.say(
             facts.headline(config, model.specs, layout, start=start, run_dir=run_dir)
         )
+        for passed_over, why in saver.rejected:
+            journal.say(f"step {passed_over} is passed over: {why}")
         fetched = device.prefetch(
             functools.partial(
                 device.to_device,

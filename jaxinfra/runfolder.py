@@ -31,19 +31,28 @@ _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 def folder(config: Config) -> pathlib.Path:
     """Where the run of `config` lives."""
-    return pathlib.Path(config.run.dir or f"runs/{config.name}")
+    return pathlib.Path(config.run.dir or f"runs/{config.name}").expanduser()
 
 
 def check_resume(config: Config) -> None:
     """Refuses, by ConfigError, to go on with settings that would change the result."""
     path = folder(config) / "config.json"
-    if not path.is_file() or config.run.accept_changes:
-        return
+    if path.is_file() and not config.run.accept_changes:
+        try:
+            tree = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON ({error}); put it back") from error
+        refuse_changes(tree, config, where=str(path))
+
+
+def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
+    """Raises ConfigError, with a diff, if `config` differs from the one that `where`
+    holds as JSON in a key that a resumed run may not change."""
     try:
-        old = options.from_json(json.loads(path.read_text()), fill=True)
-    except (ValueError, ConfigError) as error:
+        old = options.from_json(old_tree, fill=True)
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} is not a config of this version: {error}; choose another "
+            f"{where} is not a config of this version: {error}; choose another "
             "--run.dir, or go on with this one by --run.accept_changes true"
         ) from error
     if not config.model.vocab_size:  # The tokenizer's, which the old config tells.
@@ -53,8 +62,8 @@ def check_resume(config: Config) -> None:
     if changes:
         lines = "".join(f"\n  {key}: {was!r} -> {now!r}" for key, was, now in changes)
         raise ConfigError(
-            f"{path.parent} was started with other settings:{lines}\nset them back, "
-            "choose another --run.dir, or go on by --run.accept_changes true"
+            f"the run was started with other settings, says {where}:{lines}\nset them "
+            "back, choose another --run.dir, or go on by --run.accept_changes true"
         )
 
 
@@ -91,6 +100,7 @@ class JsonLines:
     """A file of one JSON object a line, appended to; durable after `sync`."""
 
     def __init__(self, path: pathlib.Path):
+        _cut_torn_line(path)
         self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
         self._is_dirty = False
 
@@ -111,6 +121,14 @@ class JsonLines:
     def close(self) -> None:
         self.sync()
         self._file.close()
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    """Removes a last line that a crash cut short, so that the next is not glued on."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))
 
 
 def rewind_metrics(run_dir: pathlib.Path, step: int) -> int:

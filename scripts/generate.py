@@ -8,12 +8,13 @@
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 
 from jaxinfra import checks, options
-from jaxinfra.config import ConfigError, DataError
+from jaxinfra.config import ConfigError, DataError, MeshConfig, RuntimeConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         if not path.is_file():
             raise ConfigError(f"{args.run} is no run folder: it has no config.json")
         config = options.from_json(json.loads(path.read_text()), fill=True)
+        # Sampling takes the devices that are here, whatever the run had.
+        config = dataclasses.replace(
+            config, mesh=MeshConfig(), runtime=RuntimeConfig(), zero=-1
+        )
         if args.tokens is not None:
             rest += ["--sample.tokens", str(args.tokens)]
         config = options.parse([*rest, "--run.dir", str(args.run)], config)

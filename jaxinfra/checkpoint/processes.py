@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed
 
+from jaxinfra.config import ConfigError
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -123,6 +125,12 @@ class ProcessGroup:
 def this_job(*, timeout_secs: float = 600.0) -> ProcessGroup:
     """The group that `jax.distributed.initialize` made, or that of one process."""
     client = distributed.global_state.client
+    if client is None and jax.process_count() > 1:
+        raise ConfigError(
+            f"this is one of {jax.process_count()} processes that do not know each "
+            "other; set runtime.coordinator, runtime.num_processes and "
+            "runtime.process_id"
+        )
     if client is None or jax.process_count() == 1:
         return ProcessGroup(timeout_secs=timeout_secs)
     return ProcessGroup(

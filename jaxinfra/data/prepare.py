@@ -122,7 +122,7 @@ def prepared(
     once. Raises DataError, as `prepare` does. Limits: reads all the text to name the
     folder.
     """
-    path = CORPORA.get(str(path_or_name), pathlib.Path(path_or_name))
+    path = CORPORA.get(str(path_or_name), pathlib.Path(path_or_name).expanduser())
     if (path / shards.MANIFEST).is_file():
         return path
     if not path.exists() and not any(c in str(path_or_name) for c in "*?["):

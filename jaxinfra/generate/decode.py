@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ModelConfig, SampleConfig
+from jaxinfra.config import ConfigError, ModelConfig, SampleConfig
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import cache, sample
 from jaxinfra.models import transformer
@@ -183,6 +183,11 @@ def continue_prompts(
     longest, num_tokens = max(longest, 1), settings.tokens
     if model.positions == "learned":
         num_tokens = min(num_tokens, model.max_length - longest)
+        if num_tokens < 1:
+            raise ConfigError(
+                f"sample.prompt has {longest} tokens and model.max_length="
+                f"{model.max_length} leaves none to generate; shorten the prompt"
+            )
     generate = make_generate(
         model,
         policy=policy,

@@ -32,6 +32,7 @@ class Journal:
         self._stack = contextlib.ExitStack()
         self._metrics = self._events = None
         self._progress: Progress | None = None
+        self._at_start: dict[str, Any] = {}  # figures that go with the first step
 
     def __enter__(self) -> "Journal":
         if self._is_first:
@@ -55,6 +56,7 @@ class Journal:
             self._metrics = runfolder.JsonLines(self._run_dir / "metrics.jsonl")
             self._stack.callback(self._metrics.close)
             self.event("start", step=start, undone_steps=lost, **facts)
+        self._at_start = {k: v for k, v in facts.items() if k.startswith("memory/")}
         shown = Progress(
             start=start,
             steps=config.train.steps,
@@ -66,6 +68,7 @@ class Journal:
     def step(self, record: dict[str, Any]) -> None:
         """A step's record; figures that are not finite are written as null."""
         assert self._progress is not None, "start comes first"
+        record, self._at_start = record | self._at_start, {}
         self._progress.step(record)
         if self._metrics:
             self._metrics.write({k: _plain(v) for k, v in record.items()})
@@ -94,6 +97,12 @@ class Read(NamedTuple):
 
     is_stop: bool = False
     has_diverged: bool = False
+
+    def merged(self, later: "Read") -> "Read":
+        """What either of two reads tells."""
+        return Read(
+            self.is_stop or later.is_stop, self.has_diverged or later.has_diverged
+        )
 
 
 class Reader:

@@ -97,14 +97,16 @@ def run(
         if step == start:  # The first call compiles, or reads the cache of programs.
             journal.event("compile", secs=time.perf_counter() - began_secs)
         step += 1
+        is_last = step == schedule.steps
         vote = hooks.ballot(hooks.stop_wanted() is not None)
         late = reader.push(step, values, vote, fetched.wait_secs)
         _report_saves(saver, journal)
         is_boundary = schedule.is_save(step) or schedule.is_eval(step)
         if is_boundary or late.is_stop:
             reader.settle()
-            extra = hooks.evaluate(state) if schedule.is_eval(step) else {}
-            late = reader.flush(extra)
+            # Who is asked to stop has no time to evaluate, unless it is the last step.
+            is_eval = schedule.is_eval(step) and (not late.is_stop or is_last)
+            late = late.merged(reader.flush(hooks.evaluate(state) if is_eval else {}))
         if late.has_diverged:
             code = exitcodes.DIVERGED
             break
@@ -113,7 +115,7 @@ def run(
             saver.save(step, state)
         if is_boundary:
             reader.restart_clock()
-        if late.is_stop and step < schedule.steps:
+        if late.is_stop and not is_last:
             reason = hooks.stop_wanted() or "a peer's"
             journal.event("preemption", step=step, reason=reason)
             code = exitcodes.PREEMPTED
@@ -134,6 +136,7 @@ def _report_saves(saver: Saver, journal: Journal) -> None:
             )
     except SaveError as error:
         journal.event("save_failed", reason=str(error))
+        journal.say(f"save failed: {error}")
 
 
 def _close(saver: Saver, journal: Journal, code: int) -> int:
@@ -144,5 +147,6 @@ def _close(saver: Saver, journal: Journal, code: int) -> int:
             )
     except SaveError as error:
         journal.event("save_failed", reason=str(error))
+        journal.say(f"save failed: {error}")
         return exitcodes.SAVE_FAILED
     return code

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
-from jaxinfra import runfolder
 from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.checkpoint.commits import CheckpointError
+from jaxinfra.checkpoint.commits import CheckpointError, SaveError
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 from jaxinfra.config import ConfigError
 from jaxinfra.params import Tree
@@ -204,6 +204,7 @@ class Saver:
         self._folder = run_dir / runfolder.CHECKPOINTS
         self._abstract, self._shapes = abstract, logical_shapes
         self._stream, self._config, self._group = stream, config, group
+        self._owner = owner
         self.rejected: tuple[tuple[int, str], ...] = ()
         self._make = lambda run_id: lifecycle.Checkpointer(
             self._folder,
@@ -233,16 +234,27 @@ class Saver:
         if found is None:
             return None
         self.rejected = found.rejected
+        if accept_changes:
+            return self._unflatten(found.arrays)
+        if not (self._folder.parent / "config.json").exists():
+            runfolder.refuse_changes(
+                found.metadata["config"],
+                options.from_json(self._config),
+                where=f"step {found.step} of {self._folder}",
+            )
         seen = found.metadata["data"]
-        if seen != self._stream and not accept_changes:
+        if seen != self._stream:
             changed = [k for k in self._stream if seen.get(k) != self._stream[k]]
             raise ConfigError(
                 f"the data stream is not the one of step {found.step}: {changed} "
                 "changed; put the data back, choose another --run.dir, or go on by "
                 "--run.accept_changes true"
             )
+        return self._unflatten(found.arrays)
+
+    def _unflatten(self, arrays: dict[str, jax.Array]) -> TrainState:
         names = [name for name, _ in params_lib.named(self._abstract)]
-        return params_lib.unflatten(self._abstract, [found.arrays[n] for n in names])
+        return params_lib.unflatten(self._abstract, [arrays[name] for name in names])
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; the state may be donated when this returns."""
@@ -254,8 +266,13 @@ class Saver:
         )
 
     def poll(self) -> list[lifecycle.SaveReport]:
-        """Saves that have ended; raises SaveError for one that failed."""
-        return self._checkpointer.poll()
+        """Saves that have ended; raises SaveError for one that failed, and FolderOwned
+        if that is because a later run has the folder."""
+        try:
+            return self._checkpointer.poll()
+        except SaveError:
+            self._owner.check()
+            raise
 
     def close(self) -> list[lifecycle.SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""

@@ -37,7 +37,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, loss_sum, aux = grad_fn(state.params, state.model_state, batch, key)
-        weight = jnp.maximum(aux.weight_sum, 1.0)
+        weight = jnp.where(aux.weight_sum > 0, aux.weight_sum, 1.0)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)

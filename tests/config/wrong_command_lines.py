@@ -77,6 +77,10 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--init.from", "runs/a"], ["init.from='runs/a'", "not part of this version"]),
     (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
     # The mesh
+    (
+        ["--runtime.cpu_devices=4", "--eval.batch_size=3"],
+        ["eval.batch_size=3", "4 parts", "multiple of 4"],
+    ),
     (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
     (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
     (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),

@@ -25,6 +25,9 @@ class World:
         self.records.append(record)
         self.log.append(f"record {record['step']}")
 
+    def say(self, text):
+        self.said = text
+
     def event(self, kind, **fields):
         if kind != "compile":
             self.log.append(f"event {kind} {fields.get('step', '')}".rstrip())
