@@ -58,6 +58,11 @@ def prepare_process(config: Config) -> None:
         kept = [f for f in flags if not f.startswith(count.partition("=")[0])]
         os.environ["XLA_FLAGS"] = " ".join([*kept, count])
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # XLA makes as many threads as cores or devices, and a collective holds one for
+        # each device: with 2 devices on 2 cores no thread was left for the work that
+        # the second waited for, and the run ended in XLA's rendezvous time-out.
+        threads = max(os.cpu_count() or 1, 4 * config.runtime.cpu_devices)
+        os.environ.setdefault("NPROC", str(threads))
 
 
 def _start_jax(config: Config, cache_dir) -> None:

@@ -63,3 +63,11 @@ def test_a_set_of_another_tokenizer_is_refused(cache, tmp_path):
     [line] = done.stderr.splitlines()
     assert line.startswith("error: eval.sets.fox=")
     assert not run_dir.exists()
+
+
+def test_two_devices_on_as_many_cores_do_not_wait_for_each_other_for_ever(
+    cache, tmp_path
+):
+    devices = {"runtime.cpu_devices": 2, "mesh.fsdp": 2, "train.steps": 12}
+    done = command.train(cache | devices | {"run.dir": tmp_path / "run"})
+    assert done.returncode == 0, done.stderr
