@@ -48,6 +48,12 @@ def make_mesh(
     return jax.sharding.Mesh(array, AXES, axis_types=explicit)
 
 
+def platform() -> str:
+    """Platform of the mesh that is set, which may be one compiled for from afar."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def _across_slices(
     sizes: Mapping[str, int], devices: list[jax.Device], slices: int
 ) -> np.ndarray:

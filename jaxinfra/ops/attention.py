@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import sharding
+from jaxinfra import mesh, sharding
 from jaxinfra.ops import kernels
 from jaxinfra.ops.seam import Attend
 from jaxinfra.sharding import Rules
@@ -56,7 +56,7 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
         case = Case(
             segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1
         )
-        name = kernel or PLATFORM_KERNEL.get(_platform(), "xla")
+        name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
         reason = _uncovered(name, case, q_BTKGH)
         if reason:
             _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
@@ -184,12 +184,6 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
 def _precision(x: jax.Array) -> jax.lax.Precision:
     is_full = x.dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if is_full else jax.lax.Precision.DEFAULT
-
-
-def _platform() -> str:
-    """Platform of the mesh that is set, which may be one compiled for from afar."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "platform", None) or jax.default_backend()
 
 
 @functools.cache

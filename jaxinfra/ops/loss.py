@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import sharding
+from jaxinfra import mesh, sharding
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -185,9 +185,7 @@ _CHUNK_BYTES_DEFAULT = 512 << 20
 
 def _chunks(tokens: int, vocab: int, chunk: int) -> tuple[int, int]:
     """(number of chunks, tokens a chunk), of equal size but for the last's padding."""
-    platform = jax.sharding.get_abstract_mesh().abstract_device
-    kind = getattr(platform, "platform", None) or jax.default_backend()
-    budget = _CHUNK_BYTES.get(kind, _CHUNK_BYTES_DEFAULT)
+    budget = _CHUNK_BYTES.get(mesh.platform(), _CHUNK_BYTES_DEFAULT)
     chunk = chunk or max(256, budget // (4 * vocab))
     num_chunks = -(-tokens // chunk)
     return num_chunks, -(-tokens // num_chunks)

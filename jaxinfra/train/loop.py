@@ -100,7 +100,7 @@ def run(
         is_last = step == schedule.steps
         vote = hooks.ballot(hooks.stop_wanted() is not None)
         late = reader.push(step, values, vote, fetched.wait_secs)
-        _report_saves(saver, journal)
+        _tell_saves(saver.poll, journal)  # one that failed is tried again by the next
         is_boundary = schedule.is_save(step) or schedule.is_eval(step)
         if is_boundary or late.is_stop:
             reader.settle()
@@ -123,30 +123,20 @@ def run(
     last = reader.flush({})
     if last.has_diverged:
         code = exitcodes.DIVERGED
-    return state, _close(saver, journal, code)
+    if not _tell_saves(saver.close, journal):
+        code = exitcodes.SAVE_FAILED
+    return state, code
 
 
-def _report_saves(saver: Saver, journal: Journal) -> None:
-    """Events of saves that ended; a failed one is told now, and the next tries
-    again."""
+def _tell_saves(ended: Callable[[], list[Any]], journal: Journal) -> bool:
+    """Events of the saves that `ended` gives; whether all of them were committed."""
     try:
-        for report in saver.poll():
+        for report in ended():
             journal.event(
                 "save", step=report.step, secs=report.secs, bytes=report.bytes
             )
     except SaveError as error:
         journal.event("save_failed", reason=str(error))
         journal.say(f"save failed: {error}")
-
-
-def _close(saver: Saver, journal: Journal, code: int) -> int:
-    try:
-        for report in saver.close():
-            journal.event(
-                "save", step=report.step, secs=report.secs, bytes=report.bytes
-            )
-    except SaveError as error:
-        journal.event("save_failed", reason=str(error))
-        journal.say(f"save failed: {error}")
-        return exitcodes.SAVE_FAILED
-    return code
+        return False
+    return True
