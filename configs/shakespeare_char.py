@@ -28,7 +28,7 @@ def get_config() -> Config:
             num_kv_heads=4,
             repeats=4,
             activation="relu_squared",
-            qk_norm=True,
+            qk_norm="head",
             tied=False,
         ),
         data=DataConfig(tokenizer="char", split="tail", held_out=0.1),

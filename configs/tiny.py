@@ -24,7 +24,7 @@ def get_config() -> Config:
             num_heads=4,
             num_kv_heads=4,
             repeats=4,
-            qk_norm=True,
+            qk_norm="head",
             tied=False,
         ),
         train=TrainConfig(steps=900, batch_size=8, length=128, save_every=300),

@@ -33,7 +33,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
-            "model.num_experts", "model.experts_per_token", "train.steps",
+            "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
+            "model.attention_scale_dim", "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
@@ -46,13 +47,17 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "above 0": (
         lambda x: x > 0,
-        ("model.norm_eps", "model.rope_theta", "optimizer.eps"),
+        (
+            "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
+            "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
+            "model.rope_scaling.original_length", "optimizer.eps",
+        ),
     ),
     "at least 0 and below 1": (
         lambda x: 0 <= x < 1,
         (
             "model.dropout", "data.held_out", "optimizer.beta1", "optimizer.beta2",
-            "optimizer.momentum",
+            "optimizer.momentum", "optimizer.ema_decay", "train.label_smoothing",
         ),
     ),
     "from 0 to 1": (
@@ -76,10 +81,11 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
     `resolve_mesh` with the real number too.
     """
     _check_ranges(config)
-    _check_model(config)
-    _check_vocabulary(config, vocab_size)
+    if config.task == "text":
+        _check_model(config)
+        _check_vocabulary(config, vocab_size)
+        _check_remat(config.train.remat)
     _check_training(config)
-    _check_remat(config.train.remat)
     _check_runtime(config)
     _check_available(config)
     _check_mesh(config)
@@ -184,6 +190,12 @@ def _check_model(config: Config) -> None:
                     raise ConfigError(
                         f"model.{part}[{i}].{name}={value} must be from 0 to {MAX_INT}"
                     )
+    scaling = model.rope_scaling
+    if scaling.kind == "llama3" and scaling.high_freq <= scaling.low_freq:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq={scaling.high_freq} must be above"
+            f" model.rope_scaling.low_freq={scaling.low_freq}; swap them"
+        )
     if model.experts_per_token > model.num_experts:
         raise ConfigError(
             f"model.experts_per_token={model.experts_per_token} is above"
@@ -212,6 +224,13 @@ def _check_training(config: Config) -> None:
             f"train.microbatches={train.microbatches} does not divide train.batch_size="
             f"{train.batch_size}; set train.microbatches to"
             f" {_divisors(train.batch_size)}"
+        )
+    if config.optimizer.schedule == "exponential" and not (
+        config.optimizer.final_fraction
+    ):
+        raise ConfigError(
+            "optimizer.schedule='exponential' never comes to optimizer.final_fraction="
+            "0; set optimizer.final_fraction above 0"
         )
 
 
@@ -261,7 +280,7 @@ def _check_runtime(config: Config) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
-    mesh, model = config.mesh, config.model
+    mesh = config.mesh
     for axis, what in {
         "expert": "expert parallelism",
         "context": "context parallelism",
@@ -269,22 +288,11 @@ def _check_available(config: Config) -> None:
     }.items():
         if (size := getattr(mesh, axis)) != 1:
             raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    if config.precision not in ("float32", "bfloat16"):
+    if config.precision in ("fp8", "int8", "mxfp8"):
         raise _not_here(
             f"precision={config.precision}",
             "that precision",
-            "set precision to float32 or bfloat16",
-        )
-    if model.num_experts or _has_expert_layer(config):
-        raise ConfigError(
-            f"model.num_experts={model.num_experts}: the model has no experts in this"
-            " version; set model.num_experts to 0 and every feed_forward to dense"
-        )
-    if config.init.from_:
-        raise _not_here(
-            f"init.from={config.init.from_!r}",
-            "starting from other parameters",
-            "leave init.from out",
+            "set precision to float32 or bfloat16, bfloat16_params or float16",
         )
     for key in ("run.dir", "data.path", "data.cache_dir"):
         if "://" in (value := _get(config, key)):
@@ -308,9 +316,11 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
         ("tensor", "num_kv_heads"),
         ("tensor", "ffn_width"),
     ]
+    if config.model.expert_ffn_width:
+        dims.append(("tensor", "expert_ffn_width"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
-    for axis, name in dims:
+    for axis, name in dims if config.task == "text" else ():
         dim, size = getattr(config.model, name), sizes.get(axis, 1)
         if dim % size:
             raise ConfigError(
@@ -350,8 +360,18 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             f"name={config.name!r} names the run folder; use letters, digits and _ . -"
         )
-    if data.path != SHIPPED_TEXT:
+    if config.task == "text" and data.path != SHIPPED_TEXT:
         _check_exists("data.path", data.path, known=[SHIPPED_TEXT])
+    if config.task == "text" and data.tokenizer not in ("byte", "char"):
+        _check_exists("data.tokenizer", data.tokenizer, known=["byte", "char"])
+    if (source := config.init.from_) and not os.path.exists(source):
+        run_dir, at, step = source.rpartition("@")
+        is_step = at and step.isdecimal()
+        _check_exists("init.from", run_dir if is_step else source)
+    if config.init.model and not config.init.from_:
+        raise ConfigError(
+            "init.model=true takes the model of init.from, which is empty; set it"
+        )
     for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
         file = _first_existing(path)
         if not os.path.isdir(file):
@@ -383,7 +403,7 @@ def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
         beside = []
     near = did_you_mean(path, known)
     near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
-    also = "".join(f", or the shipped text {name!r}" for name in known)
+    also = "".join(f", or {name!r}" for name in known)
     raise ConfigError(
         f"{key}={path!r} is not there; give a path that exists{also}{near}"
     )

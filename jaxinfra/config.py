@@ -52,7 +52,8 @@ class LayerConfig:
     """What may differ from layer to layer.
 
     window: keys a query sees, itself included; 0 means all before it. rope_theta: base
-    of the rotary frequencies; 0 means model.rope_theta. feed_forward: dense or experts.
+    of the rotary frequencies, which are then not scaled; 0 means model.rope_theta,
+    scaled as model.rope_scaling says. feed_forward: dense or experts.
     """
 
     window: int = 0
@@ -61,15 +62,41 @@ class LayerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies for rows longer than the model was first trained on.
+
+    linear: all are divided by `factor`. llama3: those that turn less than low_freq
+    times in original_length tokens are divided, those that turn more than high_freq
+    times stay, those between are mixed.
+    """
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer: prefix + pattern x repeats + suffix.
 
     vocab_size 0 takes the tokenizer's. num_kv_heads below num_heads is grouped-query
     attention. head_dim 0 means width / num_heads. max_length: rows of a learned table
-    of positions. attention_softcap, logit_softcap: cap * tanh(x / cap), 0 means none.
-    residual_scale_init: scale the initial output projections by 1/sqrt(2 layers).
-    init_std 0 means 1/sqrt(fan in). document_mask: attention stays within a document of
-    the row; without it a row is one document, which cuDNN covers.
+    of positions. residual_scale_init: scale the initial output projections by
+    1/sqrt(2 layers). init_std 0 means 1/sqrt(fan in). document_mask: attention stays
+    within a document of the row; without it a row is one document, which cuDNN covers.
+
+    Norms: norm_placement before each part of a layer (pre), after it (post) or both;
+    norm_from_zero: the stored scales are offsets from 1. qk_norm: of each query and key
+    head by itself, or of all heads of a token together. Scores are divided by
+    sqrt(attention_scale_dim), 0 means head_dim, then capped: attention_softcap,
+    logit_softcap: cap * tanh(x / cap), 0 means none. embedding_scale: embeddings times
+    sqrt(width).
+
+    Experts: a layer with feed_forward='experts' sends each token to the
+    experts_per_token likeliest of num_experts; their shares are made to sum to 1 if
+    router_renormalize. expert_ffn_width 0 means ffn_width.
     """
 
     vocab_size: int = 0
@@ -84,17 +111,22 @@ class ModelConfig:
     suffix: tuple[LayerConfig, ...] = ()
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_from_zero: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     max_length: int = 0
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu_squared"] = (
         "swiglu"
     )
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = True
+    embedding_scale: bool = False
+    attention_scale_dim: int = 0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     dropout: float = 0.0
@@ -103,6 +135,8 @@ class ModelConfig:
     document_mask: bool = True
     num_experts: int = 0
     experts_per_token: int = 0
+    expert_ffn_width: int = 0
+    router_renormalize: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -116,20 +150,29 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.head_dim or self.width // self.num_heads
 
+    @property
+    def expert_width(self) -> int:
+        return self.expert_ffn_width or self.ffn_width
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text, and how it becomes rows.
 
     path: a prepared folder, a text or JSONL file, a folder of them, or the shipped
-    corpus by the name 'shakespeare'. tokenizer, split, held_out: used when path is text
-    (a prepared folder has its own). split: hold out whole documents, or the tail of the
-    corpus. prefetch: batches made ahead of the step. cache_dir: where prepared text and
+    corpus by the name 'shakespeare'. tokenizer, eod, bos, split, held_out: used when
+    path is text (a prepared folder has its own). tokenizer: byte, char, or a path: a
+    Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
+    eod: its token that ends a document; empty takes its EOS. bos: whether documents
+    start with its BOS. split: hold out whole documents, or the tail of the corpus.
+    prefetch: batches made ahead of the step. cache_dir: where prepared text and
     compiled programs are kept; empty means ~/.cache/jaxinfra.
     """
 
     path: str = "shakespeare"
-    tokenizer: Literal["byte", "char"] = "byte"
+    tokenizer: str = "byte"
+    eod: str = ""
+    bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     split: Literal["documents", "tail"] = "tail"
     held_out: float = 0.1
     shuffle: bool = True
@@ -146,6 +189,8 @@ class TrainConfig:
     save:NAME+NAME of named activations. unroll: layers as a flat program and not a
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
+    label_smoothing: the part of every target that is spread over the vocabulary, in
+    training alone. rounding: how an update enters parameters kept in bfloat16.
     max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
     """
 
@@ -160,6 +205,8 @@ class TrainConfig:
     log_batch_digest: bool = False
     loss_chunk: int = 0
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
 
@@ -168,15 +215,20 @@ class OptimizerConfig:
     """The update rule.
 
     muon updates matrices by `learning_rate` and all else by adamw with
-    `adam_learning_rate`. Weight decay falls on matrices alone, by kind. decay_fraction:
-    the part of all steps over which 'wsd' falls; final_fraction: of the peak, at the
-    end. clip_norm 0 means no clipping.
+    `adam_learning_rate`. adafactor's rate is relative to the root mean square of each
+    matrix. momentum: muon's and sgd's. Weight decay falls on matrices alone, by kind.
+    decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
+    peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
+    means no clipping. ema_decay: evaluate and sample with an average of the parameters
+    that keeps this part of itself each step; 0 means none.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
     learning_rate: float = 3e-3
     adam_learning_rate: float = 3e-3
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    schedule: Literal[
+        "constant", "cosine", "wsd", "linear", "exponential", "inverse_sqrt"
+    ] = "cosine"
     warmup_steps: int = 20
     decay_fraction: float = 0.2
     final_fraction: float = 0.1
@@ -186,11 +238,12 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    ema_decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out evaluation.
+    """Held-out evaluation, of the averaged parameters where optimizer.ema_decay is set.
 
     every: steps between evaluations; 0 means only at the end. batches: at most so many
     of each set; 0 means all. sets: further prepared sets by name
@@ -258,9 +311,12 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where first parameters come from: empty means random, else RUN@STEP, a folder."""
+    """Where first parameters come from, and nothing else of it: empty means random,
+    else RUN, RUN@STEP, a published folder or a .gguf file. model: take model.* from
+    there too, but for dropout, document_mask and a vocab_size that is not 0."""
 
     from_: str = ""
+    model: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,11 +339,16 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment. zero: what the fsdp axis shards: 0 nothing, 1 optimizer state, 2
-    and gradients, 3 and parameters; -1 means 3, or 1 with a pipeline. check: trace the
-    whole step, print the parameter table and stop."""
+    """One experiment.
+
+    task: text, or own, which get_task of the config file makes; the keys of TEXT_KEYS
+    are then as that says. zero: what the fsdp axis shards: 0 nothing, 1 optimizer
+    state, 2 and gradients, 3 and parameters; -1 means 3, or 1 with a pipeline. check:
+    trace the whole step, print the parameter table and stop.
+    """
 
     name: str
+    task: Literal["text", "own"] = "text"
     check: bool = False
     zero: int = -1
     precision: Precision = "float32"
@@ -306,6 +367,9 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
 
+# Settings of a model that only training reads: they change no logit.
+FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
+
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
     "check", "run.dir", "run.accept_changes", "run.log_every", "runtime", "mesh",
@@ -314,6 +378,15 @@ RESUMABLE = (
     "data.prefetch", "train.steps", "train.microbatches", "train.remat",
     "train.unroll", "train.save_every", "train.max_secs", "train.log_batch_digest",
     "train.loss_chunk",
+)  # fmt: skip
+
+# Keys that only the task of text reads; a config file with a task of its own names
+# those that it reads too in TASK_KEYS.
+TEXT_KEYS = (
+    "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
+    "data.split", "data.held_out", "data.shuffle", "train.length", "train.remat",
+    "train.unroll", "train.loss_chunk", "train.z_loss",
+    "train.label_smoothing", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

@@ -72,7 +72,8 @@ def initialize(
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         target = physical_shape(spec, layout)
         pad = [(0, big - small) for big, small in zip(target, spec.shape, strict=True)]
-        return jnp.pad(spec.init(own_key, spec.shape, dtype), pad)
+        # Drawn in float32: bfloat16's own normals have 8 bits.
+        return jnp.pad(spec.init(own_key, spec.shape, jnp.float32), pad).astype(dtype)
 
     def make_all(key: jax.Array) -> Tree:
         leaves = [make(key, path, spec) for path, spec in named(specs)]

@@ -26,6 +26,7 @@ class Rules:
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("tensor",)
+    experts: Axes = ()
     layers: Axes = ()
 
 

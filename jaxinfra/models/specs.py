@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import LayerConfig, ModelConfig
 from jaxinfra.ops import layers
 from jaxinfra.params import ParamSpec, Tree, constant, normal
 
@@ -17,13 +17,15 @@ def param_specs(cfg: ModelConfig) -> Tree:
         "embedding": ParamSpec(
             (cfg.vocab_size, cfg.width), table, (), "embedding", normal(std)
         ),
-        "prefix": [_layer_specs(cfg) for _ in cfg.prefix],
+        "prefix": [_layer_specs(cfg, layer) for layer in cfg.prefix],
         "pattern": [
-            jax.tree.map(lambda spec: spec.stacked(cfg.repeats), _layer_specs(cfg))
-            for _ in cfg.pattern
+            jax.tree.map(
+                lambda spec: spec.stacked(cfg.repeats), _layer_specs(cfg, layer)
+            )
+            for layer in cfg.pattern
         ],
-        "suffix": [_layer_specs(cfg) for _ in cfg.suffix],
-        "final_norm": _norm_specs(cfg, cfg.width),
+        "suffix": [_layer_specs(cfg, layer) for layer in cfg.suffix],
+        "final_norm": _norm_specs(cfg),
     }
     if cfg.positions == "learned":
         specs["positions"] = ParamSpec(
@@ -36,10 +38,10 @@ def param_specs(cfg: ModelConfig) -> Tree:
     return specs
 
 
-def _layer_specs(cfg: ModelConfig) -> Tree:
+def _layer_specs(cfg: ModelConfig, layer: LayerConfig) -> Tree:
     """One layer. Query heads are stored by group, [D, K, G, H], so that every head of a
     group and its key head live on one device and no reshape crosses a split dim."""
-    D, F, H = cfg.width, cfg.ffn_width, cfg.head_width
+    D, H = cfg.width, cfg.head_width
     K, G = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
     depth = math.sqrt(2 * cfg.num_layers) if cfg.residual_scale_init else 1.0
 
@@ -64,27 +66,48 @@ def _layer_specs(cfg: ModelConfig) -> Tree:
         attention["value_bias"] = bias((K, H), ("heads", None))
     if cfg.out_bias:
         attention["out_bias"] = bias((D,), (None,))
-    if cfg.qk_norm:
-        one = ParamSpec((H,), (None,), (), "vector", constant(1.0))
-        attention |= {"query_norm": one, "key_norm": one}
+    match cfg.qk_norm:
+        case "head":
+            one = _scale_spec(cfg, (H,), (None,))
+            attention |= {"query_norm": one, "key_norm": one}
+        case "all":
+            query = _scale_spec(cfg, (K, G, H), ("heads", None, None))
+            key = _scale_spec(cfg, (K, H), ("heads", None))
+            attention |= {"query_norm": query, "key_norm": key}
+    # An expert layer's arrays have one more dim in front; its router chooses.
+    is_dense = layer.feed_forward == "dense"
+    F = cfg.ffn_width if is_dense else cfg.expert_width
+    E, experts = ((), ()) if is_dense else ((cfg.num_experts,), ("experts",))
+    into = (len(E),)  # the dim that is summed over
     ffn = {
-        "up": matrix((D, F), ("embed", "ffn"), (0,)),
-        "down": matrix((F, D), ("ffn", "embed"), (0,), depth),
+        "up": matrix((*E, D, F), (*experts, "embed", "ffn"), into),
+        "down": matrix((*E, F, D), (*experts, "ffn", "embed"), into, depth),
     }
+    if not is_dense:
+        ffn["router"] = matrix((D, *E), ("embed", None), (0,))
     if cfg.activation in layers.GATED:
-        ffn["gate"] = matrix((D, F), ("embed", "ffn"), (0,))
+        ffn["gate"] = matrix((*E, D, F), (*experts, "embed", "ffn"), into)
     if cfg.mlp_bias:
-        ffn |= {"up_bias": bias((F,), ("ffn",)), "down_bias": bias((D,), (None,))}
-    return {
-        "attention_norm": _norm_specs(cfg, D),
-        "attention": attention,
-        "ffn_norm": _norm_specs(cfg, D),
-        "ffn": ffn,
-    }
-
-
-def _norm_specs(cfg: ModelConfig, size: int) -> Tree:
-    specs = {"scale": ParamSpec((size,), (None,), (), "vector", constant(1.0))}
-    if cfg.norm == "layernorm":
-        specs["bias"] = ParamSpec((size,), (None,), (), "vector", constant(0.0))
+        ffn["up_bias"] = bias((*E, F), (*experts, "ffn"))
+        ffn["down_bias"] = bias((*E, D), (*experts, None))
+        if cfg.activation in layers.GATED:
+            ffn["gate_bias"] = ffn["up_bias"]
+    specs = {"attention": attention, "ffn": ffn}
+    for part in ("attention", "ffn"):
+        if cfg.norm_placement in ("pre", "both"):
+            specs[f"{part}_norm"] = _norm_specs(cfg)
+        if cfg.norm_placement in ("post", "both"):
+            specs[f"{part}_post_norm"] = _norm_specs(cfg)
     return specs
+
+
+def _norm_specs(cfg: ModelConfig) -> Tree:
+    specs = {"scale": _scale_spec(cfg, (cfg.width,), (None,))}
+    if cfg.norm == "layernorm":
+        specs["bias"] = ParamSpec((cfg.width,), (None,), (), "vector", constant(0.0))
+    return specs
+
+
+def _scale_spec(cfg: ModelConfig, shape, axes) -> ParamSpec:
+    start = constant(0.0 if cfg.norm_from_zero else 1.0)
+    return ParamSpec(shape, axes, (), "vector", start)

@@ -7,6 +7,7 @@ sharding, quantization and caches enter there.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,26 +79,28 @@ def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
             x_BTD += layers.position_rows(
                 params["positions"], context.positions_BT, policy=policy, rules=rules
             )
+        if cfg.embedding_scale:
+            x_BTD *= jnp.asarray(math.sqrt(cfg.width), x_BTD.dtype)
         key = _layer_key(context, cfg.num_layers)
         return layers.dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
 
 
 def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, ops):
-    """One layer: x + attention(norm(x)), then x + ffn(norm(x)). `number` is the layer's
-    place in the whole stack (an int or a traced scalar)."""
+    """One layer: x + attention(norm(x)), then x + ffn(norm(x)), each norm where its
+    parameters are. `number` is the layer's place in the stack (an int or a scalar)."""
     key = _layer_key(context, number)
     attention_key, ffn_key = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("attention"):
-        h_BTD = _norm(params["attention_norm"], x_BTD, cfg)
+        h_BTD = _norm(params.get("attention_norm"), x_BTD, cfg)
         h_BTD, cache = _attention(
             params["attention"], h_BTD, context, layer, cache, cfg, ops
         )
+        h_BTD = _norm(params.get("attention_post_norm"), h_BTD, cfg)
         x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
     with jax.named_scope("ffn"):
-        h_BTD = _norm(params["ffn_norm"], x_BTD, cfg)
-        h_BTD = layers.mlp(
-            params["ffn"], h_BTD, activation=cfg.activation, einsum=ops.einsum
-        )
+        h_BTD = _norm(params.get("ffn_norm"), x_BTD, cfg)
+        h_BTD = _ffn(params["ffn"], h_BTD, layer, cfg, ops)
+        h_BTD = _norm(params.get("ffn_post_norm"), h_BTD, cfg)
         x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
     return x_BTD, cache
 
@@ -113,12 +116,15 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     q_BTKGH = project("query", "BTD,DKGH->BTKGH", None, None)
     k_BTKH = project("key", "BTD,DKH->BTKH", None)
     v_BTKH = project("value", "BTD,DKH->BTKH", None)
-    if cfg.qk_norm:
-        q_BTKGH = layers.rms_norm(q_BTKGH, params["query_norm"], eps=cfg.norm_eps)
-        k_BTKH = layers.rms_norm(k_BTKH, params["key_norm"], eps=cfg.norm_eps)
+    if cfg.qk_norm != "none":
+        norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps)
+        q_BTKGH = norm(q_BTKGH, _scale(params["query_norm"], cfg))
+        k_BTKH = norm(k_BTKH, _scale(params["key_norm"], cfg))
     if cfg.positions == "rotary":
-        angles = context.rotations[layer.rope_theta or cfg.rope_theta]
+        angles = context.rotations[layer.rope_theta]
         q_BTKGH, k_BTKH = layers.rope(q_BTKGH, *angles), layers.rope(k_BTKH, *angles)
+    if cfg.attention_scale_dim:  # `attend` itself divides by sqrt(H)
+        q_BTKGH *= math.sqrt(cfg.head_width / cfg.attention_scale_dim)
     q_BTKGH = checkpoint_name(q_BTKGH, "query")
     k_BTKH = checkpoint_name(k_BTKH, "key")
     v_BTKH = checkpoint_name(v_BTKH, "value")
@@ -140,15 +146,31 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     return checkpoint_name(y_BTD, "attention_out"), cache
 
 
+def _ffn(params, x_BTD, layer, cfg, ops):
+    settings = {"activation": cfg.activation, "einsum": ops.einsum}
+    if layer.feed_forward == "dense":
+        return layers.mlp(params, x_BTD, **settings)
+    logits_BTE = ops.einsum(
+        "BTD,DE->BTE", x_BTD, params["router"], out=("batch", "length", None)
+    )
+    gates_BTE = layers.route(
+        logits_BTE, cfg.experts_per_token, renormalize=cfg.router_renormalize
+    )
+    return ops.dispatch(params, x_BTD, gates_BTE, **settings)
+
+
 def _rotations(positions_BT, cfg):
-    """Rotary angles for every base in use, once for all layers."""
+    """Rotary angles for every base in use, once for all layers; 0 is the model's."""
     if cfg.positions != "rotary":
         return {}
-    thetas = {layer.rope_theta or cfg.rope_theta for layer in cfg.layers}
-    return {
-        theta: layers.rotations(positions_BT, head_width=cfg.head_width, theta=theta)
-        for theta in sorted(thetas)
+    thetas = sorted({layer.rope_theta for layer in cfg.layers})
+    frequencies = {
+        theta: layers.rope_frequencies(cfg.head_width, theta)
+        if theta
+        else layers.rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
+        for theta in thetas
     }
+    return {t: layers.rotations(positions_BT, f) for t, f in frequencies.items()}
 
 
 def _unembed(params, x_BTD, *, cfg):
@@ -158,11 +180,17 @@ def _unembed(params, x_BTD, *, cfg):
 
 
 def _norm(params, x_BTD, cfg):
+    """`x_BTD` normed; as it is where the model has no norm at that place."""
+    if params is None:
+        return x_BTD
+    scale_D = _scale(params["scale"], cfg)
     if cfg.norm == "layernorm":
-        return layers.layer_norm(
-            x_BTD, params["scale"], params["bias"], eps=cfg.norm_eps
-        )
-    return layers.rms_norm(x_BTD, params["scale"], eps=cfg.norm_eps)
+        return layers.layer_norm(x_BTD, scale_D, params["bias"], eps=cfg.norm_eps)
+    return layers.rms_norm(x_BTD, scale_D, eps=cfg.norm_eps)
+
+
+def _scale(stored, cfg):
+    return 1.0 + stored.astype(jnp.float32) if cfg.norm_from_zero else stored
 
 
 def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):

@@ -3,10 +3,9 @@
 | file | subject |
 |---|---|
 | `seam` | `Ops(einsum, attend, dispatch)`: precision and ZeRO's gathers enter here |
-| `attention` | causal attention and the table that chooses its kernel |
-| `kernels` | splash (TPU) and cuDNN (GPU) attention for one device's rows and heads |
+| `attention` | causal attention: splash, cuDNN or XLA, and the table that chooses |
 | `loss` | cross-entropy in chunks that make their own gradients |
-| `layers` | embedding, norms, rotary positions, the feed-forward layer, dropout |
+| `layers` | embedding, norms, rotary positions, feed-forward, experts, dropout |
 
 Arrays come first and are named with their dims: B batch, T query length, S key length,
 D width, K key heads, G query heads a key head, H head width, F ffn, V vocabulary. A

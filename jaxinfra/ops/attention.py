@@ -1,7 +1,9 @@
 """Causal attention: one function for each kernel, and the table that chooses.
 
 The table says which features a kernel covers. `make_attend` takes the platform's first
-choice, or where that does not cover the case `xla`, and says so once.
+choice, or where that does not cover the case `xla`, and says so once. Kernels: `splash`
+(Pallas, TPU), `cudnn` (GPU), `xla` (blocks, anywhere); the first two are fused and see
+one device's rows and heads.
 """
 
 import functools
@@ -11,9 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from jaxinfra import mesh, sharding
-from jaxinfra.ops import kernels
 from jaxinfra.ops.seam import Attend
 from jaxinfra.sharding import Rules
 
@@ -34,6 +36,7 @@ KERNELS = {
     "xla": Case(segments=True, window=True, softcap=True, grouped=True),
 }
 PLATFORM_KERNEL = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "xla"}
+_LANES = 128  # of a TPU register: splash's blocks are multiples of it
 
 
 def table() -> str:
@@ -65,8 +68,7 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
             keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
             out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
             return out, cache
-        fused = kernels.splash if name == "splash" else kernels.cudnn
-        # A fused kernel sees one device's rows and heads.
+        fused = splash if name == "splash" else cudnn
         tokens = functools.partial(sharding.spec, rules, "batch", "length")
         heads = functools.partial(tokens, "heads")
         mapped = jax.shard_map(
@@ -78,6 +80,71 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
         return mapped(q_BTKGH, k_BSKH, v_BSKH, segments_BT), cache
 
     return attend
+
+
+def splash(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    window: int,
+    softcap: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention, jax's own Pallas kernel for TPU, causal; keys are not repeated
+    for the query heads of a group. `interpret` runs its program on any platform."""
+    T, G, H = q_BTKGH.shape[1], q_BTKGH.shape[3], q_BTKGH.shape[4]
+    if window:
+        mask = splash_attention.LocalMask((T, T), (window - 1, 0), 0)
+    else:
+        mask = splash_attention.CausalMask((T, T))
+    kernel = splash_attention.make_splash_mqa_single_device(
+        splash_attention.MultiHeadMask([mask] * G),
+        block_sizes=_block_sizes(T),
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    # The kernel wants [G, T, H] against one key head, so rows and groups are mapped.
+    q_BKGTH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * (1.0 / math.sqrt(H)))
+    k_BKSH, v_BKSH = jnp.einsum("BSKH->BKSH", k_BSKH), jnp.einsum("BSKH->BKSH", v_BSKH)
+    over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    if segments_BT is None:
+        segments = None
+        over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None))
+    else:
+        segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
+        over_rows = jax.vmap(over_groups)
+    out_BKGTH = over_rows(q_BKGTH.astype(q_BTKGH.dtype), k_BKSH, v_BKSH, segments)
+    return jnp.einsum("BKGTH->BTKGH", out_BKGTH)
+
+
+def cudnn(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segments_BT: None,
+    *,
+    window: int,
+    softcap: float,
+) -> jax.Array:
+    """cuDNN's fused attention for GPU, causal, through `jax.nn.dot_product_attention`.
+
+    Limits: no segments, no cap.
+    """
+    assert segments_BT is None
+    assert softcap == 0.0
+    B, T, K, G, H = q_BTKGH.shape
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTKGH.reshape(B, T, K * G, H),
+        k_BSKH,
+        v_BSKH,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+    return out_BTNH.reshape(B, T, K, G, H)
 
 
 def xla(
@@ -173,12 +240,41 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
     if kernel != "xla" and jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
         return "a length split over the mesh axis context"
     if kernel == "splash":
-        return kernels.splash_uncovered(length=q_BTKGH.shape[1])
+        return _splash_uncovered(length=q_BTKGH.shape[1])
     if kernel == "cudnn":
-        return kernels.cudnn_uncovered(
-            head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype
-        )
+        return _cudnn_uncovered(head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype)
     return ""
+
+
+def _splash_uncovered(*, length: int) -> str:
+    """Why splash cannot take rows of this length; empty if it can."""
+    if length % _LANES:
+        return f"a length of {length}, which is no multiple of {_LANES}"
+    return ""
+
+
+def _cudnn_uncovered(*, head_width: int, dtype: jnp.dtype) -> str:
+    """Why cuDNN cannot take such heads; empty if it can."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {dtype}"
+    if head_width % 8 or head_width > 128:
+        return f"heads of width {head_width}"
+    return ""
+
+
+@functools.cache
+def _block_sizes(length: int) -> splash_attention.BlockSizes:
+    """Largest blocks up to 512 that divide the length."""
+    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+    return splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision:

@@ -1,19 +1,24 @@
 """The small pieces that a layer is made of, in the order in which tokens meet them:
-embedding, norms, rotary positions, the feed-forward layer, dropout.
+embedding, norms, rotary positions, the feed-forward layer, experts, dropout.
 """
 
 import functools
+import math
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import sharding
+from jaxinfra.config import RopeScaling
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Rules
 
 GATED = ("swiglu", "geglu")
+_UNSCALED = RopeScaling()
 _ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -30,7 +35,7 @@ def embed(
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    The table is gathered in its own dtype, so its gradient is summed in that.
+    The table is gathered in `policy.reduce`, so its gradient is summed in that.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
     lookup = jax.shard_map(
@@ -38,7 +43,7 @@ def embed(
         in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
     )
-    return lookup(table_VD, tokens_BT).astype(policy.compute)
+    return lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
 
 
 def position_rows(
@@ -46,19 +51,21 @@ def position_rows(
 ) -> jax.Array:
     """Rows of a learned position table, which no axis but fsdp splits."""
     table_PD = jax.reshard(
-        table_PD, sharding.gathered(jax.typeof(table_PD).sharding.spec)
+        table_PD.astype(policy.reduce),
+        sharding.gathered(jax.typeof(table_PD).sharding.spec),
     )
     out_spec = sharding.spec(rules, "batch", "length", "width")
     return table_PD.at[positions_BT].get(out_sharding=out_spec).astype(policy.compute)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """Scales the last dim to unit root mean square, then by `scale` (its size).
+    """Scales the last dims, as many as `scale` has, to unit root mean square, then by
+    `scale`.
 
     Computed in float32, returned in x's dtype. Source: arXiv:1910.07467 eq. 4.
     """
-    x32 = x.astype(jnp.float32)
-    inv_rms = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    x32, dims = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    inv_rms = jax.lax.rsqrt(jnp.mean(x32**2, axis=dims, keepdims=True) + eps)
     return (x32 * inv_rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -76,13 +83,37 @@ def layer_norm(
     return y.astype(x.dtype)
 
 
+def rope_frequencies(
+    head_width: int, theta: float, scaling: RopeScaling = _UNSCALED
+) -> np.ndarray:
+    """Radians a position, float32 [H/2], falling from 1 to about 1 / theta.
+
+    Source: arXiv:2104.09864 eq. 15; arXiv:2306.15595 (linear); arXiv:2407.21783 section
+    3.4.2 and Meta's reference code (llama3).
+    """
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    plain_h = (np.float32(theta) ** -exponents).astype(np.float32)
+    match scaling.kind:
+        case "none":
+            return plain_h
+        case "linear":
+            return plain_h / np.float32(scaling.factor)
+        case "llama3":
+            turns_h = scaling.original_length * plain_h / (2 * math.pi)
+            span = scaling.high_freq - scaling.low_freq
+            keep_h = np.clip((turns_h - scaling.low_freq) / span, 0.0, 1.0)
+            mixed_h = (1 - keep_h) * plain_h / scaling.factor + keep_h * plain_h
+            return mixed_h.astype(np.float32)
+        case _:
+            assert_never(scaling.kind)
+
+
 def rotations(
-    positions_BT: jax.Array, *, head_width: int, theta: float
+    positions_BT: jax.Array, frequencies_h: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """(cos, sin), each float32 [B, T, H/2], for `rope`."""
     # float32: bfloat16 has 8 bits, so position 257 would round to 256.
-    exponent = jnp.arange(head_width // 2, dtype=jnp.float32) / (head_width // 2)
-    angles = positions_BT.astype(jnp.float32)[..., None] * theta**-exponent
+    angles = positions_BT.astype(jnp.float32)[..., None] * frequencies_h
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -105,7 +136,7 @@ def mlp(
 ) -> jax.Array:
     """x -> act(x up) down, or act(x gate) * (x up) down for the gated ones.
 
-    `params`: up_DF, down_FD, gate_DF if gated, up_bias_F and down_bias_D if biased.
+    `params`: up_DF, down_FD, gate_DF if gated, and their biases if biased.
     Source: arXiv:2002.05202 (gated), arXiv:2109.08668 (relu squared).
     """
     hidden = ("batch", "length", "ffn")
@@ -115,6 +146,8 @@ def mlp(
     up_BTF = checkpoint_name(up_BTF, "ffn_in")
     if activation in GATED:
         gate_BTF = einsum("BTD,DF->BTF", x_BTD, params["gate"], out=hidden)
+        if "gate_bias" in params:
+            gate_BTF += params["gate_bias"].astype(gate_BTF.dtype)
         gate_BTF = checkpoint_name(gate_BTF, "ffn_in")
         act_BTF = _ACTIVATIONS[activation](gate_BTF) * up_BTF
     else:
@@ -124,6 +157,58 @@ def mlp(
     )
     if "down_bias" in params:
         y_BTD += params["down_bias"].astype(y_BTD.dtype)
+    return checkpoint_name(y_BTD, "ffn_out")
+
+
+def route(logits_BTE: jax.Array, per_token: int, *, renormalize: bool) -> jax.Array:
+    """The share of each expert in each token, float32 [B, T, E]: softmax, of which the
+    `per_token` largest stay, made to sum to 1 if `renormalize`; the rest are zero.
+
+    Source: arXiv:2401.04088 section 2.1.
+    """
+    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    top_BTk, ids_BTk = jax.lax.top_k(probs_BTE, per_token)
+    if renormalize:
+        top_BTk /= jnp.sum(top_BTk, axis=-1, keepdims=True)
+    is_BTkE = ids_BTk[..., None] == jnp.arange(logits_BTE.shape[-1])
+    return jnp.sum(jnp.where(is_BTkE, top_BTk[..., None], 0.0), axis=-2)
+
+
+def dense_dispatch(
+    params: dict,
+    x_BTD: jax.Array,
+    gates_BTE: jax.Array,
+    *,
+    activation: str,
+    einsum: Einsum,
+) -> jax.Array:
+    """Every expert on every token, times its share: `seam.Dispatch`.
+
+    Limits: E / per_token times the work that is needed, and [B, T, E, F] activations:
+    for small models, and as the oracle of other ways.
+    """
+    hidden = ("batch", "length", None, "ffn")
+
+    def project(name):
+        y_BTEF = einsum("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)
+        if f"{name}_bias" in params:
+            y_BTEF += params[f"{name}_bias"].astype(y_BTEF.dtype)
+        return checkpoint_name(y_BTEF, "ffn_in")
+
+    act = _ACTIVATIONS[activation]
+    if activation in GATED:
+        act_BTEF = act(project("gate")) * project("up")
+    else:
+        act_BTEF = act(project("up"))
+    gates_BTE = gates_BTE.astype(act_BTEF.dtype)
+    y_BTD = einsum(
+        "BTEF,EFD->BTD",
+        act_BTEF * gates_BTE[..., None],
+        params["down"],
+        out=("batch", "length", "width"),
+    )
+    if "down_bias" in params:
+        y_BTD += jnp.einsum("BTE,ED->BTD", gates_BTE, params["down_bias"])
     return checkpoint_name(y_BTD, "ffn_out")
 
 

@@ -19,7 +19,8 @@ from jaxinfra.sharding import Rules
 class CrossEntropy(NamedTuple):
     """Sums over tokens, each times its weight; float32 scalars.
 
-    nll: -log p(target). z: log(Z)^2, whose multiple z_loss keeps logits from drifting.
+    nll: -log p(target), or the cross-entropy to smoothed targets. z: log(Z)^2, whose
+    multiple z_loss keeps logits from drifting.
     """
 
     nll: jax.Array
@@ -30,7 +31,8 @@ class CrossEntropy(NamedTuple):
 class LossConfig:
     """vocab_size: ids from here on are padding and get no probability. chunk: tokens a
     device whose logits exist at a time; 0 lets the platform decide. softcap: of the
-    logits, 0 for none. z_loss: weight of z in the gradient."""
+    logits, 0 for none. z_loss: weight of z in the gradient. label_smoothing: the part
+    of each target that is spread evenly over the vocabulary."""
 
     vocab_size: int
     policy: Policy
@@ -38,6 +40,7 @@ class LossConfig:
     chunk: int = 0
     softcap: float = 0.0
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,7 +56,8 @@ def cross_entropy(
     head_VD may be split over vocabulary and width; h_BTD over batch and length.
     Differentiable by h and head in the first field only, with z_loss added there.
     Source: chunked gradients as in arXiv:2410.10989 section 3.2; z-loss
-    arXiv:2204.02311 section 5.
+    arXiv:2204.02311 section 5; label smoothing arXiv:1512.00567 section 7.
+    Limits: in float16 the weight of a token must be below 60.
     """
     sums, _ = _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=False)
     return sums
@@ -66,7 +70,7 @@ def _forward(h_BTD, head_VD, targets_BT, weights_BT, cfg):
 def _backward(cfg, residuals, cotangent):
     dh_BTD, dhead_VD = residuals
     g = cotangent.nll
-    dh_BTD = (dh_BTD * g).astype(dh_BTD.dtype)
+    dh_BTD = (dh_BTD * g).astype(cfg.policy.compute)
     return dh_BTD, (dhead_VD * g).astype(dhead_VD.dtype), None, None
 
 
@@ -93,7 +97,9 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
         sums = jax.lax.psum(sums, token_axes)
         if not grads:
             return sums, None
-        dh_BTD = jax.lax.psum(dh_BTD, cfg.rules.vocab).astype(h_BTD.dtype)
+        dh_BTD = jax.lax.psum(dh_BTD, cfg.rules.vocab)
+        if cfg.policy.compute != jnp.float16:  # it is rounded once it has been scaled
+            dh_BTD = dh_BTD.astype(cfg.policy.compute)
         dhead_VD = jax.lax.psum(dhead_VD.astype(cfg.policy.reduce), other_axes)
         dhead_VD = sharding.reduce_scatter(dhead_VD, head_spec)
         return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
@@ -158,24 +164,37 @@ def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
     is_target_CV = ids_V == targets_C[:, None].astype(jnp.int32)
     # A masked sum: a gather over a split vocabulary would replicate the logits.
     label_C = jax.lax.psum(jnp.sum(jnp.where(is_target_CV, logits_CV, 0), -1), axes)
+    even = cfg.label_smoothing / cfg.vocab_size
+    if cfg.label_smoothing:
+        known_CV = jnp.where(ids_V < cfg.vocab_size, logits_CV, 0)
+        all_C = jax.lax.psum(jnp.sum(known_CV, axis=-1), axes)
+        label_C = (1 - cfg.label_smoothing) * label_C + even * all_C
     sums = CrossEntropy(
         nll=jnp.sum(weights_C * (log_z_C - label_C)), z=jnp.sum(weights_C * log_z_C**2)
     )
     if not grads:
         return sums, None, None
+    lift = _LIFT if cfg.policy.compute == jnp.float16 else 1.0
+    weights_C *= lift
     scale_C = weights_C * (1 + 2 * cfg.z_loss * log_z_C) / total_C
+    sharp_C = weights_C * (1 - cfg.label_smoothing)
     dlogits_CV = exp_CV * scale_C[:, None] - jnp.where(
-        is_target_CV, weights_C[:, None], 0
+        is_target_CV, sharp_C[:, None], 0
     )
+    if cfg.label_smoothing:
+        even_C1 = even * weights_C[:, None]
+        dlogits_CV -= jnp.where(ids_V < cfg.vocab_size, even_C1, 0)
     if cfg.softcap:
         dlogits_CV *= 1 - (logits_CV / cfg.softcap) ** 2
     dlogits_CV = dlogits_CV.astype(cfg.policy.compute)
-    return (
-        sums,
-        dot("CV,VD->CD", dlogits_CV, head_VD),
-        dot("CV,CD->VD", dlogits_CV, h_CD),
-    )
+    dh_CD = dot("CV,VD->CD", dlogits_CV, head_VD)
+    dhead_VD = dot("CV,CD->VD", dlogits_CV, h_CD)
+    return sums, dh_CD / lift, dhead_VD / lift
 
+
+# float16 has no number between 0 and 6e-8, which is near the probability of a rare
+# token: gradients of logits, at most the token's weight, are taken times this.
+_LIFT = 2.0**10
 
 # Bytes of float32 logits at a time: what a core's cache holds; what feeds a matrix
 # unit.

@@ -69,13 +69,34 @@ class Attend(Protocol):
         ...
 
 
+class Dispatch(Protocol):
+    """How tokens meet the experts that were chosen for them."""
+
+    def __call__(
+        self,
+        params: Any,
+        x_BTD: jax.Array,
+        gates_BTE: jax.Array,
+        /,
+        *,
+        activation: str,
+        einsum: Einsum,
+    ) -> jax.Array:
+        """Sum over experts of gate x expert(x), [B, T, D].
+
+        `gates_BTE` is zero but for the chosen. `params`: those of `layers.mlp`, each
+        with a first dim E.
+        """
+        ...
+
+
 class Ops(NamedTuple):
-    """The functions that touch weights: see the protocols. `dispatch` routes tokens to
-    experts; None where the model has none."""
+    """The functions that touch weights: see the protocols. `dispatch` is None where the
+    model has no experts."""
 
     einsum: Einsum
     attend: Attend
-    dispatch: Any = None
+    dispatch: Dispatch | None = None
 
 
 def make_einsum(policy: Policy, rules: Rules) -> Einsum:

@@ -49,8 +49,8 @@ def headline(
 def bytes_at_rest(
     state: TrainState, specs: Tree, layout: Layout, policy: Policy
 ) -> dict[str, int]:
-    """Bytes on one device, as metrics; gradients as they are between the backward pass
-    and the update. `state` may be abstract."""
+    """Bytes on one device, as metrics; gradients as they leave the backward pass.
+    `state` may be abstract."""
     grads = params.abstract(specs, layout, layout.grads, policy.param)
     trees = {"params": state.params, "grads": grads, "opt": state.opt_state}
     return {
@@ -60,18 +60,17 @@ def bytes_at_rest(
 
 
 def loop_schedule(
-    config: Config, specs: Tree, mesh: jax.sharding.Mesh
+    config: Config, flops_per_row: float, mesh: jax.sharding.Mesh
 ) -> loop.Schedule:
-    """When the loop does what, and what MFU is measured against."""
+    """When the loop does what, and what MFU is measured against, if FLOPs are known."""
     train = config.train
-    per_token = train_flops_per_token(config.model, specs, length=train.length)
-    peak = peak_flops(mesh.devices.flat[0])
+    peak = peak_flops(mesh.devices.flat[0]) if flops_per_row else None
     return loop.Schedule(
         steps=train.steps,
         save_every=train.save_every,
         eval_every=config.eval.every,
         max_bad_steps=train.max_bad_steps,
-        flops_per_step=per_token * train.batch_size * train.length,
+        flops_per_step=flops_per_row * train.batch_size,
         peak_flops=peak and peak * mesh.size,
     )
 
@@ -84,6 +83,10 @@ def train_flops_per_token(cfg: ModelConfig, specs: Tree, *, length: int) -> floa
     Source: arXiv:2204.02311 appendix B, halved scores for causality.
     """
     matmuls = params.count(specs, embeddings=False)
+    if cfg.num_experts:  # a token meets some of the experts
+        rest = cfg.num_experts - cfg.experts_per_token
+        of_experts = [s for s in jax.tree.leaves(specs) if "experts" in s.axes]
+        matmuls -= params.count(of_experts) * rest // cfg.num_experts
     if cfg.tied:
         matmuls += cfg.vocab_size * cfg.width
     attention = 0.0

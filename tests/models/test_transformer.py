@@ -36,7 +36,7 @@ LLAMA = ModelConfig(
     repeats=2,
     suffix=(LayerConfig(),),
     rope_theta=100.0,
-    qk_norm=True,
+    qk_norm="head",
     tied=False,
     attention_softcap=2.0,
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ops import naive_attention
 
-from jaxinfra.ops import attention, kernels
+from jaxinfra.ops import attention
 from jaxinfra.ops.seam import Context
 from jaxinfra.sharding import Rules, spec
 
@@ -130,8 +130,8 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
     def interpreted(*arrays, **settings):
         return attend(*arrays, **settings, interpret=True)
 
-    attend = kernels.splash
-    monkeypatch.setattr(kernels, "splash", interpreted)
+    attend = attention.splash
+    monkeypatch.setattr(attention, "splash", interpreted)
     attend_on(
         four_devices,
         kernel="splash",

@@ -12,6 +12,7 @@ from jaxinfra import precision, sharding
 from jaxinfra.ops import layers, loss
 
 FLOAT32_ROUNDING = 1e-5  # sums of 20 losses of size 3, chunk by chunk
+FLOAT16_ROUNDING = 1e-2  # 11-bit probabilities and results, in sums of 20 terms
 # Optimising these programs takes longer than running them.
 QUICK = {"xla_backend_optimization_level": 0}
 B, T, D, V, PADDED = 4, 5, 6, 23, 24
@@ -25,14 +26,13 @@ targets_BT[0, :2] = (0, V - 1)
 weights_BT = rng.integers(0, 3, (B, T)).astype(np.float32)
 
 
-def expected_sums(h_BTD, head_VD, *, softcap):
+def expected_sums(h_BTD, head_VD, *, softcap, label_smoothing=0.0):
     """(nll, z) sums from the whole logits."""
     logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, head_VD[:V], precision="highest")
     if softcap:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
-    ce_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logits_BTV, targets_BT.astype(np.int32)
-    )
+    labels_BTV = optax.smooth_labels(jax.nn.one_hot(targets_BT, V), label_smoothing)
+    ce_BT = optax.softmax_cross_entropy(logits_BTV, labels_BTV)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return jnp.sum(ce_BT * weights_BT), jnp.sum(log_z_BT**2 * weights_BT)
 
@@ -62,7 +62,8 @@ SETTINGS = {
     "chunks that do not divide": {"chunk": 3},
     "softcap": {"softcap": 1.5},
     "z loss": {"z_loss": 0.1},
-    "all": {"chunk": 3, "softcap": 1.5, "z_loss": 0.1},
+    "label smoothing": {"label_smoothing": 0.2},
+    "all": {"chunk": 3, "softcap": 1.5, "z_loss": 0.1, "label_smoothing": 0.2},
     "zero 1": {"chunk": 3, "zero": 1},
 }
 
@@ -83,7 +84,9 @@ def test_sums_and_gradients_are_those_of_whole_logits(name, each_mesh):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def expect(h, head):
         def total(h, head):
-            nll, z = expected_sums(h, head, softcap=cfg.softcap)
+            nll, z = expected_sums(
+                h, head, softcap=cfg.softcap, label_smoothing=cfg.label_smoothing
+            )
             return 0.5 * (nll + cfg.z_loss * z), (nll, z)
 
         return jax.grad(total, argnums=(0, 1), has_aux=True)(h, head)
@@ -137,6 +140,49 @@ def test_under_bfloat16_the_head_gradient_is_float32(four_devices):
     expected = jax.grad(lambda x: expected_sums(h_BTD, x, softcap=0.0)[0])(head_VD)
     # 8-bit h, head and probabilities in sums of 20 terms of size 1.
     np.testing.assert_allclose(dhead, expected, atol=5e-2)
+
+
+@pytest.mark.parametrize("factor", [2.0**-4, 1.0, 2.0**10])
+def test_under_float16_a_gradient_is_rounded_once_it_is_scaled(factor, four_devices):
+    """The head's gradient of a rare token, below float16's smallest number, is right
+    too."""
+    cfg = make_config(policy="float16", chunk=3)
+    # Numbers that float16 has; the last true id is unlikely everywhere, never a target.
+    is_rare = np.arange(PADDED)[:, None] == V - 1
+    head = np.where(is_rare, -6.0, np.maximum(head_VD, 0)).astype(np.float16)
+    h = np.abs(h_BTD).astype(np.float16)
+    ids = np.minimum(targets_BT, V - 2)
+    _, _, _, weights = place(cfg)
+    spec = functools.partial(sharding.spec, cfg.rules)
+    placed = [
+        jax.device_put(h, spec("batch", "length", "width")),
+        jax.device_put(head.astype(np.float32), spec("vocab", "embed")),
+    ]
+    targets = jax.device_put(ids, spec("batch", "length"))
+
+    @jax.jit
+    def run(h, head):
+        def total(h, head):
+            return factor * loss.cross_entropy(h, head, targets, weights, cfg).nll
+
+        return jax.grad(total, argnums=(0, 1))(h, head)
+
+    def exact(h, head):
+        labels = jax.nn.one_hot(ids, V)
+        ce_BT = optax.softmax_cross_entropy(h @ head[:V].T, labels)
+        return jnp.sum(ce_BT * weights_BT)
+
+    dh, dhead = run(*placed)
+    assert (dh.dtype, dhead.dtype) == (jnp.float16, jnp.float32)
+    dhead = np.asarray(dhead) / factor
+    arrays = (h.astype(np.float32), head.astype(np.float32))
+    expected_dh, expected_dhead = jax.grad(exact, argnums=(0, 1))(*arrays)
+    np.testing.assert_allclose(
+        dh.astype(np.float32) / factor, expected_dh, atol=FLOAT16_ROUNDING
+    )
+    np.testing.assert_allclose(dhead, expected_dhead, atol=FLOAT16_ROUNDING)
+    assert 1e-9 < np.abs(expected_dhead[V - 1]).max() < 1e-6
+    np.testing.assert_allclose(dhead[V - 1], expected_dhead[V - 1], rtol=5e-2)
 
 
 def test_the_program_never_holds_the_logits_of_the_whole_batch(one_device):

@@ -14,7 +14,9 @@ positions_BT = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 300]], np.int32)
 
 
 def rotate(x, positions_BT, theta=100.0):
-    angles = layers.rotations(jnp.asarray(positions_BT), head_width=H, theta=theta)
+    angles = layers.rotations(
+        jnp.asarray(positions_BT), layers.rope_frequencies(H, theta)
+    )
     return layers.rope(jnp.asarray(x), *angles)
 
 

@@ -24,8 +24,10 @@ def main(name):
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
+    import numpy as np
 
     from jaxinfra import experiment
+    from jaxinfra.data import packing
     from jaxinfra.data.tokenizer import ByteTokenizer
 
     jax.devices()
@@ -34,7 +36,9 @@ def main(name):
     built = experiment.build(experiment.resolve(config, vocab_size))
     with jax.set_mesh(built.layout.mesh):
         state = experiment.abstract_state(built)
-        batch = experiment.abstract_batch(built, "uint32")
+        row = np.zeros((1, config.train.length + 1), np.uint32)
+        rows = packing.Batch(row, row.astype(packing.segment_dtype(row.size)))
+        batch = experiment.abstract_batch(built, rows)
         traced = built.train_step.trace(state, batch)
         lowered = traced.lower()
     secs = time.perf_counter() - started_secs

@@ -32,7 +32,7 @@ MESHES = {
 def write_documents(folder: pathlib.Path) -> shards.Dataset:
     """Shakespeare in documents of 1, 2 and 250 bytes, in shards that end in short rows:
     a row's number of targets goes from a few to all."""
-    text = pathlib.Path(experiment.prepare.CORPORA["shakespeare"]).read_bytes()
+    text = pathlib.Path(prepare.CORPORA["shakespeare"]).read_bytes()
     rng = np.random.default_rng(7)
     documents, at = [], 0
     while at < 60_000:
@@ -121,7 +121,6 @@ def run(
                 stream.batch,
                 k,
                 batch_size=config.train.batch_size,
-                length=config.train.length,
                 sharding=experiment.batch_sharding(built.layout),
             )
             if train_step is None:

@@ -12,7 +12,11 @@ from jaxinfra.models import transformer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 UPDATE = "JAXINFRA_UPDATE_GOLDEN"  # set to 1 to write the golden texts again
-NAMES = list(options._shipped_configs())
+NAMES = [
+    name
+    for name in options._shipped_configs()
+    if options.load_config(name).task == "text"
+]
 
 
 def model_of(name):

@@ -44,12 +44,18 @@ WITHOUT_JAX = (
     "jaxinfra.launcher",
     "jaxinfra.data",
     "jaxinfra.data.batches",
+    "jaxinfra.data.chat",
+    "jaxinfra.data.chat_template",
+    "jaxinfra.data.examples",
+    "jaxinfra.data.idx",
     "jaxinfra.data.order",
     "jaxinfra.data.packing",
     "jaxinfra.data.prepare",
     "jaxinfra.data.shards",
     "jaxinfra.data.sources",
     "jaxinfra.data.tokenizer",
+    "jaxinfra.data.tokenizer_files",
+    "jaxinfra.data.tokenizer_training",
     "jaxinfra.resilience.exitcodes",
     "jaxinfra.resilience.ownership",
     "jaxinfra.resilience.preemption",
@@ -58,6 +64,8 @@ HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore")
 EXTRAS = (
     "transformers", "tokenizers", "torch", "tensorflow", "gguf", "lm_eval", "pyarrow",
     "zstandard", "datasketch", "s3fs", "gcsfs", "tensorboard", "mlflow", "ray",
+    "sklearn",
+    "jinja2", "sentencepiece", "tiktoken",
 )  # fmt: skip
 
 SOURCES = sorted([*(ROOT / "jaxinfra").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
