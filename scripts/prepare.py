@@ -1,34 +1,42 @@
 """Turns text and JSONL files into a data set folder.
 
     python scripts/prepare.py books/*.txt --out data/books --tokenizer byte
+    python scripts/prepare.py books/*.txt --out data/books --tokenizer models/smollm2
+    python scripts/prepare.py books/*.txt --out data/books \
+        --train_tokenizer bpe --vocab_size 4096
+    python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
+        --chat
 
 Prints a summary. Ends with 2 and one sentence if an option or a file is wrong.
 """
 
 import argparse
+import datetime
+import functools
 import sys
 import time
 from collections.abc import Sequence
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards
+from jaxinfra.data import (
+    chat,
+    chat_template,
+    prepare,
+    shards,
+    tokenizer_files,
+    tokenizer_training,
+)
+from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     start_secs = time.perf_counter()
     try:
-        dataset = prepare.prepare(
-            options.sources,
-            options.out,
-            tokenizer=options.tokenizer,
-            split=options.split,
-            held_out=options.held_out,
-            seed=options.seed,
-            shard_tokens=options.shard_tokens,
-            text_key=options.text_key,
-            document_separator=options.document_separator,
-        )
+        _check(options)
+        dataset = _prepare_chat(options) if options.chat else _prepare_text(options)
+        if options.train_tokenizer and isinstance(dataset.tokenizer, HfTokenizer):
+            tokenizer_training.save(dataset.tokenizer, dataset.folder)
     except DataError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
@@ -37,14 +45,121 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raises DataError for options that do not go together."""
+    for is_wrong, message in (
+        (
+            options.train_tokenizer and options.tokenizer,
+            "--train_tokenizer makes a tokenizer and --tokenizer names one; leave one "
+            "of them out",
+        ),
+        (
+            bool(options.train_tokenizer) != (options.vocab_size is not None),
+            "--train_tokenizer and --vocab_size go together; give both or neither",
+        ),
+        (
+            options.train_tokenizer and (options.eod or options.bos != "tokenizer"),
+            "--eod and --bos are for a tokenizer from files; a trained one ends "
+            f"documents with {tokenizer_training.EOD}; leave them out",
+        ),
+        (
+            options.chat and options.train_tokenizer,
+            "--chat needs a tokenizer that is there; train one on text first, and give "
+            "its folder as --tokenizer",
+        ),
+        (
+            options.chat and options.split != "documents",
+            "--chat holds out whole conversations; leave --split out",
+        ),
+        (
+            options.chat and (options.text_key or options.document_separator),
+            "--text_key and --document_separator are for text; leave them out",
+        ),
+        (
+            not options.chat and (options.chat_template or options.date),
+            "--chat_template and --date are for conversations; give --chat too",
+        ),
+    ):
+        if is_wrong:
+            raise DataError(message)
+
+
+def _prepare_text(options: argparse.Namespace) -> shards.Dataset:
+    tokenizer = options.tokenizer or "byte"
+    if options.train_tokenizer:
+        tokenizer = functools.partial(
+            tokenizer_training.train_bpe, vocab_size=options.vocab_size
+        )
+    elif options.tiktoken_pattern:
+        made = _tokenizer(options)
+        tokenizer = lambda texts: made
+    is_named = isinstance(tokenizer, str)
+    return prepare.prepare(
+        options.sources,
+        options.out,
+        tokenizer=tokenizer,
+        eod=options.eod if is_named else "",
+        bos=options.bos if is_named else "tokenizer",
+        split=options.split,
+        held_out=options.held_out,
+        seed=options.seed,
+        shard_tokens=options.shard_tokens,
+        text_key=options.text_key or "text",
+        document_separator=options.document_separator,
+    )
+
+
+def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
+    tokenizer = _tokenizer(options)
+    template = chat_template.load(
+        tokenizer,
+        folder=options.tokenizer if isinstance(tokenizer, HfTokenizer) else "",
+        file=options.chat_template,
+        date=options.date or datetime.date.today(),
+    )
+    return chat.prepare_chat(
+        options.sources,
+        options.out,
+        tokenizer=tokenizer,
+        template=template,
+        held_out=options.held_out,
+        seed=options.seed,
+        shard_tokens=options.shard_tokens,
+    )
+
+
+def _tokenizer(options: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that does not depend on the texts."""
+    if options.tokenizer == "char":
+        raise DataError(
+            "a char tokenizer is made of texts; give --tokenizer byte or a path"
+        )
+    if options.tokenizer in (None, "byte"):
+        if options.eod or options.bos != "tokenizer" or options.tiktoken_pattern:
+            raise DataError(
+                "--eod, --bos and --tiktoken_pattern are for a tokenizer from files; "
+                "give its path as --tokenizer"
+            )
+        return ByteTokenizer()
+    return tokenizer_files.load_tokenizer(
+        options.tokenizer,
+        eod=options.eod,
+        bos=options.bos,
+        pattern=options.tiktoken_pattern,
+    )
+
+
 def _summary(dataset: shards.Dataset) -> str:
     tokenizer = dataset.tokenizer
     lines = [f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} ids"]
     for split in dataset.splits.values():
+        masks = [shard.mask for shard in split.shards if shard.mask is not None]
+        num_targets = sum(int(mask.sum(dtype="int64")) for mask in masks)
         lines.append(
             f"{split.name:8} {split.num_documents:,} documents, "
             f"{split.num_tokens:,} tokens, {split.text_bytes:,} bytes, "
             f"{len(split.shards)} shards"
+            + (f", {num_targets:,} tokens count as targets" if masks else "")
         )
     return "\n".join(lines)
 
@@ -52,20 +167,65 @@ def _summary(dataset: shards.Dataset) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare",
-        description="Text and JSONL files to a data set.",
+        description="Text, conversations and pairs to a data set.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="file, folder, glob"
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob")
+    add("--out", required=True, help="data set folder to make")
+    add("--split", choices=["documents", "tail"], default="documents")
+    add("--held_out", type=float, default=0.1, help="fraction")
+    add("--seed", type=int, default=0, help="of what is held out, and of the order")
+    add("--shard_tokens", type=int, default=prepare.SHARD_TOKENS)
+    add("--text_key", help="key of the text in JSONL (default: text)")
+    add("--document_separator", help="text between documents in .txt")
+    add(
+        "--tokenizer",
+        help="byte (the default), char, a Hugging Face folder, a tokenizer.json, a "
+        "SentencePiece .model or a .tiktoken file",
     )
-    parser.add_argument("--out", required=True, help="data set folder to make")
-    parser.add_argument("--tokenizer", choices=["byte", "char"], default="byte")
-    parser.add_argument("--split", choices=["documents", "tail"], default="documents")
-    parser.add_argument("--held_out", type=float, default=0.1, help="fraction")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard_tokens", type=int, default=prepare.SHARD_TOKENS)
-    parser.add_argument("--text_key", default="text", help="key of the text in JSONL")
-    parser.add_argument("--document_separator", help="text between documents in .txt")
+    add(
+        "--eod",
+        default="",
+        metavar="TOKEN",
+        help="the token of it that ends a document (default: its EOS)",
+    )
+    add(
+        "--bos",
+        choices=["tokenizer", "always", "never"],
+        default="tokenizer",
+        help="whether documents start with its BOS (default: as it says itself)",
+    )
+    add(
+        "--tiktoken_pattern",
+        choices=["gpt2", "cl100k", "qwen"],
+        default="",
+        help="how text is split, for a .tiktoken file that is not a known one",
+    )
+    add(
+        "--train_tokenizer",
+        choices=["bpe"],
+        help="train a byte-level BPE tokenizer on the text that is trained on; written "
+        "to the data set, and beside it as tokenizer.json",
+    )
+    add("--vocab_size", type=int, metavar="N", help="ids of the trained tokenizer")
+    add(
+        "--chat",
+        action="store_true",
+        help="JSONL lines are conversations (messages) or pairs (prompt, completion): "
+        "answers alone count as targets",
+    )
+    add(
+        "--chat_template",
+        default="",
+        metavar="FILE",
+        help="Jinja file that writes conversations (default: the tokenizer's own)",
+    )
+    add(
+        "--date",
+        type=datetime.date.fromisoformat,
+        help="day that chat templates are told, as 2026-01-31 (default: today)",
+    )
     return parser
 
 

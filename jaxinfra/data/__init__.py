@@ -2,22 +2,36 @@
 
 The way of an item through the files:
 
-    sources    text and JSONL files -> documents
-    prepare    documents -> train and held-out, shuffled once, encoded; a data set
-               folder, written whole or not at all
+    sources    text and JSONL files -> documents, train and held-out
+    prepare    documents -> shuffled once, encoded; a data set folder, written whole or
+               not at all
     tokenizer  text <-> ids
     shards     the folder, opened as memory maps, checked byte by byte
     packing    shards -> numbered rows of T + 1 tokens, with a segment beside each token
     order      turn in an epoch -> row, by a permutation that is computed, not stored
-    batches    step -> rows -> HostBatch; what training may resume from
-    device     HostBatch -> global `jax.Array`s, ahead of time; their digest
+    batches    step -> rows -> Batch; what training may resume from
+    device     host arrays -> global `jax.Array`s, ahead of time; their digest
+
+Beside the way: `tokenizer_files` makes a tokenizer of those of other projects,
+`tokenizer_training` one of a corpus; `chat` makes documents of conversations, by a
+`chat_template`, in which the answers alone are targets.
+
+Not text: `examples` makes batches of labelled arrays, in the same words and by the same
+`order`, for a task of one's own (`jaxinfra.tasks`); `idx` reads the files of MNIST and
+its kin.
 
 What a user can put right is a `config.DataError`.
 
 The folder. `dataset.json` describes it; `train-00000.tokens.npy` holds ids, document
 after document, each ended by the tokenizer's EOD id, and `train-00000.lengths.npy` the
-tokens of each document; `held_out-...` the same of what is never trained on. Anyone
-opens them with `np.load`. `shards` documents every key.
+tokens of each document; `held_out-...` the same of what is never trained on. Where not
+every token is a target, `train-00000.mask.npy` says which are. Anyone opens them with
+`np.load`. `shards` documents every key.
+
+A tokenizer lies whole in `dataset.json`, with its policy: which id ends a document,
+and which begins it, if any. Raw text never becomes a special token: "<|endoftext|>" in
+a document is letters and signs. Chat templates write special tokens; the messages that
+they are given do not.
 
 A row. Row i of a shard is `tokens[i * T : i * T + T + 1]`: a slice, so no plan is
 stored and the row length is chosen when training starts. Segments tell apart the
@@ -33,5 +47,6 @@ every file: it names the bytes. `Stream.identity()` holds it and goes to the che
 `device.digest` hashes a batch inside the jitted step, so that rows in the wrong place
 show as well as wrong rows.
 
-Only `device` imports jax: preparing and checking data needs numpy alone.
+Only `device` imports jax: preparing and checking data needs numpy alone, and
+tokenizers from files the extra hf.
 """

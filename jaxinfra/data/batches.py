@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxinfra.config import DataError
 from jaxinfra.data import order
-from jaxinfra.data.packing import ConcatRows, HostBatch
+from jaxinfra.data.packing import Batch, ConcatRows
 from jaxinfra.data.shards import Split
 
 _ALL = slice(None)
@@ -69,7 +69,7 @@ class Stream:
         )
         return place.astype(np.int64)
 
-    def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> HostBatch:
+    def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """The rows of step `step`, or those at some positions of its global batch."""
         positions = np.arange(self.batch_size, dtype=np.int64)[positions]
         return self.packing.gather(self.rows(step * self.batch_size + positions))
@@ -94,10 +94,15 @@ class Evaluation:
     batch_size: int
 
     @property
+    def bytes_per_token(self) -> float:
+        """Of the split's text."""
+        return self.packing.split.text_bytes / self.packing.split.num_tokens
+
+    @property
     def num_batches(self) -> int:
         return -(-self.packing.num_rows // self.batch_size)
 
-    def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> HostBatch:
+    def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """As `Stream.batch`, for steps 0 .. num_batches - 1; padding has segment 0."""
         if not 0 <= step < self.num_batches:
             raise IndexError(f"batch {step} is not in 0 .. {self.num_batches - 1}")
@@ -107,9 +112,7 @@ class Evaluation:
         if is_row.all():
             return self.packing.gather(rows)
         batch = self.packing.padding(rows.size)
-        found = self.packing.gather(rows[is_row])
-        batch.tokens_BT1[is_row] = found.tokens_BT1
-        batch.segments_BT1[is_row] = found.segments_BT1
+        batch.put(is_row, self.packing.gather(rows[is_row]))
         return batch
 
 

@@ -1,60 +1,60 @@
 """Host rows to global arrays, ahead of time; and a digest of what has arrived.
 
 Each process reads only the rows that its own devices hold. What goes to the device are
-token and segment ids in their small dtypes; the step makes everything else from them.
+arrays in their small dtypes (token and segment ids, pixels); the step makes everything
+else from them.
 """
 
 import collections
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data.packing import HostBatch
 
-
-class Batch(NamedTuple):
-    """Packed rows of the global batch on the devices of a mesh."""
-
-    tokens_BT1: jax.Array  # uint16 or uint32 [B, T + 1]
-    segments_BT1: jax.Array  # uint8, uint16 or uint32 [B, T + 1], 0 where padded
+Arrays = TypeVar("Arrays", bound=tuple)  # a NamedTuple of arrays, None where absent
 
 
 class Fetched(NamedTuple):
     """A batch of `prefetch`."""
 
     step: int
-    batch: Batch
+    batch: Any
     wait_secs: float  # that the consumer waited for this batch
 
 
 def to_device(
-    host_rows: Callable[[int, np.ndarray], HostBatch],
+    host_rows: Callable[[int, np.ndarray], Arrays],
     step: int,
     *,
     batch_size: int,
-    length: int,
-    sharding: jax.sharding.Sharding,
-) -> Batch:
-    """The global batch of a step, its [B, T + 1] arrays laid out by `sharding`.
+    sharding: jax.NamedSharding,
+) -> Arrays:
+    """The global batch of a step: what `host_rows` returns, its arrays on the devices.
 
     `host_rows(step, positions)` (`Stream.batch`, `Evaluation.batch`) is called once in
-    each process, with the sorted positions that this process's devices need. Raises
-    DataError if the rows do not divide over the devices.
+    each process, with the sorted positions that this process's devices need, and
+    returns a NamedTuple of arrays [rows, ...], each of its own rank and dtype, or None.
+    The first entry of the sharding's spec splits the rows of all; other dims arrive
+    whole. Raises DataError if the rows do not divide over the devices.
     """
-    shape = (batch_size, length + 1)
+    over_rows = (*sharding.spec, None)[0]
+
+    def place(rank: int) -> jax.NamedSharding:
+        return jax.NamedSharding(sharding.mesh, jax.P(over_rows, *[None] * (rank - 1)))
+
     try:
-        blocks = sharding.addressable_devices_indices_map(shape)
+        blocks = place(1).addressable_devices_indices_map((batch_size,))
     except ValueError as error:
         raise DataError(
-            f"train.batch_size={batch_size} rows of {length + 1} tokens do not divide "
-            f"over {sharding}; set train.batch_size to a multiple of the product of "
-            "the mesh axes that rows lie on"
+            f"train.batch_size={batch_size} rows do not divide over {sharding}; set "
+            "train.batch_size to a multiple of the product of the mesh axes that rows "
+            "lie on"
         ) from error
     spans = {b[0].indices(batch_size)[:2] for b in blocks.values() if b is not None}
     is_needed = np.zeros(batch_size, bool)
@@ -64,20 +64,26 @@ def to_device(
     # Where each position of the global batch stands among the rows that were read.
     offsets = np.concatenate([[0], np.cumsum(is_needed)])
 
-    def place(array_RT1: np.ndarray) -> jax.Array:
-        def block(index: Any) -> np.ndarray:  # two slices
+    def on_devices(array: np.ndarray | None) -> jax.Array | None:
+        if array is None:
+            return None
+
+        def block(index: Any) -> np.ndarray:  # a slice for each dim
             start, stop, _ = index[0].indices(batch_size)
-            return array_RT1[offsets[start] : offsets[stop], index[1]]
+            return array[offsets[start] : offsets[stop]]
 
         return jax.make_array_from_callback(
-            shape, sharding, block, dtype=array_RT1.dtype
+            (batch_size, *array.shape[1:]),
+            place(array.ndim),
+            block,
+            dtype=array.dtype,
         )
 
-    return Batch(place(host.tokens_BT1), place(host.segments_BT1))
+    return type(host)(*map(on_devices, host))
 
 
 def prefetch(
-    make_batch: Callable[[int], Batch],
+    make_batch: Callable[[int], Any],
     start_step: int,
     stop_step: int,
     *,
@@ -97,25 +103,30 @@ def prefetch(
     return _fetch_ahead(make_batch, range(start_step, stop_step), depth)
 
 
-def digest(batch: Batch) -> jax.Array:
-    """uint32 sum over all elements of a hash of (row, column, token, segment).
+def digest(batch: tuple) -> jax.Array:
+    """uint32 sum over all elements of a hash of (index, values), index by dims.
 
-    To be called inside jit: rows and columns are those of the global array, so that a
-    row on the wrong device, or two rows exchanged, changes it. Wraps modulo 2**32, so
-    equal on every mesh.
+    Arrays of one shape are hashed together: of packed rows, (row, column, token,
+    segment), and the weight where there is one. To be called inside jit: indices are
+    those of the global arrays, so that a row on the wrong device, or two rows
+    exchanged, changes it. Wraps modulo 2**32, so equal on every mesh.
     """
-    tokens_BT1, segments_BT1 = batch
-    sharding = jax.typeof(tokens_BT1).sharding
-
-    def index(dim: int) -> jax.Array:
-        return jax.lax.broadcasted_iota(
-            jnp.uint32, tokens_BT1.shape, dim, out_sharding=sharding
+    by_shape: dict[tuple[int, ...], list[jax.Array]] = {}
+    for array in batch:
+        if array is not None:
+            by_shape.setdefault(array.shape, []).append(array)
+    total = jnp.uint32(0)
+    for number, (shape, arrays) in enumerate(by_shape.items()):
+        sharding = jax.typeof(arrays[0]).sharding
+        rows, *dims = (
+            jax.lax.broadcasted_iota(jnp.uint32, shape, dim, out_sharding=sharding)
+            for dim in range(len(shape))
         )
-
-    hash_BT1 = _mix(index(0) + jnp.uint32(0x9E3779B9))
-    for x_BT1 in (index(1), tokens_BT1, segments_BT1):
-        hash_BT1 = _mix(hash_BT1 + x_BT1.astype(jnp.uint32))
-    return jnp.sum(hash_BT1, dtype=jnp.uint32)
+        hashes = _mix(rows + jnp.uint32(0x9E3779B9 + number))
+        for values in (*dims, *arrays):
+            hashes = _mix(hashes + values.astype(jnp.uint32))
+        total += jnp.sum(hashes, dtype=jnp.uint32)
+    return total
 
 
 def _mix(h: jax.Array) -> jax.Array:
@@ -125,7 +136,7 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
-def _fetch(make_batch: Callable[[int], Batch], steps: range) -> Iterator[Fetched]:
+def _fetch(make_batch: Callable[[int], Any], steps: range) -> Iterator[Fetched]:
     for step in steps:
         start_secs = time.perf_counter()
         batch = make_batch(step)
@@ -134,7 +145,7 @@ def _fetch(make_batch: Callable[[int], Batch], steps: range) -> Iterator[Fetched
 
 
 def _fetch_ahead(
-    make_batch: Callable[[int], Batch], steps: range, depth: int
+    make_batch: Callable[[int], Any], steps: range, depth: int
 ) -> Iterator[Fetched]:
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

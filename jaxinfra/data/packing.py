@@ -6,26 +6,37 @@ apart and hold T + 1 tokens, so that inputs are columns 0 .. T - 1, targets colu
 last row of a shard may be short: it is filled up with token 0.
 
 Beside each token stands its segment: 1 for the first document in the row (which may
-have begun in an earlier row), 2 for the next, and so on; 0 is padding.
+have begun in an earlier row), 2 for the next, and so on; 0 is padding. In a data set
+with masks, its weight stands there too: 1 if it counts as a target.
 
 Letters: B rows, T row length, N tokens and D documents of a shard, C document starts
 (cuts) and R runs of one segment in a call.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data.shards import Shard, Split
+from jaxinfra.data.shards import MASK_DTYPE, Shard, Split
 
 
-class HostBatch(NamedTuple):
-    """Packed rows in host memory."""
+class Batch(NamedTuple):
+    """Packed rows: numpy arrays here, `jax.Array`s after `device.to_device`.
 
-    tokens_BT1: np.ndarray  # uint16 or uint32 [B, T + 1], 0 where padded
-    segments_BT1: np.ndarray  # uint8, uint16 or uint32 [B, T + 1], 0 where padded
+    weights_BT1 is None where every token counts as a target, as in plain text.
+    """
+
+    tokens_BT1: Any  # uint16 or uint32 [B, T + 1], 0 where padded
+    segments_BT1: Any  # uint8, uint16 or uint32 [B, T + 1], 0 where padded
+    weights_BT1: Any = None  # uint8 [B, T + 1], 1 where the token counts as a target
+
+    def put(self, here: np.ndarray, rows: "Batch") -> None:
+        """Writes `rows` in place over those at `here`, int or bool [B]."""
+        for array, part in zip(self, rows, strict=True):
+            if array is not None:
+                array[here] = part
 
 
 class ConcatRows:
@@ -52,7 +63,7 @@ class ConcatRows:
                 "row; a row needs 2: prepare more text, or another held_out"
             )
 
-    def gather(self, rows_B: np.ndarray) -> HostBatch:
+    def gather(self, rows_B: np.ndarray) -> Batch:
         """Reads rows by number, int64 [B], any order, repeats allowed."""
         rows_B = np.asarray(rows_B, np.int64)
         if rows_B.size and not 0 <= rows_B.min() <= rows_B.max() < self.num_rows:
@@ -63,59 +74,70 @@ class ConcatRows:
         batch = self.padding(rows_B.size)
         for shard in np.unique(shard_B):
             here = np.flatnonzero(shard_B == shard)
-            part = self._gather_shard(shard, rows_B[here])
-            batch.tokens_BT1[here] = part.tokens_BT1
-            batch.segments_BT1[here] = part.segments_BT1
+            batch.put(here, self._gather_shard(shard, rows_B[here]))
         return batch
 
-    def padding(self, num_rows: int) -> HostBatch:
+    def padding(self, num_rows: int) -> Batch:
         """Rows of nothing but padding."""
         shape = (num_rows, self.length + 1)
-        return HostBatch(
-            np.zeros(shape, self.split.dtype), np.zeros(shape, segment_dtype(shape[1]))
+        has_mask = self.split.shards[0].mask is not None
+        return Batch(
+            np.zeros(shape, self.split.dtype),
+            np.zeros(shape, segment_dtype(shape[1])),
+            np.zeros(shape, MASK_DTYPE) if has_mask else None,
         )
 
-    def _gather_shard(self, number: int, rows_B: np.ndarray) -> HostBatch:
+    def _gather_shard(self, number: int, rows_B: np.ndarray) -> Batch:
         shard = self._shards[number]
         rows_B = rows_B - self._first_rows[number]
         segments_BT1 = _segments(
             shard.ends_D, rows_B * self.length, width=self.length + 1
         )
-        num_whole = len(shard.windows)
-        is_short_B = rows_B >= num_whole
-        if not is_short_B.any():
-            return HostBatch(shard.windows[rows_B], segments_BT1)
-        tokens_BT1 = self.padding(rows_B.size).tokens_BT1
-        tokens_BT1[~is_short_B] = shard.windows[rows_B[~is_short_B]]
-        rest = shard.tokens_N[num_whole * self.length :]
-        tokens_BT1[is_short_B, : rest.size] = rest
-        segments_BT1[is_short_B, rest.size :] = 0
-        return HostBatch(tokens_BT1, segments_BT1)
+        is_short_B = rows_B >= shard.num_whole
+        segments_BT1[is_short_B, shard.num_last :] = 0
+        cut = (_cut(a_N, rows_B, length=self.length) for a_N in shard.arrays)
+        tokens_BT1, *weights = cut
+        return Batch(tokens_BT1, segments_BT1, *weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _ShardRows:
-    tokens_N: np.ndarray
+    arrays: tuple[np.ndarray, ...]  # [N] tokens, and weights where there are any
     ends_D: np.ndarray  # position just after each document
-    windows: np.ndarray  # view [whole rows, T + 1] of the tokens, without a copy
-    num_rows: int  # whole rows, and a short one if tokens are left
+    num_whole: int  # rows of T + 1 tokens
+    num_last: int  # tokens left for a short row, of which the first is no target
+    num_rows: int  # whole rows, and a short one if a target is left
 
     @classmethod
     def make(cls, shard: Shard, *, length: int) -> "_ShardRows":
-        tokens_N = shard.tokens
-        num_targets = tokens_N.size - 1
-        windows = np.lib.stride_tricks.as_strided(
-            tokens_N,
-            shape=(num_targets // length, length + 1),
-            strides=(length * tokens_N.itemsize, tokens_N.itemsize),
-            writeable=False,
-        )
+        num_targets = shard.tokens.size - 1
+        num_whole = num_targets // length
         return cls(
-            tokens_N=tokens_N,
+            arrays=tuple(a for a in (shard.tokens, shard.mask) if a is not None),
             ends_D=np.cumsum(shard.lengths, dtype=np.int64),
-            windows=windows,
+            num_whole=num_whole,
+            num_last=shard.tokens.size - num_whole * length,
             num_rows=-(-num_targets // length),
         )
+
+
+def _cut(array_N: np.ndarray, rows_B: np.ndarray, *, length: int) -> np.ndarray:
+    """Rows [B, T + 1] of an array with an item for each token; 0 after its end."""
+    num_whole = (array_N.size - 1) // length
+    windows = np.lib.stride_tricks.as_strided(  # a view, without a copy
+        array_N,
+        shape=(num_whole, length + 1),
+        strides=(length * array_N.itemsize, array_N.itemsize),
+        writeable=False,
+    )
+    is_short_B = rows_B >= num_whole
+    if not is_short_B.any():
+        return windows[rows_B]
+    cut_BT1 = np.zeros((rows_B.size, length + 1), array_N.dtype)
+    cut_BT1[~is_short_B] = windows[rows_B[~is_short_B]]
+    rest = array_N[num_whole * length :]
+    cut_BT1[is_short_B, : rest.size] = rest
+    return cut_BT1
 
 
 def segment_dtype(width: int) -> np.dtype:

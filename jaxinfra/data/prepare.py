@@ -2,27 +2,31 @@
 
 Which documents are held out, and the order of the others, follow from the texts and the
 seed alone: the same input gives the same bytes on every machine. A folder is written
-whole or not at all; `shards` says what stands in it.
+whole or not at all; `shards` says what stands in it. `chat` makes the documents of
+conversations; both end in `write_dataset`.
 """
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, assert_never
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, assert_never
 
 import numpy as np
 
+import jaxinfra
 from jaxinfra.config import DataError
 from jaxinfra.data import order, shards, sources
 from jaxinfra.data import tokenizer as tokenizers
+from jaxinfra.data.sources import Piece
+from jaxinfra.data.tokenizer import BosRule
 
-TokenizerName = Literal["byte", "char"]
+# Makes the tokenizer of a data set from the texts that are trained on.
+MakeTokenizer = Callable[[Sequence[str]], tokenizers.Tokenizer]
 SplitRule = Literal["documents", "tail"]
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
@@ -34,27 +38,27 @@ _LAYOUT_EPOCH = 2**64 - 1  # the shuffle on disk is not the shuffle of any real 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitContent:
-    """What a split is written from: the ids of its documents, in reading order."""
+    """What a split is written from: the ids of its documents, in reading order.
+
+    masks: one for each document, uint8 and 1 where a token counts as a target; None
+    where all do, and in all splits alike.
+    """
 
     documents: Sequence[np.ndarray]
     text_bytes: int
-
-
-class _Piece(NamedTuple):
-    """A document, or the part of one on one side of a `tail` cut."""
-
-    text: str
-    is_end: bool  # an EOD follows: the document ends here
+    masks: Sequence[np.ndarray] | None = None
 
 
 def prepare(
     inputs: Sequence[str | pathlib.Path],
     out: str | pathlib.Path,
     *,
-    tokenizer: TokenizerName,
+    tokenizer: str | MakeTokenizer,
     split: SplitRule,
     held_out: float,
     seed: int,
+    eod: str = "",
+    bos: BosRule = "tokenizer",
     shard_tokens: int = SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
@@ -65,12 +69,15 @@ def prepare(
     one and not all, copies of a text on the same side. `tail` holds out the last
     `held_out` of the characters, and may cut one document in two. Train documents are
     shuffled by `seed`, held-out ones stay in order; after each end of a document stands
-    the EOD id. A char tokenizer knows the characters of both splits. Raises DataError
+    the EOD id, and before it BOS where the tokenizer has one. tokenizer: byte, char
+    (which knows the characters of both splits), a path and how its documents begin and
+    end (`tokenizer_files`), or what makes one of the texts trained on. Raises DataError
     before anything is written.
 
     Limits: holds the text and the ids of the whole corpus in memory, one process.
     """
-    _check_options(tokenizer, split, held_out, seed, shard_tokens)
+    check_options(split, held_out, seed, shard_tokens)
+    own = isinstance(tokenizer, str) and _named_tokenizer(tokenizer, eod=eod, bos=bos)
     files = sources.find_files([CORPORA.get(str(path), path) for path in inputs])
     texts = list(
         sources.read_documents(
@@ -82,20 +89,20 @@ def prepare(
             f"{files[0]} and {len(files) - 1} more files hold no document with text; "
             "give files with text, or another document_separator"
         )
+    documents = [Piece(text) for text in texts]
     match split:
         case "documents":
-            train, held = _split_documents(texts, held_out=held_out, seed=seed)
+            parts = sources.split_documents(documents, held_out=held_out, seed=seed)
         case "tail":
-            train, held = _split_tail(texts, held_out=held_out)
+            parts = sources.split_tail(documents, held_out=held_out)
         case _:
             assert_never(split)
-    turns = order.permute(
-        np.arange(len(train)), size=len(train), seed=seed, epoch=_LAYOUT_EPOCH
-    )
-    pieces = {"train": [train[i] for i in np.argsort(turns)]}
-    if held:
-        pieces["held_out"] = held
-    coder = _make_tokenizer(tokenizer, texts)
+    train, held = shuffled(parts[0], seed=seed), parts[1]
+    if isinstance(tokenizer, str):
+        coder = own or tokenizers.CharTokenizer("".join(set().union(*texts)))
+    else:
+        coder = tokenizer([piece.text for piece in train])
+    pieces = {"train": train, "held_out": held} if held else {"train": train}
     contents = {name: _encode(coder, split) for name, split in pieces.items()}
     return write_dataset(
         pathlib.Path(out), tokenizer=coder, splits=contents, shard_tokens=shard_tokens
@@ -106,10 +113,12 @@ def prepared(
     path_or_name: str | pathlib.Path,
     *,
     cache_dir: str | pathlib.Path,
-    tokenizer: TokenizerName,
+    tokenizer: str,
     split: SplitRule,
     held_out: float,
     seed: int,
+    eod: str = "",
+    bos: BosRule = "tokenizer",
     shard_tokens: int = SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
@@ -128,8 +137,10 @@ def prepared(
     if not path.exists() and not any(c in str(path_or_name) for c in "*?["):
         raise DataError(_not_found(path_or_name))
     files = sources.find_files([path])
+    coder = _named_tokenizer(tokenizer, eod=eod, bos=bos)
+    is_file = isinstance(coder, tokenizers.HfTokenizer)
     options: dict[str, Any] = {
-        "tokenizer": tokenizer,
+        "tokenizer": coder.digest() if is_file else tokenizer,
         "split": split,
         "held_out": held_out,
         "seed": seed,
@@ -141,8 +152,16 @@ def prepared(
     key = {"version": [_VERSION, shards.FORMAT_VERSION], "inputs": inputs, **options}
     folder = pathlib.Path(cache_dir) / tokenizers.json_sha256(key)
     if not (folder / shards.MANIFEST).is_file():
+        options["tokenizer"] = (lambda texts: coder) if is_file else tokenizer
         prepare(files, folder, **options)
     return folder
+
+
+def shuffled(documents: Sequence[Any], *, seed: int) -> list[Any]:
+    """The documents in the order that they are laid on disk in."""
+    count = len(documents)
+    turns = order.permute(np.arange(count), size=count, seed=seed, epoch=_LAYOUT_EPOCH)
+    return [documents[i] for i in np.argsort(turns)]
 
 
 def write_dataset(
@@ -179,15 +198,10 @@ def write_dataset(
     return shards.open_dataset(folder, verify=False)
 
 
-def _check_options(
-    tokenizer: str, split: str, held_out: float, seed: int, shard_tokens: int
-) -> None:
-    for key, value, names in (
-        ("tokenizer", tokenizer, ("byte", "char")),
-        ("split", split, ("documents", "tail")),
-    ):
-        if value not in names:
-            raise DataError(f"data.{key}={value!r} is not known; use one of {names}")
+def check_options(split: str, held_out: float, seed: int, shard_tokens: int) -> None:
+    """Raises DataError for what no data set can be made with."""
+    if split not in ("documents", "tail"):
+        raise DataError(f"data.split={split!r} is not known; use documents or tail")
     if not 0 <= held_out < 1:
         raise DataError(
             f"data.held_out={held_out} must be at least 0 and below 1: it is the "
@@ -199,68 +213,37 @@ def _check_options(
         raise DataError(f"shard_tokens={shard_tokens} must be 1 or more")
 
 
-def _split_documents(
-    texts: list[str], *, held_out: float, seed: int
-) -> tuple[list[_Piece], list[_Piece]]:
-    """Holds out the distinct texts with the smallest hashes of (seed, text)."""
-    pieces = [_Piece(text, True) for text in texts]
-    if held_out == 0:
-        return pieces, []
-    keys = [hashlib.sha256(f"{seed}:{text}".encode()).digest() for text in texts]
-    ranked = sorted(set(keys))
-    if len(ranked) < 2:
+def _named_tokenizer(
+    name: str, *, eod: str, bos: BosRule
+) -> tokenizers.Tokenizer | None:
+    """The tokenizer of data.tokenizer; None for char, which is made of the texts."""
+    if name in ("byte", "char"):
+        if eod or bos != "tokenizer":
+            raise DataError(
+                f"data.eod and data.bos are for tokenizers from files, and data."
+                f"tokenizer={name} has its own EOD and no BOS; leave them out"
+            )
+        return tokenizers.ByteTokenizer() if name == "byte" else None
+    if not pathlib.Path(name).expanduser().exists():
         raise DataError(
-            f"data.split=documents needs at least 2 distinct documents to hold one out "
-            f"and has {len(ranked)}; use data.split=tail, or data.held_out=0"
+            f"data.tokenizer={name!r} is not known: give byte, char, or a path that "
+            "exists, of a Hugging Face folder, a tokenizer.json, a SentencePiece "
+            ".model or a .tiktoken file"
         )
-    number = min(max(round(held_out * len(ranked)), 1), len(ranked) - 1)
-    chosen = set(ranked[:number])
-    train = [p for p, key in zip(pieces, keys, strict=True) if key not in chosen]
-    held = [p for p, key in zip(pieces, keys, strict=True) if key in chosen]
-    return train, held
+    # By its public name, which loads the module: a plain run needs none of it.
+    return jaxinfra.load_tokenizer(name, eod=eod, bos=bos)
 
 
-def _split_tail(
-    texts: list[str], *, held_out: float
-) -> tuple[list[_Piece], list[_Piece]]:
-    """Cuts the corpus, read as one text, before its last `held_out` characters."""
-    total = sum(len(text) for text in texts)
-    if held_out == 0:
-        return [_Piece(text, True) for text in texts], []
-    if total < 2:
-        raise DataError(
-            f"data.split=tail needs at least 2 characters and has {total}; "
-            "give more text, or data.held_out=0"
-        )
-    left = total - min(max(round(held_out * total), 1), total - 1)
-    train, held = [], []
-    for text in texts:
-        before, after = text[:left], text[left:]
-        if before:
-            train.append(_Piece(before, is_end=not after))
-        if after:
-            held.append(_Piece(after, is_end=True))
-        left -= len(before)
-    return train, held
-
-
-def _make_tokenizer(name: TokenizerName, texts: list[str]) -> tokenizers.Tokenizer:
-    match name:
-        case "byte":
-            return tokenizers.ByteTokenizer()
-        case "char":
-            return tokenizers.CharTokenizer("".join(set().union(*texts)))
-        case _:
-            assert_never(name)
-
-
-def _encode(tokenizer: tokenizers.Tokenizer, pieces: list[_Piece]) -> SplitContent:
-    eod = np.array([tokenizer.eod_id], tokenizers.id_dtype(tokenizer.vocab_size))
-    documents, text_bytes = [], 0
-    for text, is_end in pieces:
-        ids = tokenizer.encode(text)
-        documents.append(np.concatenate([ids, eod]) if is_end else ids)
-        text_bytes += len(text.encode("utf-8"))
+def _encode(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> SplitContent:
+    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
+    eod, none = np.array([tokenizer.eod_id], dtype), np.array([], dtype)
+    bos = none if tokenizer.bos_id is None else np.array([tokenizer.bos_id], dtype)
+    ids = tokenizer.encode_batch(piece.text for piece in pieces)
+    documents = [
+        np.concatenate([bos if p.is_start else none, i, eod if p.is_end else none])
+        for p, i in zip(pieces, ids, strict=True)
+    ]
+    text_bytes = sum(len(piece.text.encode("utf-8")) for piece in pieces)
     return SplitContent(documents=documents, text_bytes=text_bytes)
 
 
@@ -286,29 +269,35 @@ def _write_files(
     records = {}
     for name, content in splits.items():
         files = []
-        for number, documents in enumerate(_grouped(content.documents, shard_tokens)):
-            tokens = np.concatenate(documents).astype(dtype)
-            lengths = np.array([len(d) for d in documents], shards.LENGTH_DTYPE)
-            file = f"{name}-{number:05d}.tokens.npy"
-            lengths_file = f"{name}-{number:05d}.lengths.npy"
-            files.append(
-                {
-                    "file": file,
-                    "checksum": _write_array(folder / file, tokens),
-                    "lengths_file": lengths_file,
-                    "lengths_checksum": _write_array(folder / lengths_file, lengths),
-                    "tokens": len(tokens),
-                    "documents": len(lengths),
-                }
-            )
+        for number, here in enumerate(_grouped(content.documents, shard_tokens)):
+            group = content.documents[here]
+            tokens = np.concatenate(group).astype(dtype)
+            lengths = np.array([len(d) for d in group], shards.LENGTH_DTYPE)
+            start = f"{name}-{number:05d}"
+            file, lengths_file = f"{start}.tokens.npy", f"{start}.lengths.npy"
+            record = {
+                "file": file,
+                "checksum": _write_array(folder / file, tokens),
+                "lengths_file": lengths_file,
+                "lengths_checksum": _write_array(folder / lengths_file, lengths),
+                "tokens": len(tokens),
+                "documents": len(lengths),
+            }
+            if content.masks is not None:
+                mask = np.concatenate(content.masks[here]).astype(shards.MASK_DTYPE)
+                record["mask_file"] = f"{start}.mask.npy"
+                written = _write_array(folder / record["mask_file"], mask)
+                record["mask_checksum"] = written
+            files.append(record)
         records[name] = {
             "tokens": sum(s["tokens"] for s in files),
             "documents": sum(s["documents"] for s in files),
             "bytes": content.text_bytes,
             "shards": files,
         }
+    has_masks = any(content.masks is not None for content in splits.values())
     manifest = {
-        "format_version": shards.FORMAT_VERSION,
+        "format_version": shards.MASKED_VERSION if has_masks else shards.FORMAT_VERSION,
         "dtype": dtype.name,
         "tokenizer": tokenizer.to_json(),
         "tokenizer_digest": tokenizer.digest(),
@@ -322,19 +311,16 @@ def _write_files(
     return tokenizers.json_sha256(manifest)
 
 
-def _grouped(
-    documents: Sequence[np.ndarray], shard_tokens: int
-) -> Iterator[list[np.ndarray]]:
-    group: list[np.ndarray] = []
-    tokens = 0
-    for document in documents:
-        if group and tokens + len(document) > shard_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(document)
+def _grouped(documents: Sequence[np.ndarray], shard_tokens: int) -> Iterator[slice]:
+    """The documents of each shard."""
+    start = tokens = 0
+    for stop, document in enumerate(documents):
+        if stop > start and tokens + len(document) > shard_tokens:
+            yield slice(start, stop)
+            start, tokens = stop, 0
         tokens += len(document)
-    if group:
-        yield group
+    if start < len(documents):
+        yield slice(start, len(documents))
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> str:

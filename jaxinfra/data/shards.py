@@ -2,14 +2,17 @@
 
     dataset.json             what stands below, as JSON
     train-00000.tokens.npy   uint16 or uint32 [tokens]: documents one after the other
-    train-00000.lengths.npy  int64 [documents]: tokens of each, its EOD included
+    train-00000.lengths.npy  int64 [documents]: tokens of each, BOS and EOD included
+    train-00000.mask.npy     uint8 [tokens]: 1 where a token counts as a target, in
+                             data sets where not all do
     held_out-00000. ...      the other split, where there is one
 
 `dataset.json` holds `format_version`, `dtype`, `tokenizer` (its JSON),
 `tokenizer_digest` and `splits`: for each split `tokens`, `documents`, `bytes` (UTF-8
 bytes of its text) and `shards`, for each shard `file`, `checksum` (xxh3_128 of the
-whole file), `lengths_file`, `lengths_checksum`, `tokens` and `documents`. Plain numpy
-reads all of it; nothing is ever unpickled. `prepare` writes it.
+whole file), `lengths_file`, `lengths_checksum`, `tokens` and `documents`; in format 2,
+which has masks, also `mask_file` and `mask_checksum`. Plain numpy reads all of it;
+nothing is ever unpickled. `prepare` writes it.
 """
 
 import dataclasses
@@ -26,13 +29,15 @@ import xxhash
 from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer as tokenizers
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a data set in which every token counts as a target
+MASKED_VERSION = 2  # of one with masks
 MANIFEST = "dataset.json"
 AUTO_VERIFY_BYTES = 256 * 2**20  # below it, a check of every byte costs under 0.1 s
 
 LENGTH_DTYPE = np.dtype("<i8")
+MASK_DTYPE = np.dtype("u1")
 _READ_BYTES = 4 * 2**20
-_FILE_NAME = re.compile(r"[A-Za-z0-9_]+-[0-9]{5,}\.(tokens|lengths)\.npy")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]+-[0-9]{5,}\.(tokens|lengths|mask)\.npy")
 _MANIFEST_KEYS = {
     "format_version": int,
     "dtype": str,
@@ -49,15 +54,17 @@ _SHARD_KEYS = {
     "tokens": int,
     "documents": int,
 }
+_MASK_KEYS = {"mask_file": str, "mask_checksum": str}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
-    """Two memory-mapped arrays and what `dataset.json` says of their files."""
+    """Memory-mapped arrays and what `dataset.json` says of their files."""
 
     tokens: np.ndarray  # [N] ids
     lengths: np.ndarray  # [D] tokens of each document; they sum to N
     checksums: Mapping[pathlib.Path, str]
+    mask: np.ndarray | None = None  # uint8 [N], None where every token counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,10 +116,11 @@ def open_dataset(
             f"{where} cannot be read ({error}); name a folder that prepare wrote"
         ) from error
     _check_keys(manifest, _MANIFEST_KEYS, where)
-    if (version := manifest["format_version"]) != FORMAT_VERSION:
+    if (version := manifest["format_version"]) not in (FORMAT_VERSION, MASKED_VERSION):
         raise DataError(
-            f"{where}: format_version {version} is not {FORMAT_VERSION}, the one that "
-            "this release reads; prepare it again or use the release that wrote it"
+            f"{where}: format_version {version} is not {FORMAT_VERSION} or "
+            f"{MASKED_VERSION}, which this release reads; prepare it again or use the "
+            "release that wrote it"
         )
     tokenizer = tokenizers.from_json(manifest["tokenizer"])
     _check_equal(where, "tokenizer_digest", manifest, tokenizer.digest())
@@ -122,7 +130,10 @@ def open_dataset(
     splits = {}
     for name, record in manifest["splits"].items():
         _check_keys(record, _SPLIT_KEYS, f"{where}: split {name!r}")
-        shards = tuple(_open_shard(folder, s, dtype) for s in record["shards"])
+        shards = tuple(
+            _open_shard(folder, s, dtype, has_mask=version == MASKED_VERSION)
+            for s in record["shards"]
+        )
         for key in ("tokens", "documents"):
             total = sum(s[key] for s in record["shards"])
             _check_equal(f"{where}: split {name!r}", key, record, total)
@@ -155,6 +166,9 @@ def verify_dataset(dataset: Dataset) -> list[str]:
             if shard.tokens.max() >= split.vocab_size:
                 path = next(iter(shard.checksums))
                 bad.append(f"{path.name} has ids above {split.vocab_size - 1}")
+            if shard.mask is not None and shard.mask.max() > 1:
+                path = [*shard.checksums][-1]
+                bad.append(f"{path.name} has weights that are not 0 or 1")
     return bad
 
 
@@ -169,9 +183,13 @@ def file_xxh3_128(path: pathlib.Path) -> str:
     return _file_hex(path, xxhash.xxh3_128())
 
 
-def _open_shard(folder: pathlib.Path, record: Any, dtype: np.dtype) -> Shard:
+def _open_shard(
+    folder: pathlib.Path, record: Any, dtype: np.dtype, *, has_mask: bool
+) -> Shard:
     where = folder / MANIFEST
-    _check_keys(record, _SHARD_KEYS, f"{where}: a shard")
+    _check_keys(
+        record, _SHARD_KEYS | (_MASK_KEYS if has_mask else {}), f"{where}: a shard"
+    )
     tokens_path = _inside(folder, record["file"])
     lengths_path = _inside(folder, record["lengths_file"])
     tokens = _open_array(tokens_path, dtype, record["tokens"])
@@ -185,7 +203,12 @@ def _open_shard(folder: pathlib.Path, record: Any, dtype: np.dtype) -> Shard:
         tokens_path: record["checksum"],
         lengths_path: record["lengths_checksum"],
     }
-    return Shard(tokens=tokens, lengths=lengths, checksums=checksums)
+    if not has_mask:
+        return Shard(tokens=tokens, lengths=lengths, checksums=checksums)
+    mask_path = _inside(folder, record["mask_file"])
+    mask = _open_array(mask_path, MASK_DTYPE, record["tokens"])
+    checksums[mask_path] = record["mask_checksum"]
+    return Shard(tokens=tokens, lengths=lengths, checksums=checksums, mask=mask)
 
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:

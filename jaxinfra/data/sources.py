@@ -1,14 +1,35 @@
-"""Documents read from text and JSONL files, with errors that name file and place."""
+"""Documents read from text and JSONL files, and which of them are held out.
+
+Errors name file and place.
+"""
 
 import glob
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxinfra.config import DataError
 
 ACCEPTED = "a .txt or .jsonl file, a folder of them, or a glob"
 _SUFFIXES = (".txt", ".jsonl")
+
+
+class Piece(NamedTuple):
+    """A document, or the part of one on one side of a `tail` cut."""
+
+    text: str
+    is_start: bool = True  # a BOS precedes, where the tokenizer has one
+    is_end: bool = True  # an EOD follows: the document ends here
+
+
+class _Document(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+Document = TypeVar("Document", bound=_Document)
 
 
 def find_files(sources: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
@@ -60,6 +81,87 @@ def read_documents(
             raise _unreadable(file, error) from error
 
 
+def read_objects(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", JSON value) of every line of a .jsonl file that is not blank.
+
+    Raises DataError for lines that are not UTF-8 or not JSON.
+    """
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = _decoded(file, line, offset)
+            offset += len(line)
+            if not text.strip():
+                continue
+            try:
+                yield f"{file}:{number}", json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{file}:{number} is not JSON ({error}); one object a line"
+                ) from error
+
+
+def checked_text(where: str, text: str) -> str:
+    """`text`; raises DataError if UTF-8 cannot write it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a surrogate pair at character {error.start} of its "
+            "text, which UTF-8 has no bytes for; remove it"
+        ) from error
+    return text
+
+
+def split_documents(
+    documents: Sequence[Document], *, held_out: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """(train, held out): holds out the distinct texts with the smallest hashes of
+    (seed, text), at least one and not all; order is kept.
+
+    Raises DataError if there are not two distinct texts.
+    """
+    if held_out == 0:
+        return list(documents), []
+    keys = [hashlib.sha256(f"{seed}:{d.text}".encode()).digest() for d in documents]
+    ranked = sorted(set(keys))
+    if len(ranked) < 2:
+        raise DataError(
+            f"data.split=documents needs at least 2 distinct documents to hold one out "
+            f"and has {len(ranked)}; use data.split=tail, or data.held_out=0"
+        )
+    number = min(max(round(held_out * len(ranked)), 1), len(ranked) - 1)
+    chosen = set(ranked[:number])
+    train = [d for d, key in zip(documents, keys, strict=True) if key not in chosen]
+    held = [d for d, key in zip(documents, keys, strict=True) if key in chosen]
+    return train, held
+
+
+def split_tail(
+    documents: Sequence[Piece], *, held_out: float
+) -> tuple[list[Piece], list[Piece]]:
+    """(train, held out): cuts the corpus, read as one text, before its last `held_out`
+    characters, and one document in two where the cut falls in it."""
+    total = sum(len(piece.text) for piece in documents)
+    if held_out == 0:
+        return list(documents), []
+    if total < 2:
+        raise DataError(
+            f"data.split=tail needs at least 2 characters and has {total}; "
+            "give more text, or data.held_out=0"
+        )
+    left = total - min(max(round(held_out * total), 1), total - 1)
+    train, held = [], []
+    for text, *_ in documents:
+        before, after = text[:left], text[left:]
+        if before:
+            train.append(Piece(before, is_end=not after))
+        if after:
+            held.append(Piece(after, is_start=not before))
+        left -= len(before)
+    return train, held
+
+
 def _named_by(source: str) -> list[pathlib.Path]:
     path = pathlib.Path(source)
     try:
@@ -96,32 +198,12 @@ def _decoded(file: pathlib.Path, data: bytes, offset: int) -> str:
 
 
 def _jsonl_texts(file: pathlib.Path, *, text_key: str) -> Iterator[str]:
-    offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = _decoded(file, line, offset)
-            offset += len(line)
-            if text.strip():
-                yield _json_text(f"{file}:{number}", text, text_key)
-
-
-def _json_text(where: str, line: str, text_key: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); one object a line") from error
-    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise DataError(
-            f"{where} has no text under the key {text_key!r}, only {found}; "
-            "fix the line or name another key with text_key"
-        )
-    text = value[text_key]
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half a surrogate pair at character {error.start} of its "
-            "text, which UTF-8 has no bytes for; remove it"
-        ) from error
-    return text
+    for where, value in read_objects(file):
+        if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
+            found = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise DataError(
+                f"{where} has no text under the key {text_key!r}, only {found}; fix "
+                "the line, name another key with text_key, or prepare conversations "
+                "and pairs with --chat"
+            )
+        yield checked_text(where, value[text_key])

@@ -14,7 +14,8 @@ def split(make_split):
 
 
 def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    """Of tokens and segments."""
+    return all(np.array_equal(x, y) for x, y in zip(a[:2], b[:2], strict=True))
 
 
 def test_an_epoch_reads_every_row_once_and_epochs_differ(split):
@@ -31,7 +32,7 @@ def test_batches_are_the_rows_in_the_order_of_the_global_row(split):
     expected = ConcatRows(split, length=6).gather(rows)
     for step in range(10):
         here = slice(4 * step, 4 * step + 4)
-        assert equal(stream.batch(step), [x[here] for x in expected])
+        assert equal(stream.batch(step), [x[here] for x in expected[:2]])
 
 
 def test_without_shuffle_rows_come_in_reading_order_again_and_again(split):
@@ -49,7 +50,7 @@ def test_hosts_together_read_what_one_host_reads(split, num_hosts):
             make_stream(split, length=6, batch_size=8, seed=1).batch(step, positions)
             for positions in np.split(np.arange(8), num_hosts)
         ]
-        together = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        together = [np.concatenate([part[i] for part in parts]) for i in range(2)]
         assert equal(together, stream.batch(step))
 
 
@@ -64,7 +65,7 @@ def test_a_restart_at_any_step_goes_on_with_the_same_batches(split):
 def test_positions_may_be_a_slice(split):
     stream = make_stream(split, length=6, batch_size=4, seed=1)
     whole = stream.batch(5)
-    assert equal(stream.batch(5, slice(1, 3)), [x[1:3] for x in whole])
+    assert equal(stream.batch(5, slice(1, 3)), [x[1:3] for x in whole[:2]])
     assert stream.batch(5, slice(0, 0)).tokens_BT1.shape == (0, 7)
 
 
@@ -94,7 +95,7 @@ def test_evaluation_reads_every_row_once_and_pads_the_last_batch(split, batch_si
     evaluation = make_evaluation(split, length=6, batch_size=batch_size)
     batches = [evaluation.batch(k) for k in range(evaluation.num_batches)]
     assert all(b.tokens_BT1.shape == (batch_size, 7) for b in batches)
-    tokens, segments = (np.concatenate(x) for x in zip(*batches, strict=True))
+    tokens, segments = (np.concatenate([b[i] for b in batches]) for i in range(2))
     num_rows = evaluation.packing.num_rows
     assert equal(
         (tokens[:num_rows], segments[:num_rows]),

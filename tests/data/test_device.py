@@ -2,6 +2,7 @@ import contextlib
 import threading
 import time
 import traceback
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,11 +12,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxinfra.config import DataError
 from jaxinfra.data import device
 from jaxinfra.data.batches import make_evaluation, make_stream
-from jaxinfra.data.packing import HostBatch
+from jaxinfra.data.packing import Batch
 
 AXES = ("data", "fsdp", "expert", "context", "tensor", "pipeline")
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 4, 1), (4, 1, 2), (2, 2, 2)]
 LENGTH, BATCH_SIZE = 6, 8
+SWAPPED = [5, 1, 2, 3, 4, 0, 6, 7]
 
 
 def rows_over(data, fsdp, tensor):
@@ -50,9 +52,7 @@ def stream(make_split):
 
 
 def put(rows, step, sharding):
-    return device.to_device(
-        rows, step, batch_size=BATCH_SIZE, length=LENGTH, sharding=sharding
-    )
+    return device.to_device(rows, step, batch_size=BATCH_SIZE, sharding=sharding)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -60,7 +60,9 @@ def test_a_global_batch_is_the_host_batch_on_every_mesh(stream, sizes):
     sharding = rows_over(*sizes)
     batch = put(stream.batch, 3, sharding)
     host = stream.batch(3)
-    for array, expected in zip(batch, host, strict=True):
+    assert type(batch) is type(host)
+    assert batch.weights_BT1 is None
+    for array, expected in zip(batch[:2], host[:2], strict=True):
         assert array.sharding == sharding
         assert array.dtype == expected.dtype
         assert np.array_equal(array, expected)
@@ -75,32 +77,69 @@ def test_the_digest_is_that_of_the_definition_on_every_mesh(stream, sizes):
         found = jax.jit(device.digest)(batch)
     assert found.dtype == np.uint32
     assert found.shape == ()
-    assert int(found) == digest_numpy(*host)
+    assert int(found) == digest_numpy(*host[:2])
 
 
 def test_the_digest_needs_no_mesh(stream):
     host = stream.batch(0)
-    assert int(jax.jit(device.digest)(device.Batch(*host))) == digest_numpy(*host)
+    assert int(jax.jit(device.digest)(host)) == digest_numpy(*host[:2])
 
 
 def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
-    tokens, segments = stream.batch(0)
-    swapped = np.arange(BATCH_SIZE)
-    swapped[[0, 5]] = [5, 0]
+    tokens, segments, _ = stream.batch(0)
     token, segment = tokens.copy(), segments.copy()
     token[2, 3] ^= 1
     segment[2, 3] ^= 1
     digests = {
-        int(jax.jit(device.digest)(device.Batch(t, s)))
+        int(jax.jit(device.digest)(Batch(t, s)))
         for t, s in [
             (tokens, segments),
-            (tokens[swapped], segments[swapped]),
+            (tokens[SWAPPED], segments[SWAPPED]),
             (tokens[:, ::-1], segments[:, ::-1]),
             (token, segments),
             (tokens, segment),
         ]
     }
     assert len(digests) == 5
+
+
+class Images(NamedTuple):
+    """Arrays of three ranks and one that is absent."""
+
+    pixels_BHW: np.ndarray
+    labels_B: np.ndarray
+    nothing: None
+    boxes_B4: np.ndarray
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_arrays_of_any_rank_go_to_devices_by_their_rows(sizes):
+    rng = np.random.default_rng(0)
+    whole = Images(
+        rng.integers(0, 256, (BATCH_SIZE, 3, 5), np.uint8),
+        rng.integers(0, 10, BATCH_SIZE, np.int32),
+        None,
+        rng.random((BATCH_SIZE, 4), np.float32),
+    )
+
+    def rows(step, positions):
+        return Images(*(None if x is None else x[positions] for x in whole))
+
+    sharding = rows_over(*sizes)
+    images = put(rows, 0, sharding)
+    assert type(images) is Images
+    assert images.nothing is None
+    for array, expected in zip(images, whole, strict=True):
+        if expected is not None:
+            assert array.dtype == expected.dtype
+            assert array.sharding.spec[0] == ("data", "fsdp")
+            assert np.array_equal(array, expected)
+    with jax.set_mesh(sharding.mesh):
+        found = int(jax.jit(device.digest)(images))
+    whole = whole._replace(labels_B=whole.labels_B[SWAPPED])
+    swapped = put(rows, 0, sharding)
+    with jax.set_mesh(sharding.mesh):
+        assert int(jax.jit(device.digest)(swapped)) != found
 
 
 def test_rows_are_read_once_and_only_those_that_the_devices_need(stream):
@@ -144,10 +183,15 @@ def test_each_host_reads_its_own_rows_and_together_they_read_all(
 
     def rows(step, positions):
         num_read.append(len(positions))
-        return HostBatch(*[stream.batch(step, positions).tokens_BT1] * 2)
+        return Batch(*[stream.batch(step, positions).tokens_BT1] * 2)
 
     for part in np.split(np.array(devices), num_hosts):
-        put(rows, 3, HostSharding(sharding, part))
+
+        def seen_by_host(*given, part=part):
+            return HostSharding(NamedSharding(*given), part)
+
+        monkeypatch.setattr(jax, "NamedSharding", seen_by_host)
+        put(rows, 3, sharding)
     assert num_read == [BATCH_SIZE // num_hosts] * num_hosts
     assert set(blocks) == set(devices)
     assert all(np.array_equal(expected[i], b) for i, b in blocks.values())
@@ -164,9 +208,7 @@ def test_evaluation_batches_go_to_devices_too(stream):
 
 def test_rows_that_do_not_divide_over_the_mesh_are_an_error(stream):
     with pytest.raises(DataError, match=r"train.batch_size=6 rows .* multiple"):
-        device.to_device(
-            stream.batch, 0, batch_size=6, length=LENGTH, sharding=rows_over(2, 2, 1)
-        )
+        device.to_device(stream.batch, 0, batch_size=6, sharding=rows_over(2, 2, 1))
 
 
 def prefetch_threads():

@@ -54,7 +54,7 @@ def test_rows_in_any_order_equal_rows_cut_token_by_token(lengths, length, data):
     packing = ConcatRows(split, length=length)
     assert packing.num_rows == len(expected)
     numbers = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=20))
-    tokens, segments = packing.gather(np.array(numbers, np.int64))
+    tokens, segments, _ = packing.gather(np.array(numbers, np.int64))
     assert tokens.shape == segments.shape == (len(numbers), length + 1)
     assert tokens.tolist() == [expected[n][0] for n in numbers]
     assert segments.tolist() == [expected[n][1] for n in numbers]
@@ -65,7 +65,7 @@ def test_rows_in_any_order_equal_rows_cut_token_by_token(lengths, length, data):
 def test_every_token_but_the_first_of_a_shard_is_a_target_once(lengths, length):
     split = split_of(lengths)
     packing = ConcatRows(split, length=length)
-    tokens, segments = packing.gather(np.arange(packing.num_rows))
+    tokens, segments, _ = packing.gather(np.arange(packing.num_rows))
     targets = tokens[:, 1:][segments[:, 1:] > 0]
     expected = [t for s in split.shards for t in s.tokens[1:].tolist()]
     assert targets.tolist() == expected
@@ -77,7 +77,7 @@ def test_every_token_but_the_first_of_a_shard_is_a_target_once(lengths, length):
 def test_segments_of_one_token_documents_never_wrap(length, dtype):
     split = split_of([[1] * 60_000])
     packing = ConcatRows(split, length=length)
-    _, segments = packing.gather(np.array([0]))
+    _, segments, _ = packing.gather(np.array([0]))
     width = min(length + 1, 60_000)
     assert segments.dtype == dtype
     assert segments[0, :width].tolist() == list(range(1, width + 1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxinfra.config import DataError
 from jaxinfra.data import prepare as preparation
-from jaxinfra.data import shards
+from jaxinfra.data import shards, sources
 
 OPTIONS = {"tokenizer": "byte", "split": "documents", "held_out": 0.2, "seed": 0}
 GOLDEN_V1 = "965005b5e10179c805cf29d04eaa3c674e0aaa69692c3aa784dce10b09a06bb1"
@@ -117,7 +117,9 @@ def test_tail_holds_out_the_last_characters_and_ends_each_document_once(
     total = sum(map(len, texts))
     if total < 2:
         return
-    train, held = preparation._split_tail(texts, held_out=held_out)
+    train, held = sources.split_tail(
+        [sources.Piece(text) for text in texts], held_out=held_out
+    )
     cut = total - min(max(round(held_out * total), 1), total - 1)
     assert "".join(p.text for p in train) == "".join(texts)[:cut]
     assert "".join(p.text for p in held) == "".join(texts)[cut:]

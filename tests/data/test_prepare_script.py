@@ -1,8 +1,25 @@
+import importlib.util
+import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
+
+from jaxinfra.data import shards
+
 ROOT = pathlib.Path(__file__).parents[2]
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Who is there?"},
+        {"role": "assistant", "content": "Nay, answer me."},
+    ]
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 def run(*arguments):
@@ -10,6 +27,16 @@ def run(*arguments):
     return subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The script's main, in this process."""
+    path = ROOT / "scripts" / "prepare.py"
+    spec = importlib.util.spec_from_file_location("prepare_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *argv: module.main([str(a) for a in argv])
 
 
 def test_the_script_writes_a_data_set_and_prints_a_summary(tmp_path):
@@ -34,3 +61,78 @@ def test_the_script_ends_with_2_for_an_unknown_option(tmp_path):
     done = run("a.txt", "--out", tmp_path / "set", "--shards", "3")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_tokenizer_is_trained_and_used_again_for_other_texts(main, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    text = tmp_path / "a.txt"
+    text.write_text("the rain in spain stays mainly in the plain " * 50)
+    first = tmp_path / "first"
+    bpe = ("--train_tokenizer", "bpe", "--vocab_size", 280)
+    assert main(text, "--split", "tail", "--out", first, *bpe) == 0
+    assert "tokenizer hf, 2" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main(text, "--split", "tail", "--out", again, "--tokenizer", first) == 0
+    ours, theirs = shards.open_dataset(first), shards.open_dataset(again)
+    assert ours.digest == theirs.digest
+    assert ours.tokenizer.vocab_size < 281
+
+
+def test_conversations_and_pairs_become_a_data_set_with_masks(main, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    lines = tmp_path / "a.jsonl"
+    pair = {"prompt": "1 + 1 =", "completion": " 2"}
+    lines.write_text(f"{json.dumps(CHAT)}\n{json.dumps(pair)}\n")
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE)
+    out = tmp_path / "set"
+    chat = ("--chat", "--chat_template", template)
+    assert main(lines, "--out", out, *chat, "--held_out", 0) == 0
+    # "Nay, answer me.\n" and " 2", and an EOD for each.
+    assert "20 tokens count as targets" in capsys.readouterr().out
+    assert main(lines, "--out", out, *chat, "--held_out", 0.5) == 2
+    assert "holds another data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--train_tokenizer bpe", "--vocab_size go together"),
+        ("--vocab_size 300", "--vocab_size go together"),
+        ("--train_tokenizer bpe --vocab_size 300 --tokenizer byte", "leave one of"),
+        ("--train_tokenizer bpe --vocab_size 300 --eod x", "--eod and --bos are for"),
+        ("--train_tokenizer bpe --vocab_size 300 --chat", "--chat needs a tokenizer"),
+        ("--tokenizer word", "data.tokenizer='word' is not known"),
+        ("--tokenizer byte --eod x", "data.eod and data.bos are for"),
+        ("--tiktoken_pattern gpt2", "--tiktoken_pattern are for a tokenizer"),
+        ("--chat --split tail", "holds out whole conversations"),
+        ("--chat --text_key a", "--text_key and --document_separator are for text"),
+        ("--chat --tokenizer char", "char tokenizer is made of texts"),
+        ("--chat --tokenizer byte --bos always", "--eod, --bos and"),
+        ("--chat", "messages need a chat template"),
+        ("--chat --tokenizer none", "none cannot be read"),
+        ("--chat_template a.jinja", "give --chat too"),
+        ("--date 2026-01-31", "give --chat too"),
+        ("", "no text under the key 'text'.* with --chat"),
+    ],
+)
+def test_options_that_do_not_go_together_end_with_2(
+    main, tmp_path, capsys, options, message
+):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps(CHAT))
+    assert main(lines, "--out", tmp_path / "set", *options.split()) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("prepare: ")
+    assert len(told.err.splitlines()) == 1
+    assert re.search(message, told.err), told.err
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("options", ["--date soon", "--bos maybe", "--vocab_size many"])
+def test_values_of_another_type_end_with_2(main, tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        main("a.txt", "--out", tmp_path / "set", *options.split())
+    assert ended.value.code == 2
+    assert options.split()[0] in capsys.readouterr().err

@@ -107,7 +107,7 @@ def shard(manifest):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(format_version=2), "format_version 2 is not 1"),
+        (lambda m: m.update(format_version=3), "format_version 3 is not 1 or 2"),
         (lambda m: m.update(extra=1), "exactly the keys"),
         (lambda m: m.pop("dtype"), "exactly the keys"),
         (lambda m: m.update(dtype="uint32"), "dtype is 'uint32'"),
