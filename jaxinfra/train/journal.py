@@ -9,7 +9,8 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import rich.progress
 from jaxinfra import runfolder
 from jaxinfra.config import Config
 from jaxinfra.options import to_json
+from jaxinfra.train import objective
 
 
 class Journal:
@@ -44,14 +46,25 @@ class Journal:
     def __exit__(self, *unused: Any) -> None:
         self._stack.close()
 
-    def start(self, config: Config, *, start: int, facts: dict[str, Any]) -> None:
-        """Writes config.json and environment.json, takes back metrics of steps that
-        were undone, tells the start, and begins to show steps."""
+    def start(
+        self,
+        config: Config,
+        *,
+        start: int,
+        facts: dict[str, Any],
+        unit: str = "token",
+        files: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> None:
+        """Writes config.json, environment.json and `files` (name -> JSON value), takes
+        back metrics of steps that were undone, tells the start, and begins to show
+        steps; `unit` is what the loss's weights count."""
         if self._is_first:
             runfolder.write_json(self._run_dir / "config.json", to_json(config))
             devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
             environment = runfolder.environment(devices)
             runfolder.write_json(self._run_dir / "environment.json", environment)
+            for name, value in files.items():
+                runfolder.write_json(self._run_dir / name, value)
             lost = runfolder.rewind_metrics(self._run_dir, start)
             self._metrics = runfolder.JsonLines(self._run_dir / "metrics.jsonl")
             self._stack.callback(self._metrics.close)
@@ -61,6 +74,7 @@ class Journal:
             start=start,
             steps=config.train.steps,
             every=config.run.log_every,
+            unit=unit,
             is_shown=self._is_first,
         )
         self._progress = self._stack.enter_context(shown)
@@ -150,11 +164,15 @@ class Reader:
         if "eval/held_out/loss" in extra:
             record["eval/loss"] = extra["eval/held_out/loss"]
         self._journal.step(record)
-        self._bad_steps = 0 if values["is_finite"] else self._bad_steps + 1
-        if not values["is_finite"]:
-            self._journal.event(
-                "anomaly", step=step, reason="loss or gradient not finite"
-            )
+        if values["is_finite"]:
+            self._bad_steps = 0
+        elif objective.is_overflow(values):  # no sign of divergence: a scale too large
+            reason = f"gradient too large for loss scale {values['loss_scale']:g}"
+            self._journal.event("anomaly", step=step, reason=reason)
+        else:
+            self._bad_steps += 1
+            reason = "loss or gradient not finite"
+            self._journal.event("anomaly", step=step, reason=reason)
         has_diverged = self._bad_steps >= self._max_bad_steps
         return Read(bool(jax.device_get(vote)), has_diverged)
 
@@ -187,7 +205,10 @@ class Reader:
 class Progress:
     """Shows steps as they are recorded; a context manager."""
 
-    def __init__(self, *, start: int, steps: int, every: int, is_shown: bool = True):
+    def __init__(
+        self, *, start: int, steps: int, every: int, unit: str, is_shown: bool = True
+    ):
+        self._unit = unit
         self._console = rich.console.Console(stderr=True, quiet=not is_shown)
         self._every = every
         self._steps = steps
@@ -212,7 +233,7 @@ class Progress:
 
     def step(self, record: dict[str, Any]) -> None:
         """Shows a record of metrics.jsonl."""
-        figures = _figures(record)
+        figures = _figures(record, self._unit)
         step = record["step"]
         self._bar.update(self._task, completed=step, figures=figures)
         has_eval = "eval/loss" in record
@@ -239,22 +260,31 @@ def _plain(value: Any) -> Any:
     return None if is_odd else value
 
 
-def _figures(record: dict[str, Any]) -> str:
+def _figures(record: dict[str, Any], unit: str) -> str:
     parts = [f"loss {record['train/loss']:.4f}"]
     if "perf/tokens_per_sec" in record:
-        parts.append(f"{record['perf/tokens_per_sec']:,.0f} tokens/s")
+        parts.append(f"{record['perf/tokens_per_sec']:,.0f} {unit}s/s")
     if "perf/mfu" in record:
         parts.append(f"mfu {record['perf/mfu']:.1%}")
     return "  ".join(parts)
 
 
 def _held_out(record: dict[str, Any]) -> str:
-    sets = [key.split("/")[1] for key in record if key.endswith("/bits_per_byte")]
-    return "; ".join(
-        f"{name}: {record[f'eval/{name}/loss']:.4f} nats a token, "
-        f"{record[f'eval/{name}/bits_per_byte']:.4f} bits a byte"
-        for name in sets
-    )
+    """Of every set the loss, and bits a byte of text, or else its own metrics."""
+    sets: dict[str, dict[str, float]] = {}
+    for key, value in record.items():
+        parts = key.split("/")
+        if parts[0] == "eval" and len(parts) == 3:
+            sets.setdefault(parts[1], {})[parts[2]] = value
+    return "; ".join(f"{name}: {_of_set(values)}" for name, values in sets.items())
+
+
+def _of_set(values: dict[str, float]) -> str:
+    if "bits_per_byte" in values:
+        bits = values["bits_per_byte"]
+        return f"{values['loss']:.4f} nats a token, {bits:.4f} bits a byte"
+    told = (f"{what} {value:.4f}" for what, value in values.items() if what != "tokens")
+    return ", ".join(told)
 
 
 def _duration(secs: float) -> str:

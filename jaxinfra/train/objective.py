@@ -4,12 +4,19 @@ A `LossFn` returns the *sum* of the loss and an `Aux` with the sum of the weight
 step divides once, by the global weight sum, so microbatches and devices of unequal
 weight are right. A `GradFn` has a LossFn's arguments and returns `Gradients` of the
 sum; wrappers compose: `accumulate(grad_of(loss), 4)`.
+
+Under float16 the model state is `Scaled`: `grad_of` takes gradients of the loss times
+a scale, and `next_model_state` moves that scale after every step.
 """
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxinfra import sharding
 from jaxinfra.models.transformer import Model
@@ -56,16 +63,36 @@ class GradFn(Protocol):
     ) -> Gradients: ...
 
 
+class Scaled(NamedTuple):
+    """A model state, and the loss scale beside it.
+
+    scale: float32, a power of two. good_steps: int32, since it last moved.
+    """
+
+    inner: Any
+    scale: jax.Array
+    good_steps: jax.Array
+
+
+# The loss is a sum, so a target's part of it is near 1 and not 1 / tokens: the scale
+# that fits may be below 1. Source: arXiv:1710.03740 section 3.2; torch.amp.GradScaler
+# (half at an overflow, double after 2000 good steps).
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
+GROWTH_STEPS = 2000
+
+
 class Rows(NamedTuple):
     """A batch as a loss takes it: what the device got, and each row's global id.
 
     tokens_BT1: any integer dtype, T + 1 tokens. segments_BT1: document number from 1,
-    0 is padding. rows_B: uint32.
+    0 is padding. rows_B: uint32. weights_BT1: 1 where a token counts as a target; None
+    where all do.
     """
 
     tokens_BT1: jax.Array
     segments_BT1: jax.Array
     rows_B: jax.Array
+    weights_BT1: jax.Array | None = None
 
 
 class Targets(NamedTuple):
@@ -82,10 +109,14 @@ def next_token_loss(
     model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
 ) -> LossFn:
     """Cross-entropy of the next token. Without `document_mask` a row is one document to
-    attention; targets across a boundary do not count either way."""
+    attention; targets across a boundary do not count either way. Without a key targets
+    are not smoothed."""
+    sharp = dataclasses.replace(loss_config, label_smoothing=0.0)
 
     def loss_fn(params, model_state, batch: Rows, key):
-        t = make_targets(batch.tokens_BT1, batch.segments_BT1, loss_config.rules)
+        t = make_targets(
+            batch.tokens_BT1, batch.segments_BT1, loss_config.rules, batch.weights_BT1
+        )
         context = Context(
             positions_BT=t.positions_BT,
             segments_BT=t.segments_BT if document_mask else None,
@@ -95,7 +126,11 @@ def next_token_loss(
         h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
         with jax.named_scope("loss"):
             sums = loss.cross_entropy(
-                h_BTD, head_VD, t.targets_BT, t.weights_BT, loss_config
+                h_BTD,
+                head_VD,
+                t.targets_BT,
+                t.weights_BT,
+                sharp if key is None else loss_config,
             )
         metrics = {"log_z_squared": sums.z}
         return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
@@ -104,9 +139,13 @@ def next_token_loss(
 
 
 def make_targets(
-    tokens_BT1: jax.Array, segments_BT1: jax.Array, rules: Rules
+    tokens_BT1: jax.Array,
+    segments_BT1: jax.Array,
+    rules: Rules,
+    weights_BT1: jax.Array | None = None,
 ) -> Targets:
-    """Shifts by one; a target counts where it belongs to its input's document.
+    """Shifts by one; a target counts where it belongs to its input's document, and by
+    its own weight where there are weights.
 
     Positions count from the start of each document in the row. T + 1 tokens arrive
     whole; the results are split along length too.
@@ -116,10 +155,13 @@ def make_targets(
     index_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
     before_BT = jnp.pad(inputs_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts_BT = jnp.where(inputs_BT != before_BT, index_BT, 0)
+    counts_BT = ((inputs_BT == nexts_BT) & (nexts_BT > 0)).astype(jnp.float32)
+    if weights_BT1 is not None:
+        counts_BT *= weights_BT1[:, 1:].astype(jnp.float32)
     targets = Targets(
         tokens_BT=tokens_BT1[:, :-1],
         targets_BT=tokens_BT1[:, 1:],
-        weights_BT=((inputs_BT == nexts_BT) & (nexts_BT > 0)).astype(jnp.float32),
+        weights_BT=counts_BT,
         positions_BT=index_BT - jax.lax.cummax(starts_BT, axis=1),
         segments_BT=inputs_BT,
     )
@@ -128,14 +170,67 @@ def make_targets(
 
 
 def grad_of(loss_fn: LossFn) -> GradFn:
-    """Reverse-mode gradient of the loss sum with respect to params."""
+    """Reverse-mode gradient of the loss sum with respect to params.
+
+    With a `Scaled` state the backward pass is of the loss times its scale; the
+    gradients are divided by it in float32, and the metric loss_scale tells it.
+    """
 
     def grad_fn(params, model_state, batch, key):
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss_sum, aux), grads = value_and_grad(params, model_state, batch, key)
+        is_scaled = isinstance(model_state, Scaled)
+
+        def minimised(params):
+            loss_sum, aux = loss_fn(params, unscaled(model_state), batch, key)
+            total = loss_sum * model_state.scale if is_scaled else loss_sum
+            return total, (loss_sum, aux)
+
+        grads, (loss_sum, aux) = jax.grad(minimised, has_aux=True)(params)
+        if is_scaled:
+            scale = model_state.scale
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+            told = {"loss_scale": scale * aux.weight_sum}
+            aux = aux._replace(metrics=aux.metrics | told)
         return Gradients(grads, loss_sum, aux)
 
     return grad_fn
+
+
+def unscaled(model_state: Any) -> Any:
+    """The model state that a LossFn gets."""
+    return model_state.inner if isinstance(model_state, Scaled) else model_state
+
+
+def next_model_state(
+    update_state: Callable[[Any, Any], Any],
+    model_state: Any,
+    stats: Any,
+    is_finite: jax.Array,
+) -> Any:
+    """`update_state(model_state, stats)`, or as it was if the step is not finite.
+
+    A loss scale moves either way: half after a step that is not finite, double after
+    GROWTH_STEPS that were.
+    """
+    old = unscaled(model_state)
+    inner = jax.tree.map(
+        lambda n, o: jnp.where(is_finite, n, o), update_state(old, stats), old
+    )
+    if not isinstance(model_state, Scaled):
+        return inner
+    scale, good_steps = model_state.scale, model_state.good_steps + 1
+    is_due = good_steps >= GROWTH_STEPS
+    grown = jnp.where(is_due, jnp.minimum(2 * scale, LARGEST_SCALE), scale)
+    scale = jnp.where(is_finite, grown, jnp.maximum(scale / 2, SMALLEST_SCALE))
+    good_steps = jnp.where(is_finite & ~is_due, good_steps, 0)
+    return Scaled(inner, scale, good_steps)
+
+
+def is_overflow(metrics: Mapping[str, float]) -> bool:
+    """Whether a step that was not finite, with these metrics, can be the loss scale's
+    doing, which has fallen for it: the loss itself is finite, the scale not yet the
+    smallest."""
+    can_fall = metrics.get("loss_scale", 0.0) > SMALLEST_SCALE
+    return can_fall and math.isfinite(metrics["loss"])
 
 
 def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
@@ -143,6 +238,7 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
     Row r goes to part r % microbatches, so that no row leaves its device. `shardings`:
     of the sum of gradients, a tree like params; zero >= 2 keeps it sharded over fsdp.
+    The sum is float32 whatever the parameters are.
     """
 
     def split(x: jax.Array) -> jax.Array:
@@ -155,7 +251,8 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
         return jnp.swapaxes(parts, 0, 1)
 
     def placed(result: Gradients) -> Gradients:
-        return result._replace(grads=jax.tree.map(jax.reshard, result.grads, shardings))
+        grads = jax.tree.map(jax.reshard, result.grads, shardings)
+        return result._replace(grads=optax.tree.cast(grads, jnp.float32))
 
     def accumulated(params, model_state, batch, key):
         if microbatches == 1:
@@ -175,12 +272,11 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:
-    """`batch` (tokens and segments) with the ids of its rows."""
-    tokens_BT1, segments_BT1 = batch
+    """`batch` (tokens, segments, and weights or None) with the ids of its rows."""
     rows_B = jax.lax.broadcasted_iota(
-        jnp.uint32, tokens_BT1.shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
+        jnp.uint32, batch[0].shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
     )
-    return Rows(tokens_BT1, segments_BT1, rows_B)
+    return Rows(*batch[:2], rows_B, *batch[2:])
 
 
 def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:

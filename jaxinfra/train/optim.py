@@ -1,28 +1,35 @@
-"""The optimizer and the learning-rate schedule: optax, chosen by name and by kind."""
+"""The optimizer and the learning-rate schedule: optax, chosen by name and by kind; the
+average of the parameters, and how an update enters them.
+"""
 
 import math
 from collections.abc import Callable
-from typing import assert_never
+from typing import Any, NamedTuple, Protocol, assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jaxinfra
 from jaxinfra.config import OptimizerConfig
 from jaxinfra.params import ParamSpec, Tree
 
 # Kinds that weight decay falls on, and the kind that muon orthogonalises.
 DECAYED = ("matrix",)
 ORTHOGONALISED = "matrix"
+# Dims along which a parameter is many matrices, each updated by itself.
+STACKS = ("layers", "experts")
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> fraction of the peak learning rate, for `steps` in all.
 
     Warm-up is linear from 1/warmup to 1. wsd: constant, then linear over the
-    last `decay_fraction` of all steps.
-    Source: arXiv:1608.03983 eq. 5 (cosine), arXiv:2404.06395 section 4 (wsd).
+    last `decay_fraction` of all steps. cosine, wsd, linear and exponential come to
+    `final_fraction`; inverse_sqrt is sqrt(warmup / step) and knows no end.
+    Source: arXiv:1608.03983 eq. 5 (cosine), arXiv:2404.06395 section 4 (wsd),
+    arXiv:2502.15938 (linear), arXiv:1910.10683 section 3.1.2 (inverse_sqrt).
     """
     warmup, final = cfg.warmup_steps, cfg.final_fraction
     after = max(steps - warmup, 1)
@@ -36,6 +43,13 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
             falling = optax.linear_schedule(1.0, final, fall)
             flat = optax.constant_schedule(1.0)
             body = optax.join_schedules([flat, falling], [after - fall])
+        case "linear":
+            body = optax.linear_schedule(1.0, final, after)
+        case "exponential":
+            body = optax.exponential_decay(1.0, after, final)
+        case "inverse_sqrt":
+            flat_steps = max(warmup, 1)
+            body = lambda step: jax.lax.rsqrt(1.0 + step / flat_steps)
         case _:
             assert_never(cfg.schedule)
     if not warmup:
@@ -45,23 +59,40 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, specs: Tree, schedule: optax.Schedule
+    cfg: OptimizerConfig,
+    specs: Tree,
+    schedule: optax.Schedule,
+    *,
+    moments: jnp.dtype = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole update rule, clipping first. `update` takes the keyword `step`."""
+    """The whole update rule, clipping first. `update` takes the keyword `step`.
+
+    It computes in float32 for parameters of any dtype; `moments` is the dtype of its
+    state at rest. Source: arXiv:2302.06675 algorithm 2 (lion); `train.adafactor`.
+    """
     decay = optax.add_decayed_weights(
         cfg.weight_decay, mask=jax.tree.map(lambda s: s.kind in DECAYED, specs)
     )
     adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
+    at_rate = scale_at_step(schedule, cfg.learning_rate)
     match cfg.name:
         case "adamw":
-            rule = optax.chain(adam, decay, scale_at_step(schedule, cfg.learning_rate))
+            rule = optax.chain(adam, decay, at_rate)
+        case "lion":
+            lion = optax.scale_by_lion(b1=cfg.beta1, b2=cfg.beta2)
+            rule = optax.chain(lion, decay, at_rate)
+        case "sgd":
+            rule = optax.chain(optax.trace(decay=cfg.momentum), decay, at_rate)
+        case "adafactor":
+            # By its public name, which loads the module: a plain run needs none of it.
+            rule = optax.chain(jaxinfra.adafactor(specs), decay, at_rate)
         case "muon":
             rule = optax.partition(
                 {
                     "muon": optax.chain(
                         _orthogonalised_momentum(cfg, specs),
                         optax.add_decayed_weights(cfg.weight_decay),
-                        scale_at_step(schedule, cfg.learning_rate),
+                        at_rate,
                     ),
                     "adam": optax.chain(
                         adam, scale_at_step(schedule, cfg.adam_learning_rate)
@@ -74,7 +105,8 @@ def make_optimizer(
         case _:
             assert_never(cfg.name)
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    return optax.chain(*clip, rule)
+    rule = _in_float32(optax.chain(*clip, rule), moments)
+    return _averaging(rule, cfg.ema_decay) if cfg.ema_decay else rule
 
 
 def scale_at_step(
@@ -91,6 +123,40 @@ def scale_at_step(
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update
     )
+
+
+class Averaged(NamedTuple):
+    """Of an optimizer with an average of the parameters: the state of its rule, and the
+    average, float32, a tree like params."""
+
+    rule: Any
+    average: Tree
+
+
+def averaged(opt_state: Any, params: Tree) -> Tree:
+    """The parameters to evaluate and to sample with, laid out as `params`: their
+    average where the optimizer keeps one, else they themselves."""
+    if not isinstance(opt_state, Averaged):
+        return params
+    return jax.tree.map(
+        lambda mean, p: jax.reshard(mean, p.sharding), opt_state.average, params
+    )
+
+
+class Apply(Protocol):
+    """How an update enters the parameters."""
+
+    def __call__(self, params: Tree, updates: Tree, key: jax.Array) -> Tree:
+        """New parameters of `params`' dtypes from float32 `updates`; `key`: the
+        step's."""
+        ...
+
+
+def apply_nearest(params: Tree, updates: Tree, key: jax.Array) -> Tree:
+    """params + updates; in bfloat16, what is below half a unit in the last place is
+    lost."""
+    del key
+    return optax.apply_updates(params, updates)
 
 
 def on_host(
@@ -113,7 +179,7 @@ def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):
         outputs = (
             dim
             for dim, name in enumerate(spec.axes)
-            if dim not in spec.contract and name != "layers"
+            if dim not in spec.contract and name not in STACKS
         )
         return optax.contrib.MuonDimensionNumbers(spec.contract, tuple(outputs))
 
@@ -140,3 +206,44 @@ def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):
         lambda updates, params: jax.tree.map(jnp.multiply, updates, matrices(scale))
     )
     return optax.chain(momentum, by_shape)
+
+
+def _in_float32(tx: optax.GradientTransformationExtraArgs, moments: jnp.dtype):
+    """`tx` with all that it reads made float32, and its state kept in `moments`."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            tree,
+        )
+
+    def init(params):
+        return cast(tx.init(cast(params, jnp.float32)), moments)
+
+    def update(updates, state, params=None, **extra):
+        wide = [cast(tree, jnp.float32) for tree in (updates, state, params)]
+        updates, state = tx.update(*wide, **extra)
+        return updates, cast(state, moments)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _averaging(tx: optax.GradientTransformationExtraArgs, decay: float):
+    """`tx` and an exponential moving average of what the parameters become, in float32
+    and before they are rounded; it starts at the first parameters.
+
+    Source: Polyak and Juditsky, 1992; optax.incremental_update.
+    """
+
+    def init(params):
+        # A copy: the state is donated, and may not have one buffer twice.
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+        return Averaged(tx.init(params), average)
+
+    def update(updates, state, params=None, **extra):
+        updates, rule = tx.update(updates, state.rule, params, **extra)
+        new = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, params, updates)
+        average = optax.incremental_update(new, state.average, 1 - decay)
+        return updates, Averaged(rule, average)
+
+    return optax.GradientTransformationExtraArgs(init, update)

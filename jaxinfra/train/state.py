@@ -16,12 +16,16 @@ import optax
 from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
 from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.checkpoint.commits import CheckpointError, SaveError
+from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 from jaxinfra.config import ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
+from jaxinfra.train.objective import Scaled
+
+# key -> (params, model_state)
+First = Callable[[jax.Array], tuple[Tree, Tree]]
 
 
 class TrainState(NamedTuple):
@@ -100,16 +104,33 @@ def init_state(
     *,
     dtype: jnp.dtype,
     seed: int,
+    first: First | None = None,
+    loss_scale: float | None = None,
+    weights: Tree | None = None,
 ) -> TrainState:
-    """The first state: random parameters by `seed`, the same numbers on every mesh."""
+    """The first state: random parameters by `seed`, the same numbers on every mesh, or
+    `weights`.
+
+    `first` makes parameters, placed here, and model state; else they are as `specs`
+    say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
+    """
     key = jax.random.key(seed)
-    params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
     whole = jax.NamedSharding(layout.mesh, jax.P())
+    if weights is not None:
+        params, model_state = weights, ()
+    elif first is None:
+        params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
+        model_state = ()
+    else:
+        params, model_state = jax.jit(_placed(first, shardings, whole))(key)
+    if loss_scale is not None:
+        scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
+        model_state = Scaled(model_state, *scale)
     return TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
         opt_state=init_opt_state(tx, params, shardings),
-        model_state=(),
+        model_state=model_state,
         key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
     )
 
@@ -121,18 +142,32 @@ def abstract_state(
     layout: Layout,
     *,
     dtype: jnp.dtype,
+    first: First | None = None,
+    loss_scale: float | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
+    if first is None:
+        params = params_lib.abstract(specs, layout, layout.params, dtype)
+        model_state = ()
+    else:
+        like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        params, model_state = jax.eval_shape(first, jax.random.key(0))
+        params = jax.tree.map(like, params, shardings.params)
+        model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    if loss_scale is not None:
+        dtypes = (jnp.float32, jnp.int32)
+        scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
+        model_state = Scaled(model_state, *scale)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        params=params_lib.abstract(specs, layout, layout.params, dtype),
+        params=params,
         opt_state=jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             abstract_opt_state(tx, specs, layout),
             shardings.opt_state,
         ),
-        model_state=(),
+        model_state=model_state,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
@@ -279,22 +314,17 @@ class Saver:
         return self._checkpointer.close()
 
 
-def restore_params(run_dir: pathlib.Path, abstract: TrainState, specs: Tree) -> Tree:
-    """The parameters of the run's newest good checkpoint, laid out as `abstract`'s.
+def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:
+    """`first`, its parameters laid out as they are at rest, its model state whole."""
 
-    Raises CheckpointError if there is none.
-    """
-    wanted = {
-        f"params/{path}": leaf for path, leaf in params_lib.named(abstract.params)
-    }
-    shapes = {f"params/{path}": spec.shape for path, spec in params_lib.named(specs)}
-    folder = run_dir / runfolder.CHECKPOINTS
-    found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
-    if found is None:
-        raise CheckpointError(f"{folder} has no checkpoint yet; train first")
-    return params_lib.unflatten(
-        abstract.params, [found.arrays[name] for name in wanted]
-    )
+    def placed(key):
+        params, model_state = first(key)
+        return (
+            jax.tree.map(jax.reshard, params, shardings.params),
+            jax.tree.map(lambda x: jax.reshard(x, whole), model_state),
+        )
+
+    return placed
 
 
 def _parameters_of(tree: Tree, specs: Tree, layout: Layout) -> list[str | None]:

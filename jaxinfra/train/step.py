@@ -1,7 +1,8 @@
 """One training step: gradients of the sum, one division, one update.
 
 The step is a pure function (state, batch) -> (state, metrics) and never grows a branch:
-microbatches and pipelines wrap the `GradFn`, clipping and scaling wrap `tx`.
+microbatches and pipelines wrap the `GradFn`, clipping and averaging wrap `tx`, a loss
+scale is part of the model state.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxinfra.train.objective import GradFn
+from jaxinfra.train import optim
+from jaxinfra.train.objective import GradFn, next_model_state
 from jaxinfra.train.state import Shardings, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -22,6 +24,7 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     *,
     shardings: Shardings,
+    apply: optim.Apply = optim.apply_nearest,
     observe: Callable[[Any], Metrics] = lambda batch: {},
     update_state: Callable[[Any, Any], Any] = lambda model_state, stats: model_state,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -30,31 +33,32 @@ def make_train_step(
     Metrics, replicated scalars: loss, grad_norm (before clipping), param_norm, tokens,
     is_finite, the loss's own divided by its weight, and what `observe` makes of a
     batch. A loss or gradient that is not finite leaves params, optimizer and model
-    state bitwise as they were. `update_state(model_state, stats)` makes the next model
-    state.
+    state bitwise as they were, but for a loss scale. `apply` adds the update to the
+    parameters; `update_state(model_state, stats)` makes the next model state.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, loss_sum, aux = grad_fn(state.params, state.model_state, batch, key)
         weight = jnp.where(aux.weight_sum > 0, aux.weight_sum, 1.0)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / weight, grads)  # float32, as weight is
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
 
         with jax.named_scope("update"):
-            params, opt_state = _update(tx, shardings, state, grads)
-        model_state = update_state(state.model_state, aux.stats)
-        new = (params, opt_state, model_state)
-        old = (state.params, state.opt_state, state.model_state)
-        params, opt_state, model_state = jax.tree.map(
+            new = _update(tx, apply, shardings, state, grads, key)
+        old = (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(
             lambda n, o: jnp.where(is_finite, n, o), new, old
+        )
+        model_state = next_model_state(
+            update_state, state.model_state, aux.stats, is_finite
         )
         metrics = {name: value / weight for name, value in aux.metrics.items()}
         metrics |= {
             "loss": loss_sum / weight,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
+            "param_norm": optax.tree.norm(optax.tree.cast(params, jnp.float32)),
             "tokens": aux.weight_sum,
             "is_finite": is_finite,
         } | observe(batch)
@@ -64,7 +68,7 @@ def make_train_step(
     return train_step
 
 
-def _update(tx, shardings: Shardings, state: TrainState, grads):
+def _update(tx, apply, shardings: Shardings, state: TrainState, grads, key):
     """(params, opt_state) after `tx`, computed where the optimizer's shards are.
 
     Gradients and parameters move to the optimizer's layout, which is free where it is
@@ -72,13 +76,13 @@ def _update(tx, shardings: Shardings, state: TrainState, grads):
     are Auto: optax's muon reshapes and contracts across split dims.
     """
 
-    def rule(grads, opt_state, params, step):
+    def rule(grads, opt_state, params, step, key):
         updates, opt_state = tx.update(grads, opt_state, params, step=step)
-        return optax.apply_updates(params, updates), opt_state
+        return apply(params, updates, key), opt_state
 
     here = jax.tree.map(jax.reshard, (grads, state.params), (shardings.optimizer,) * 2)
     grads, params = here
     outs = (shardings.optimizer, shardings.opt_state)
-    apply = jax.sharding.auto_axes(rule, out_sharding=outs)
-    params, opt_state = apply(grads, state.opt_state, params, state.step)
+    automatic = jax.sharding.auto_axes(rule, out_sharding=outs)
+    params, opt_state = automatic(grads, state.opt_state, params, state.step, key)
     return jax.tree.map(jax.reshard, params, shardings.params), opt_state

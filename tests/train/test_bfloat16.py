@@ -1,4 +1,6 @@
-"""The bfloat16 policy: float32 where it must be, and a loss near float32's."""
+"""The bfloat16 policies: float32 where it must be, and a loss near float32's."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,32 @@ import pytest
 from parallel import tiny_runs
 
 from jaxinfra import experiment, mesh, precision, sharding
+from jaxinfra.config import MeshConfig
 from jaxinfra.ops import seam
 from jaxinfra.sharding import Rules
 
 # 8 bits of mantissa, through two layers and 20 updates: of a loss of 3 to 6 nats.
 BF16_LOSS = 3e-2
+SAME_LOSS = 1e-2  # of the loss, that stochastic rounding may cost
+
+
+def small(
+    precision="bfloat16_params",
+    optimizer="adamw",
+    *,
+    steps=4,
+    rounding="stochastic",
+    **settings,
+):
+    made = tiny_runs.tiny(precision=precision, optimizer=optimizer)
+    return dataclasses.replace(
+        made,
+        model=dataclasses.replace(made.model, width=32, ffn_width=48),
+        train=dataclasses.replace(
+            made.train, steps=steps, batch_size=8, rounding=rounding
+        ),
+        optimizer=dataclasses.replace(made.optimizer, warmup_steps=2, **settings),
+    )
 
 
 def test_the_state_is_float32_and_so_is_every_moment(tmp_path):
@@ -50,6 +73,59 @@ def test_a_weight_gradient_is_not_rounded_before_it_is_summed_over_devices():
     assert found.dtype == jnp.float32
     assert found.sharding.spec == w_DF.sharding.spec
     np.testing.assert_array_equal(found, np.full((4, 6), 1 + 2.0**-10, np.float32))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "adafactor", "sgd"])
+def test_parameters_are_bfloat16_and_moments_and_average_float32(tmp_path, optimizer):
+    data = tiny_runs.write_documents(tmp_path / "set")
+    built = tiny_runs.build(small(optimizer=optimizer, ema_decay=0.9), data)
+    state = experiment.abstract_state(built)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
+    for leaf in jax.tree.leaves(state.opt_state):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+def test_first_parameters_are_those_of_float32_rounded(tmp_path):
+    data = tiny_runs.write_documents(tmp_path / "set")
+    exact = tiny_runs.first_params(small("float32"), data)
+    found = tiny_runs.first_params(small(), data)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x.astype(jnp.bfloat16), y),
+        exact,
+        found,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "zero"), [("adamw", 0), ("muon", 1), ("lion", 2), ("adafactor", 3)]
+)
+def test_bfloat16_parameters_train_on_a_mesh_for_every_zero(tmp_path, optimizer, zero):
+    data = tiny_runs.write_documents(tmp_path / "set")
+    config = small(optimizer=optimizer, learning_rate=1e-3)
+    expected = tiny_runs.run(config, data)["loss"]
+    four = MeshConfig(data=1, fsdp=2, tensor=2)
+    found = tiny_runs.run(dataclasses.replace(config, mesh=four, zero=zero), data)
+    np.testing.assert_allclose(found["loss"], expected, rtol=0, atol=BF16_LOSS)
+
+
+@pytest.mark.slow
+def test_stochastic_rounding_learns_as_float32_masters_do_and_nearest_does_not(
+    tmp_path,
+):
+    """At a rate at which most updates are below half a unit in the last place."""
+    data = tiny_runs.write_documents(tmp_path / "set")
+    settings = {"steps": 250, "learning_rate": 3e-4, "schedule": "constant"}
+
+    def last_losses(precision, rounding="stochastic"):
+        config = small(precision, rounding=rounding, **settings)
+        return tiny_runs.run(config, data)["loss"][-50:].mean()
+
+    masters = last_losses("bfloat16")
+    stochastic = last_losses("bfloat16_params")
+    nearest = last_losses("bfloat16_params", "nearest")
+    assert abs(stochastic - masters) < SAME_LOSS * masters
+    assert nearest > masters + 10 * SAME_LOSS * masters
 
 
 @pytest.mark.slow

@@ -13,7 +13,16 @@ from jaxinfra.train import loop
 class World:
     """Everything that the loop calls, writing down in what order."""
 
-    def __init__(self, *, bad=(), stop_at=None, failed_polls=(), close_fails=False):
+    def __init__(
+        self,
+        *,
+        bad=(),
+        stop_at=None,
+        failed_polls=(),
+        close_fails=False,
+        extra=lambda step: {},
+    ):
+        self.extra = extra
         self.log = []
         self.records = []
         self.bad, self.stop_at = bad, stop_at
@@ -68,7 +77,7 @@ class World:
             "loss": jnp.float32(self.at),
             "tokens": jnp.float32(10),
             "is_finite": jnp.asarray(self.at not in self.bad),
-        }
+        } | self.extra(self.at)
         return self.at, metrics
 
 
@@ -167,6 +176,22 @@ def test_bad_steps_in_a_row_end_it_without_a_save():
     assert code == exitcodes.DIVERGED
     assert not [line for line in world.log if line.startswith("save")]
     assert "event anomaly 3" in world.log
+
+
+def test_overflows_while_the_loss_scale_falls_do_not_end_it():
+    """They are told, and a step that is bad for another reason still counts."""
+    scale, loss = [8.0, 4.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]
+    extra = lambda k: {
+        "loss_scale": jnp.float32(scale[k - 1]),
+        "loss": jnp.float32(loss[k - 1]),
+    }
+    world = World(bad={1, 2, 3, 4}, extra=extra)
+    assert run(world, steps=4, max_bad_steps=2) == (4, exitcodes.DONE)
+    assert [r["train/loss_scale"] for r in world.records] == scale
+    assert len([line for line in world.log if "anomaly" in line]) == 4
+    loss[1:3] = [float("nan")] * 2
+    world = World(bad={1, 2, 3, 4}, extra=extra)
+    assert run(world, steps=4, max_bad_steps=2)[1] == exitcodes.DIVERGED
 
 
 def test_single_bad_steps_do_not_end_it():

@@ -1,6 +1,8 @@
-"""Schedules by hand, and who is decayed, orthogonalised and clipped."""
+"""Schedules and update rules by hand, and who is decayed, orthogonalised, clipped."""
 
+import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ FLOAT32 = 1e-6
 SINGULAR = (0.6, 1.3)
 # Scaling the rows before them (arXiv:2512.04632) turns the direction a little.
 POLAR = 0.95
+SCHEDULES = typing.get_args(typing.get_type_hints(OptimizerConfig)["schedule"])
+NAMES = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])
 
 
 def curve(steps, **settings):
@@ -25,7 +29,7 @@ def curve(steps, **settings):
     return np.array([float(schedule(k)) for k in range(steps + 1)])
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_warmup_is_linear_to_the_peak(name):
     found = curve(100, schedule=name, warmup_steps=10)
     np.testing.assert_allclose(found[:10], np.arange(1, 11) / 10, rtol=FLOAT32)
@@ -33,7 +37,7 @@ def test_warmup_is_linear_to_the_peak(name):
     assert found.max() <= 1.0 + FLOAT32
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_no_warmup_starts_at_the_peak(name):
     assert curve(100, schedule=name, warmup_steps=0)[0] == pytest.approx(1.0)
 
@@ -68,6 +72,33 @@ def test_wsd_can_fall_all_the_way():
     )
     assert found[20] == pytest.approx(1.0)
     assert found[-1] == pytest.approx(0.0, abs=FLOAT32)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("final", [0.05, 0.5])
+def test_linear_and_exponential_come_to_the_final_fraction(warmup, final):
+    settings = {"warmup_steps": warmup, "final_fraction": final}
+    part = np.arange(101) / 100
+    found = curve(100 + warmup, schedule="linear", **settings)[warmup:]
+    np.testing.assert_allclose(found, 1 - (1 - final) * part, rtol=1e-5)
+    found = curve(100 + warmup, schedule="exponential", **settings)[warmup:]
+    np.testing.assert_allclose(found, final**part, rtol=1e-5)
+
+
+def test_linear_can_fall_to_nothing():
+    found = curve(40, schedule="linear", warmup_steps=4, final_fraction=0.0)
+    assert found[-1] == pytest.approx(0.0, abs=FLOAT32)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_inverse_sqrt_does_not_know_the_number_of_steps(warmup):
+    settings = {"schedule": "inverse_sqrt", "warmup_steps": warmup}
+    found = curve(100, **settings)
+    steps = np.arange(warmup, 101)
+    offset = 0 if warmup else 1  # without a warm-up it begins as after one of one step
+    expected = np.sqrt(max(warmup, 1) / (steps + offset))
+    np.testing.assert_allclose(found[warmup:], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found, curve(200, **settings)[:101])
 
 
 def test_the_host_table_is_the_schedule_times_the_peak():
@@ -106,17 +137,11 @@ def update(cfg, grads, params):
     return updates
 
 
-def test_a_zero_gradient_moves_matrices_alone():
-    cfg = OptimizerConfig(learning_rate=0.5, weight_decay=0.1, **CONSTANT)
-    params = random_tree(0)
-    found = update(cfg, jax.tree.map(jnp.zeros_like, params), params)
-    for name, spec in SPECS.items():
-        factor = -0.5 * 0.1 if spec.kind == "matrix" else 0.0
-        np.testing.assert_allclose(found[name], factor * params[name], rtol=FLOAT32)
-
-
-def test_a_zero_gradient_under_muon_moves_matrices_alone():
-    cfg = OptimizerConfig(name="muon", learning_rate=0.5, weight_decay=0.1, **CONSTANT)
+@pytest.mark.parametrize("optimizer", NAMES)
+def test_a_zero_gradient_moves_matrices_alone(optimizer):
+    cfg = OptimizerConfig(
+        name=optimizer, learning_rate=0.5, weight_decay=0.1, **CONSTANT
+    )
     params = random_tree(0)
     found = update(cfg, jax.tree.map(jnp.zeros_like, params), params)
     for name, spec in SPECS.items():
@@ -159,6 +184,143 @@ def test_under_muon_all_else_goes_by_adam_at_its_own_rate():
     expected, _ = adam.update(grads, adam.init(params), params)
     for name in ("table", "head", "norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+def by_hand(rule, *, steps=3, **settings):
+    """(found, expected) updates after `steps`, of `rule(name, i, gradient, parameter)`
+    in numpy, where a parameter is one layer's."""
+    cfg = OptimizerConfig(
+        learning_rate=0.1, weight_decay=0.0, clip_norm=0.0, **settings, **CONSTANT
+    )
+    tx = optim.make_optimizer(cfg, SPECS, optim.make_schedule(cfg, 10))
+    params = random_tree(0)
+    state = tx.init(params)
+    for step in range(steps):
+        grads = random_tree(1 + step)
+        found, state = tx.update(grads, state, params, step=jnp.int32(step))
+        expected = {}
+        for name, spec in SPECS.items():
+            g, p = np.asarray(grads[name]), np.asarray(params[name])
+            if "layers" in spec.axes:
+                layers = [rule(name, i, step, g[i], p[i]) for i in range(len(g))]
+                expected[name] = -0.1 * np.stack(layers)
+            else:
+                expected[name] = -0.1 * rule(name, 0, step, g, p)
+    return found, expected
+
+
+def check_all(found, expected):
+    for name in SPECS:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_sgd_is_a_sum_of_gradients_that_fades():
+    sums = {}
+
+    def rule(name, i, step, g, p):
+        sums[name, i] = g + 0.8 * sums.get((name, i), 0.0)
+        return sums[name, i]
+
+    check_all(*by_hand(rule, name="sgd", momentum=0.8))
+
+
+def test_lion_is_the_sign_of_a_mean_and_keeps_another():
+    """arXiv:2302.06675 algorithm 2."""
+    kept = {}
+
+    def rule(name, i, step, g, p):
+        m = kept.get((name, i), 0.0)
+        kept[name, i] = 0.98 * m + 0.02 * g
+        return np.sign(0.9 * m + 0.1 * g)
+
+    check_all(*by_hand(rule, name="lion", beta1=0.9, beta2=0.98))
+
+
+# Numbers of rows of each layer's matrix, whose other dims are columns; 1: a vector.
+ROWS = {"table": 7, "head": 7, "norm": 1, "query": 6, "out": 12}
+
+
+def test_adafactor_factors_every_layer_by_itself():
+    """arXiv:1804.04235 algorithms 4 (matrices), 5 (vectors) and section 8."""
+    kept = {}
+
+    def rms(x):
+        return np.sqrt(np.mean(np.square(x)))
+
+    def rule(name, i, step, g, p):
+        keep = 1 - (step + 1.0) ** -0.8
+        square = g.reshape(ROWS[name], -1).astype(np.float64) ** 2 + 1e-30
+        if ROWS[name] > 1:
+            row, column = kept.get((name, i), (0.0, 0.0))
+            row = keep * row + (1 - keep) * square.mean(1)
+            column = keep * column + (1 - keep) * square.mean(0)
+            kept[name, i] = row, column
+            second = np.outer(row, column) / row.mean()
+        else:
+            second = keep * kept.get((name, i), 0.0) + (1 - keep) * square
+            kept[name, i] = second
+        u = g / np.sqrt(second).reshape(g.shape)
+        return u / max(1.0, rms(u)) * max(1e-3, rms(p))
+
+    check_all(*by_hand(rule, name="adafactor"))
+
+
+def test_adafactor_keeps_rows_and_columns_and_no_more():
+    cfg = OptimizerConfig(name="adafactor", **CONSTANT)
+    specs = {
+        "w": ParamSpec((50, 4, 10), ("embed", "heads", None), (0,), "matrix", None)
+    }
+    specs["w"] = specs["w"].stacked(3)
+    tx = optim.make_optimizer(cfg, specs, optim.make_schedule(cfg, 10))
+    state = tx.init({"w": jnp.ones(specs["w"].shape)})
+    count = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert count == 3 * (50 + 40) + 2 * 3, "and of each layer a count and a stand-in"
+
+
+def test_padding_of_the_vocabulary_changes_no_update_of_adafactor():
+    cfg = OptimizerConfig(name="adafactor", **CONSTANT)
+    specs = {"table": dataclasses.replace(SPECS["table"], shape=(5, 6))}
+    tx = optim.make_optimizer(cfg, specs, optim.make_schedule(cfg, 10))
+
+    def updated(rows):
+        """Update and state of five rows of numbers, the rest zeros."""
+        grads, params = (
+            {"table": random_tree(seed)["table"][:rows].at[5:].set(0.0)}
+            for seed in (1, 0)
+        )
+        return tx.update(grads, tx.init(params), params, step=jnp.int32(0))
+
+    (small, small_state), (large, large_state) = updated(5), updated(7)
+    np.testing.assert_array_equal(small["table"], large["table"][:5])
+    assert not np.any(large["table"][5:])
+    jax.tree.map(np.testing.assert_array_equal, small_state, large_state)
+
+
+@pytest.mark.parametrize("optimizer", NAMES)
+def test_bfloat16_parameters_get_float32_updates_from_float32_moments(optimizer):
+    cfg = OptimizerConfig(name=optimizer, ema_decay=0.9, **CONSTANT)
+    tx = optim.make_optimizer(cfg, SPECS, optim.make_schedule(cfg, 10))
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    grads, params = random_tree(1), cast(random_tree(0), jnp.bfloat16)
+    state = tx.init(params)
+    found, after = tx.update(grads, state, params, step=jnp.int32(0))
+    for leaf in jax.tree.leaves((found, state, after)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    wide = cast(params, jnp.float32)
+    expected, _ = tx.update(grads, tx.init(wide), wide, step=jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_moments_are_kept_in_the_dtype_of_the_policy():
+    cfg = OptimizerConfig(**CONSTANT)
+    schedule = optim.make_schedule(cfg, 10)
+    tx = optim.make_optimizer(cfg, SPECS, schedule, moments=jnp.bfloat16)
+    grads, params = random_tree(1), random_tree(0)
+    state = tx.init(params)
+    found, after = tx.update(grads, state, params, step=jnp.int32(0))
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    for leaf in jax.tree.leaves((state, after)):
+        assert leaf.dtype in (jnp.bfloat16, jnp.int32)
 
 
 def test_clipping_is_by_the_norm_of_all_gradients_together():
