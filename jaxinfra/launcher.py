@@ -10,8 +10,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jaxinfra
+from jaxinfra import runfolder
 from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.resilience import exitcodes, preemption
 
@@ -19,8 +22,9 @@ from jaxinfra.resilience import exitcodes, preemption
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run(config: Config) -> int:
-    """Trains `config` in this process; returns an exit code of `exitcodes`.
+def run(config: Config, get_task: Callable[..., Any] | None = None) -> int:
+    """Trains `config`, on the task that `get_task` makes or on text, in this process;
+    returns an exit code of `exitcodes`.
 
     Raises ConfigError and DataError for input that cannot work.
     """
@@ -30,9 +34,10 @@ def run(config: Config) -> int:
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
-        _start_jax(config, experiment.cache_dir(config))
+        start_jax(config)
         with _job(config):
-            return experiment.train(config)
+            config, source = _begin(config)
+            return experiment.train(config, get_task, source)
     except (ConfigError, DataError):
         raise
     except FolderOwned as error:
@@ -65,11 +70,13 @@ def prepare_process(config: Config) -> None:
         os.environ.setdefault("NPROC", str(threads))
 
 
-def _start_jax(config: Config, cache_dir) -> None:
+def start_jax(config: Config) -> None:
+    """Where compiled programs are kept, and the other processes, once jax is there."""
     import jax
 
     runtime = config.runtime
     if runtime.compile_cache:
+        cache_dir = runfolder.cache_dir(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -82,6 +89,19 @@ def _start_jax(config: Config, cache_dir) -> None:
             # `watched` comes first, with a code of ours: jax ends a process by SIGABRT.
             heartbeat_timeout_seconds=60,
         )
+
+
+def _begin(config: Config) -> tuple[Config, Any]:
+    """The config with the model that init.model takes, and where the first parameters
+    come from: None where they are random, or the run has saved some."""
+    if not config.init.from_:
+        return config, None
+    old = runfolder.begun(config)
+    if runfolder.has_checkpoint(config) and old is not None:
+        return runfolder.as_begun(config, old), None
+    # By its public name, which loads the module: a plain run needs none of it.
+    source = jaxinfra.open_source(config.init.from_)
+    return (source.adopt(config) if config.init.model else config), source
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ like a Python keyword drops its underscore, so that `init.from_` is `--init.from
 
 import dataclasses
 import difflib
-import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -20,11 +19,11 @@ import reprlib
 import traceback
 import types
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jaxinfra import checks
-from jaxinfra.config import RESUMABLE, Config, ConfigError, did_you_mean
+from jaxinfra.config import RESUMABLE, TEXT_KEYS, Config, ConfigError, did_you_mean
 
 DEFAULT_CONFIG = "tiny"
 HELP = ("--help", "-h")
@@ -46,8 +45,24 @@ _EXPECTED = {
 Change = tuple[str, Any, Any]  # dotted key, old and new JSON value; None where absent
 
 
+class ConfigFile(NamedTuple):
+    """What a config file defines: get_config(), and for a task that is not text's
+    get_task(config, layout, policy) -> jaxinfra.Task, with TASK_KEYS: those of
+    `config.TEXT_KEYS` that it reads too."""
+
+    config: Config
+    get_task: Callable[..., Any] | None = None
+    task_keys: tuple[str, ...] = ()
+
+
 def read_command_line(argv: list[str]) -> Config:
-    """The checked config that `argv`, without the program's name, asks for.
+    """The checked config that `argv`, without the program's name, asks for."""
+    return read_command(argv)[0]
+
+
+def read_command(argv: list[str]) -> tuple[Config, Callable[..., Any] | None]:
+    """The checked config that `argv`, without the program's name, asks for, and the
+    get_task of its file; None: text.
 
     `--config` takes a file or a shipped name; `--help` prints every option with the
     defaults of that config and exits 0. Raises ConfigError on all that is wrong.
@@ -56,17 +71,34 @@ def read_command_line(argv: list[str]) -> Config:
     name = texts.pop("config", DEFAULT_CONFIG)
     if not name:
         raise ConfigError("--config has no value; write --config FILE or a name")
-    default = load_config(name)
+    default, get_task, task_keys = load(name)
     if not set(HELP).isdisjoint(argv):
         print(help_text(default))
         raise SystemExit(0)
     config = _apply(texts, default)
+    if config.task == "text":
+        get_task = None
+    elif get_task is None:
+        raise ConfigError(
+            f"task=own: config {name!r} defines no get_task; set task to text"
+        )
+    for key in texts if get_task else ():
+        if _is_in(key, TEXT_KEYS) and not _is_in(key, task_keys):
+            raise ConfigError(
+                f"--{key} is for text, and config {name!r} has a task of its own that"
+                " does not read it; leave it out, or name it in TASK_KEYS of the file"
+            )
     checks.check(config)
-    return config
+    return config, get_task
 
 
 def load_config(path_or_name: str) -> Config:
-    """What `get_config()` returns in a file given by path, or shipped by that name.
+    """The config of `load`."""
+    return load(path_or_name).config
+
+
+def load(path_or_name: str) -> ConfigFile:
+    """What a file defines that is given by path, or shipped by that name.
 
     A path ends in .py or has a folder in it. The file's code runs, so the path must be
     one that the user typed, never one read from a checkpoint.
@@ -82,7 +114,8 @@ def load_config(path_or_name: str) -> Config:
             f" shipped one: {', '.join(shipped)}{did_you_mean(name, shipped)}"
         )
     try:
-        get_config = getattr(_run_file(path), "get_config", None)
+        module = _run_file(path)
+        get_config = getattr(module, "get_config", None)
         config = get_config() if callable(get_config) else None
     except ConfigError:
         raise
@@ -92,7 +125,13 @@ def load_config(path_or_name: str) -> Config:
         raise ConfigError(
             f"{path} gives no config; define get_config() that returns a Config"
         )
-    return from_json(to_json(config))  # refuses wrong types, makes 1 a float
+    get_task = getattr(module, "get_task", None)
+    if get_task is not None and not callable(get_task):
+        raise ConfigError(f"{path}: get_task is no function (config, layout, policy)")
+    if get_task:
+        config = dataclasses.replace(config, task="own")
+    config = from_json(to_json(config))  # refuses wrong types, makes 1 a float
+    return ConfigFile(config, get_task, tuple(getattr(module, "TASK_KEYS", ())))
 
 
 def parse(argv: list[str], default: Config) -> Config:
@@ -120,13 +159,6 @@ def from_json(tree: Any, *, fill: bool = False) -> Config:
     return _build(Config, tree, "")
 
 
-def digest(config: Config) -> str:
-    """SHA-256 in hex of the canonical JSON: equal configs have equal digests."""
-    tree = to_json(from_json(to_json(config)))  # so that 1 and 1.0 are the same
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def leaves(config: Config) -> dict[str, Any]:
     """Dotted key -> JSON value, in the order of the dataclasses."""
     return dict(_flatten(to_json(config), ""))
@@ -144,11 +176,7 @@ def diff(old: Config, new: Config) -> list[Change]:
 
 def not_resumable(changes: list[Change]) -> list[Change]:
     """Those changes that a resumed run may not make without run.accept_changes."""
-    return [
-        change
-        for change in changes
-        if not any(f"{change[0]}.".startswith(f"{key}.") for key in RESUMABLE)
-    ]
+    return [change for change in changes if not _is_in(change[0], RESUMABLE)]
 
 
 def help_text(default: Config) -> str:
@@ -369,6 +397,11 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _is_in(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether `key` is one of `keys`, or in a section that is."""
+    return any(f"{key}.".startswith(f"{of}.") for of in keys)
 
 
 def _parent(key: str) -> str:

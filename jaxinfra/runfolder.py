@@ -1,6 +1,7 @@
 """The run folder: one place on disk that holds a run's whole history.
 
     config.json           the config of the last start
+    tokenizer.json        of the text that the run learns, where it does
     environment.json      versions, commit, flags and devices of the last start
     metrics.jsonl         one object a step; every step stands once
     metrics.lost.jsonl    lines of steps that a crash undid
@@ -23,15 +24,23 @@ from importlib import metadata
 from typing import Any
 
 from jaxinfra import options
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import FOR_TRAINING, Config, ConfigError
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"
 _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 
 def folder(config: Config) -> pathlib.Path:
     """Where the run of `config` lives."""
     return pathlib.Path(config.run.dir or f"runs/{config.name}").expanduser()
+
+
+def cache_dir(config: Config) -> pathlib.Path:
+    """Where prepared text and compiled programs of all runs are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(config.data.cache_dir or pathlib.Path(home, "jaxinfra"))
+    return folder.expanduser()
 
 
 def check_resume(config: Config) -> None:
@@ -55,9 +64,7 @@ def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
             f"{where} is not a config of this version: {error}; choose another "
             "--run.dir, or go on with this one by --run.accept_changes true"
         ) from error
-    if not config.model.vocab_size:  # The tokenizer's, which the old config tells.
-        model = dataclasses.replace(config.model, vocab_size=old.model.vocab_size)
-        config = dataclasses.replace(config, model=model)
+    config = as_begun(config, old)
     changes = options.not_resumable(options.diff(old, config))
     if changes:
         lines = "".join(f"\n  {key}: {was!r} -> {now!r}" for key, was, now in changes)
@@ -65,6 +72,33 @@ def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
             f"the run was started with other settings, says {where}:{lines}\nset them "
             "back, choose another --run.dir, or go on by --run.accept_changes true"
         )
+
+
+def as_begun(config: Config, old: Config) -> Config:
+    """`config` with what the first start found out, as `old` tells: the tokenizer's
+    vocabulary, and the model of init.from where init.model takes it."""
+    ours = config.model
+    model = old.model if config.init.model else ours
+    stated = {name: getattr(ours, name) for name in FOR_TRAINING if config.init.model}
+    vocab_size = ours.vocab_size or old.model.vocab_size
+    model = dataclasses.replace(model, vocab_size=vocab_size, **stated)
+    return dataclasses.replace(config, model=model)
+
+
+def begun(config: Config) -> Config | None:
+    """The config of the last start, None where there was none."""
+    path = folder(config) / "config.json"
+    return (
+        options.from_json(json.loads(path.read_text()), fill=True)
+        if path.is_file()
+        else None
+    )
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether the run has saved a step, good or not."""
+    steps = folder(config) / CHECKPOINTS
+    return steps.is_dir() and any(path.name.isdecimal() for path in steps.iterdir())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

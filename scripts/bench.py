@@ -5,6 +5,8 @@
     python scripts/bench.py start              command to first step, cold and warm
     python scripts/bench.py loop               host time a step that the loop costs
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
+    python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
+                                               against plain flax and scikit-learn
 
 Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares
 this environment: `--peers` makes one for it in the cache folder. Machines are noisy:
@@ -31,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = {"step": step, "start": start, "loop": loop, "shakespeare": shakespeare}
+    verbs = {"step": step, "start": start, "loop": loop}
+    verbs |= {"shakespeare": shakespeare, "images": images}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
@@ -174,6 +178,27 @@ def shakespeare(args) -> dict:
     }
 
 
+def images(args) -> dict:
+    """Held-out accuracy and seconds of the image configs, ours and in turn what
+    scripts/peers/images.py has."""
+    runs = {"digits_convnet": []}
+    if args.fashion:
+        runs["fashion_convnet"] = ["--data.path", args.fashion]
+    result = {}
+    for name, settings in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+            _run([*command, "--config", name, "--run.dir", folder, *settings])
+            secs = time.perf_counter() - begin
+            last = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()[-1]
+        ours = {"accuracy": json.loads(last)["eval/held_out/accuracy"], "secs": secs}
+        peers = _run([sys.executable, str(PEERS / "images.py"), name, *settings])
+        result[name] = {"ours": ours} | json.loads(peers)
+        print(name, result[name], file=sys.stderr)
+    return result
+
+
 def _our_step(naive, tokens):
     """Our training step for the naive model's shapes: (step, state, batch)."""
     import jax
@@ -181,7 +206,7 @@ def _our_step(naive, tokens):
 
     from jaxinfra import config as c
     from jaxinfra import experiment
-    from jaxinfra.data import device
+    from jaxinfra.data import packing
 
     config = c.Config(
         name="bench",
@@ -200,7 +225,7 @@ def _our_step(naive, tokens):
     ours = experiment.build(config, jax.devices()[:1])
     jax.set_mesh(ours.layout.mesh)
     place = experiment.batch_sharding(ours.layout)
-    batch = device.Batch(
+    batch = packing.Batch(
         jax.device_put(tokens.astype(np.uint16), place),
         jax.device_put(np.ones(tokens.shape, np.uint16), place),
     )

@@ -16,12 +16,12 @@ from jaxinfra.config import ConfigError, DataError
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: this process's); returns the exit code."""
     try:
-        config = options.read_command_line(sys.argv[1:] if argv is None else argv)
+        config, get_task = options.read_command(sys.argv[1:] if argv is None else argv)
         runfolder.check_resume(config)
         # The config is good: from here on jax is loaded.
         from jaxinfra import launcher
 
-        return launcher.run(config)
+        return launcher.run(config, get_task)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ConfigError, ModelConfig, SampleConfig
+from jaxinfra.config import ConfigError, DataError, ModelConfig, SampleConfig
+from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import cache, sample
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, seam
+from jaxinfra.ops import attention, layers, seam
 from jaxinfra.ops.seam import Context, Ops
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
@@ -98,7 +99,9 @@ def make_generate(
         )
     # A row's one new token cannot be split by length.
     rules = dataclasses.replace(layout.params, length=())
-    make_ops = functools.partial(Ops, seam.make_einsum(policy, rules))
+    make_ops = functools.partial(
+        Ops, seam.make_einsum(policy, rules), dispatch=layers.dense_dispatch
+    )
     make_model = functools.partial(
         transformer.make_model, cfg, policy=policy, rules=rules, unroll=unroll
     )
@@ -144,24 +147,26 @@ def generate_text(
     generate: Generate,
     key: jax.Array,
 ) -> list[str]:
-    """What follows each prompt; an empty one starts a document, as EOD does.
+    """What follows each prompt, which starts a document: after BOS where the tokenizer
+    has one; an empty one without it after EOD.
 
     `generate` is of `make_generate`, best with `stop_ids=(tokenizer.eod_id,)` and
     `vocab_size=tokenizer.vocab_size`.
     """
     if not prompts:
         return []
-    ids = [tokenizer.encode(text) for text in prompts]
-    ids = [row if len(row) else np.array([tokenizer.eod_id]) for row in ids]
+    ids = [tokenizers.prompt_ids(tokenizer, text) for text in prompts]
     lengths_B = np.array([len(row) for row in ids])
     prompts_BP = np.zeros((len(ids), lengths_B.max()), np.int32)
     for b, row in enumerate(ids):
         prompts_BP[b, : len(row)] = row
     generated = generate(params, prompts_BP, lengths_B, key)
-    return [
-        tokenizer.decode(tokens_N[:length])
-        for tokens_N, length in zip(*generated, strict=True)
-    ]
+    texts = []
+    for row, tokens_N, length in zip(ids, *generated, strict=True):
+        # Together: a tokenizer may write no space before the first token of a text.
+        whole = tokenizer.decode(np.concatenate([row, tokens_N[:length]]))
+        texts.append(whole[len(tokenizer.decode(row)) :])
+    return texts
 
 
 def continue_prompts(
@@ -179,8 +184,8 @@ def continue_prompts(
 
     Learned positions bound the tokens: what does not fit is not generated.
     """
-    longest = max((len(tokenizer.encode(prompt)) for prompt in prompts), default=1)
-    longest, num_tokens = max(longest, 1), settings.tokens
+    lengths = [len(tokenizers.prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    longest, num_tokens = max(lengths, default=1), settings.tokens
     if model.positions == "learned":
         num_tokens = min(num_tokens, model.max_length - longest)
         if num_tokens < 1:
@@ -279,7 +284,7 @@ def _check_prompts(prompts_BP, lengths_B, max_prompt: int, vocab_size: int) -> N
         )
     ids = prompts_BP[np.arange(P) < lengths_B[:, None]]
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(
+        raise DataError(
             f"prompts have ids from {ids.min()} to {ids.max()} and the model has 0 to "
             f"{vocab_size - 1}; encode them with the tokenizer that it was trained with"
         )

@@ -1,47 +1,65 @@
-"""A user's own flax module on our step: `from_linen`, `from_nnx` give (init, LossFn).
+"""A user's own flax module on our step: `from_linen`, `from_nnx` give `Bridged`, and
+`make_task` a `Task` of it, for `experiment.train` and config files.
 
 The module runs inside `jax.sharding.auto_axes`, where the compiler places it by where
 parameters and batch are; flax layers raise on arrays whose type carries a sharding.
-`shardings_for` places parameters that have no specs. Limits: not pipelined, and a
-module computes in its own dtypes, not a `Policy`'s.
+`shardings_for` places parameters that have no specs.
+
+Statistics of batches: `interop.running_norm` keeps all promises. flax's own BatchNorm
+needs `batch_stats="per_microbatch"`: it then normalises each microbatch by its own mean
+and variance over all devices, so a mesh does not change a result, but the number of
+microbatches does; the running values move once a step, by the mean of what the
+microbatches make of them, and not at all in a step that is not finite.
+
+Limits: not pipelined, and a module computes in its own dtypes, not a `Policy`'s.
 """
 
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from jaxinfra.params import ParamSpec, Tree
+from jaxinfra.interop import running_norm
+from jaxinfra.params import ParamSpec, Tree, named, unflatten
 from jaxinfra.sharding import Layout
-from jaxinfra.train import state
+from jaxinfra.tasks import Stream, Task
+from jaxinfra.train import evaluate, state
 from jaxinfra.train.objective import Aux, LossFn
 from jaxinfra.train.state import Shardings
 
+BatchStats = Literal["per_microbatch"] | None
+Losses = (
+    tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]
+)
+
 
 class ModuleLoss(Protocol):
-    def __call__(
-        self, model: Any, batch: Any, is_training: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        """(losses, weights), of one shape: [B], or [B, T] for tokens.
+    def __call__(self, model: Any, batch: Any, is_training: bool) -> Losses:
+        """(losses, weights) or (losses, weights, metrics), all arrays of one shape:
+        [B], or [B, T] for tokens.
 
         `model` is the user's module, ready to be called; `batch` any tree of arrays
         whose first dim is rows, as many as there are. Each row's loss is its own.
+        Metrics are averaged by the weights, as the loss is.
         """
         ...
 
 
 class Bridged(NamedTuple):
     """init(key, example_batch) -> (params, model_state), plain trees of arrays, each
-    whole on every device; model_state holds what is neither trained nor changed."""
+    whole on every device. update_state(model_state, stats of the loss) -> the next
+    model_state: running statistics move, all else in it stays."""
 
     init: Callable[[jax.Array, Any], tuple[Tree, Tree]]
     loss_fn: LossFn
+    update_state: Callable[[Tree, Any], Tree]
 
 
 def from_linen(
@@ -49,18 +67,23 @@ def from_linen(
     loss: ModuleLoss,
     *,
     rows: Callable[[Any], jax.Array] | None = None,
+    batch_stats: BatchStats = None,
 ) -> Bridged:
-    """A linen module as (init, LossFn).
+    """A linen module as functions.
 
     rows: gives each row's global id [B], and turns randomness on: each row passes alone
     (as a batch of one) with a key of its own, so that its dropout mask is the same on
     every mesh and for any number of microbatches. Without it the module must not draw.
-    Errors: ValueError for a module with batch statistics, or that draws without `rows`.
+    batch_stats: allows flax's BatchNorm, see the module's text; rows then pass together
+    and draw from one key, that of their microbatch.
+    Errors: ValueError for batch statistics without `batch_stats`, or a module that
+    draws without `rows`.
     """
 
     def split(variables: Tree) -> tuple[Tree, Tree]:
         collections = dict(nn.meta.unbox(variables))
-        if "batch_stats" in collections:
+        collections.pop(running_norm.SUMS, None)
+        if "batch_stats" in collections and not batch_stats:
             raise ValueError(_BATCH_STATS.format(what="collection 'batch_stats'"))
         return collections.pop("params", {}), collections
 
@@ -71,13 +94,18 @@ def from_linen(
 
     def losses(params, model_state, batch, key, is_training):
         split(model_state)
-        apply = nn.apply(lambda model, b: loss(model, b, is_training), module)
+        mutable = ["batch_stats", running_norm.SUMS] if is_training else []
+        apply = nn.apply(
+            lambda model, b: loss(model, b, is_training), module, mutable=mutable
+        )
         try:
-            return apply({"params": params, **model_state}, batch, rngs=key)
+            result, changed = apply({"params": params, **model_state}, batch, rngs=key)
         except flax.errors.InvalidRngError as error:
             raise ValueError(_NO_ROWS) from error
+        sums = changed.pop(running_norm.SUMS, {})
+        return result, _stats(changed, {running_norm.STATS: sums} if sums else {})
 
-    return Bridged(init, _loss_fn(losses, rows))
+    return Bridged(init, _loss_fn(losses, rows, batch_stats), _update_state)
 
 
 def from_nnx(
@@ -85,22 +113,24 @@ def from_nnx(
     loss: ModuleLoss,
     *,
     rows: Callable[[Any], jax.Array] | None = None,
+    batch_stats: BatchStats = None,
 ) -> Bridged:
-    """An nnx module, or a factory `Rngs -> module`, as (init, LossFn).
+    """An nnx module, or a factory `Rngs -> module`, as functions.
 
     `nnx.Param`s are trained. A module already built starts from its own parameters, and
     `init` ignores its key. In training `module.train()` is in force, else
-    `module.eval()`. rows: as in `from_linen`. Errors: ValueError for a module with
-    `nnx.BatchStat`, that changes a variable, or that has random streams and no `rows`.
+    `module.eval()`. rows, batch_stats: as in `from_linen`, for `nnx.BatchStat`. Errors:
+    ValueError for `nnx.BatchStat` without `batch_stats`, for a module that changes
+    another variable, or that has random streams and no `rows`.
     """
-    kinds = (nnx.Param, nnx.RngState, ...)
+    kinds = (nnx.Param, nnx.RngState, running_norm.RunningSum, ...)
     if isinstance(module_or_factory, nnx.Module):
         build = lambda key: module_or_factory
         abstract = module_or_factory
     else:
         build = lambda key: module_or_factory(nnx.Rngs(key))
         abstract = nnx.eval_shape(lambda: build(0))
-    if nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat)):
+    if nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat)) and not batch_stats:
         raise ValueError(_BATCH_STATS.format(what="nnx.BatchStat"))
     graph, *states = nnx.split(abstract, *kinds)
 
@@ -108,7 +138,7 @@ def from_nnx(
         del batch
 
         def make(key):
-            _, params, _, others = nnx.split(build(key), *kinds)
+            _, params, _, _, others = nnx.split(build(key), *kinds)
             return nnx.to_pure_dict(params), nnx.to_pure_dict(others)
 
         return jax.sharding.auto_axes(make, out_sharding=jax.P())(key)
@@ -117,7 +147,8 @@ def from_nnx(
         if is_training and key is None and jax.tree.leaves(states[1]):
             raise ValueError(_NO_ROWS)
         streams = _streams(states[1], jax.random.key(0) if key is None else key)
-        pure = (params, streams, model_state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), nnx.to_pure_dict(states[2]))
+        pure = (params, streams, zeros, model_state)
         filled = [jax.tree.map(lambda leaf: leaf, s) for s in states]  # copies
         for of_kind, values in zip(filled, pure, strict=True):
             nnx.replace_by_pure_dict(of_kind, values)
@@ -128,25 +159,62 @@ def from_nnx(
         after = _variables(model)
         if changed := [path for path in before if before[path] is not after.get(path)]:
             raise ValueError(_CHANGED.format(path="/".join(map(str, changed[0]))))
-        return result
+        if not is_training:
+            return result, _stats({}, {})
+        kept = (nnx.BatchStat, running_norm.RunningSum)
+        return result, _stats(*(nnx.to_pure_dict(nnx.state(model, k)) for k in kept))
 
-    return Bridged(init, _loss_fn(losses, rows))
+    return Bridged(init, _loss_fn(losses, rows, batch_stats), _update_state)
+
+
+def make_task(
+    bridged: Bridged,
+    layout: Layout,
+    *,
+    stream: Stream,
+    eval_sets: Mapping[str, evaluate.Rows],
+    **others: Any,
+) -> Task:
+    """The `Task` of a module on a stream of batches as its loss takes them; `others`
+    are further fields of it. Specs are those of `specs_for`."""
+    example = stream.batch(0, np.arange(1))
+    first = lambda key: bridged.init(key, example)
+    with jax.set_mesh(layout.mesh):
+        params, _ = jax.eval_shape(first, jax.random.key(0))
+    return Task(
+        specs=specs_for(params, layout),
+        loss_fn=bridged.loss_fn,
+        stream=stream,
+        eval_sets=eval_sets,
+        first=first,
+        update_state=bridged.update_state,
+        **others,
+    )
 
 
 def specs_for(params: Tree, layout: Layout) -> Tree:
-    """Specs for parameters that have none: the largest dim that divides over `fsdp` is
-    `embed`, the dim that ZeRO shards; arrays without one are replicated."""
+    """Specs for parameters that have none.
+
+    The largest dim that divides over `fsdp` is `embed`, the dim that ZeRO shards;
+    arrays without one are replicated. Kinds go by flax's names and ranks: `embedding`
+    tables, vectors, and matrices whose last dim is what they put out.
+    """
     parts = layout.mesh.shape["fsdp"]
 
-    def spec(leaf) -> ParamSpec:
+    def spec(path: str, leaf) -> ParamSpec:
         fits = [
             dim for dim, size in enumerate(leaf.shape) if size and size % parts == 0
         ]
         split = max(fits, key=lambda dim: leaf.shape[dim], default=None)
         axes = tuple("embed" if dim == split else None for dim in range(leaf.ndim))
-        return ParamSpec(tuple(leaf.shape), axes, (), "matrix", _no_initializer)
+        kind, contract = "vector", ()
+        if leaf.ndim > 1 and path.rpartition("/")[2] == "embedding":
+            kind = "embedding"
+        elif leaf.ndim > 1:
+            kind, contract = "matrix", tuple(range(leaf.ndim - 1))
+        return ParamSpec(tuple(leaf.shape), axes, contract, kind, _no_initializer)
 
-    return jax.tree.map(spec, params)
+    return unflatten(params, [spec(path, leaf) for path, leaf in named(params)])
 
 
 def shardings_for(
@@ -161,9 +229,9 @@ def shardings_for(
 
 
 _BATCH_STATS = (
-    "the module has {what}: a running mean depends on which rows shared a batch and in "
-    "which order batches came; state here may only be made from sums that microbatches "
-    "and devices merge in any order; use LayerNorm, RMSNorm or GroupNorm instead"
+    "the module has {what}: with them a result depends on which rows shared a "
+    "microbatch; use a norm of interop.running_norm, whose sums merge in any order, or "
+    "LayerNorm, RMSNorm or GroupNorm, or allow them by batch_stats='per_microbatch'"
 )
 _NO_ROWS = (
     "the module draws random numbers while training; every draw must belong to a row "
@@ -176,32 +244,67 @@ _CHANGED = (
 )
 
 
-def _loss_fn(losses: Callable, rows: Callable[[Any], jax.Array] | None) -> LossFn:
-    """The LossFn of `losses(params, model_state, batch, key, is_training)`."""
+def _stats(values: Tree, sums: Tree) -> Tree:
+    """What one microbatch tells `_update_state`: updated values, to be averaged over
+    `count` microbatches, and sums; both trees of the model state's paths."""
+    return {"values": values, "count": jnp.float32(1.0), "sums": sums}
+
+
+def _update_state(model_state: Tree, stats: Any) -> Tree:
+    def mean(path, old: jax.Array) -> jax.Array:
+        new = stats["values"]
+        for entry in path:
+            new = new.get(entry.key, {})
+        return (new / stats["count"]).astype(old.dtype) if _is_array(new) else old
+
+    model_state = jax.tree_util.tree_map_with_path(mean, model_state)
+    return running_norm.updated(model_state, stats["sums"])
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+def _loss_fn(
+    losses: Callable, rows: Callable[[Any], jax.Array] | None, batch_stats: BatchStats
+) -> LossFn:
+    """The LossFn of `losses(params, model_state, batch, key, is_training)`, which gives
+    (what a `ModuleLoss` gives, stats)."""
+
+    def one_by_one(params, model_state, batch, key):
+        def one(row, number):
+            own_key = jax.random.fold_in(key, number)
+            batch = jax.tree.map(lambda x: x[None], row)
+            return losses(params, model_state, batch, own_key, True)
+
+        assert rows is not None
+        result, stats = jax.vmap(one)(batch, rows(batch))
+        return result, jax.tree.map(lambda x: jnp.sum(x, axis=0), stats)
 
     def sums(params, model_state, batch, key):
         if key is None or rows is None:
-            values, weights = losses(params, model_state, batch, None, key is not None)
+            args = (params, model_state, batch, None, key is not None)
+            result, stats = losses(*args)
+        elif batch_stats:
+            own_key = jax.random.fold_in(key, rows(batch)[0])
+            result, stats = losses(params, model_state, batch, own_key, True)
         else:
-
-            def one(row, number):
-                own_key = jax.random.fold_in(key, number)
-                batch = jax.tree.map(lambda x: x[None], row)
-                return losses(params, model_state, batch, own_key, True)
-
-            values, weights = jax.vmap(one)(batch, rows(batch))
-        if values.shape != weights.shape:
-            raise ValueError(
-                f"the loss gave losses of shape {values.shape} and weights of shape "
-                f"{weights.shape}; they must be of one shape, a weight for each loss"
-            )
+            result, stats = one_by_one(params, model_state, batch, key)
+        values, weights, metrics = (*result, {})[:3]
+        for name, x in {"losses": values, **metrics}.items():
+            if x.shape != weights.shape:
+                raise ValueError(
+                    f"the loss gave {name} of shape {x.shape} and weights of shape "
+                    f"{weights.shape}; they must be of one shape, a weight for each"
+                )
         weights = weights.astype(jnp.float32)
-        return jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights)
+        total = lambda x: jnp.sum(x.astype(jnp.float32) * weights)
+        metrics = {name: total(x) for name, x in metrics.items()}
+        return total(values), Aux(jnp.sum(weights), metrics, stats)
 
     def loss_fn(params, model_state, batch, key):
         automatic = jax.sharding.auto_axes(sums, out_sharding=jax.P())
-        loss_sum, weight_sum = automatic(params, model_state, batch, key)
-        return loss_sum, Aux(weight_sum, {})
+        return automatic(params, model_state, batch, key)
 
     return loss_fn
 
@@ -222,8 +325,9 @@ def _streams(state: nnx.State, key: jax.Array) -> Tree:
 
 
 def _variables(model: nnx.Module) -> dict[tuple, Any]:
-    """Path -> value of every variable but random streams."""
-    _, _, kept = nnx.split(model, nnx.RngState, ...)
+    """Path -> value of every variable that a call may not change."""
+    may_change = (nnx.RngState, nnx.BatchStat, running_norm.RunningSum)
+    _, *_, kept = nnx.split(model, *may_change, ...)
     return {path: v.get_value() for path, v in nnx.to_flat_state(kept)}
 
 

@@ -62,7 +62,24 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["model.max_length=0", "set model.max_length to 128 or more"],
     ),
     (["--model.repeats", "0"], ["no layer", "model.repeats"]),
-    (["--model.num_experts", "8"], ["model.num_experts=8", "in this version"]),
+    (
+        ["--model.pattern", '[{"feed_forward": "experts"}]'],
+        ["feed_forward='experts'", "model.experts_per_token=0"],
+    ),
+    (
+        ["--init.model", "true"],
+        ["init.model=true", "init.from", "set it"],
+    ),
+    (["--init.from", "runs/nowhere@7"], ["init.from=", "is not there"]),
+    (
+        [
+            "--model.rope_scaling.kind",
+            "llama3",
+            "--model.rope_scaling.high_freq",
+            "0.5",
+        ],
+        ["model.rope_scaling.high_freq=0.5", "low_freq"],
+    ),
     # Training
     (
         ["--train.batch_size", "16", "--train.microbatches", "3"],
@@ -72,9 +89,14 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["--optimizer.decay_fraction", "1.5"],
         ["optimizer.decay_fraction=1.5", "from 0 to 1"],
     ),
+    (
+        ["--optimizer.schedule=exponential", "--optimizer.final_fraction=0"],
+        ["optimizer.schedule='exponential'", "set optimizer.final_fraction above 0"],
+    ),
+    (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay=1.0", "below 1"]),
+    (["--optimizer.name", "adam"], ["must be one of", "did you mean adamw?"]),
     (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
     (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
-    (["--init.from", "runs/a"], ["init.from='runs/a'", "not part of this version"]),
     (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
     # The mesh
     (
@@ -128,6 +150,9 @@ WRONG: list[tuple[list[str], list[str]]] = [
     # Paths
     (["--data.path", "shakespere"], ["'shakespere'", "did you mean shakespeare?"]),
     (["--data.path", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
+    (["--data.tokenizer", "bite"], ["data.tokenizer='bite'", "did you mean byte?"]),
+    (["--data.tokenizer", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
+    (["--data.bos", "sometimes"], ["data.bos", "always"]),
     (["--run.dir", "s3://bucket/run"], ["run.dir=", "set run.dir to a local path"]),
     (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
     (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),

@@ -68,8 +68,13 @@ def start(settings: dict[str, Any], **options: Any) -> subprocess.Popen:
 
 def train(settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess:
     """A run to its end."""
+    return run(arguments(settings), **options)
+
+
+def run(argv: list[str], **options: Any) -> subprocess.CompletedProcess:
+    """scripts/train.py with these words, to its end."""
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments(settings)],
+        [sys.executable, SCRIPT, *argv],
         env=environment(),
         cwd=ROOT,
         text=True,

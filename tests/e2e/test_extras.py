@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from e2e import command
 
 PREPARE = command.ROOT / "scripts" / "prepare.py"
@@ -65,6 +66,7 @@ def test_a_set_of_another_tokenizer_is_refused(cache, tmp_path):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_two_devices_on_as_many_cores_do_not_wait_for_each_other_for_ever(
     cache, tmp_path
 ):

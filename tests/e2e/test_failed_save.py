@@ -2,6 +2,7 @@
 
 import resource
 
+import pytest
 from e2e import command
 from e2e.command import STEPS
 
@@ -54,6 +55,7 @@ def test_a_file_where_the_checkpoints_go_ends_with_15(cache, tmp_path):
     assert (run_dir / "checkpoints").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_metrics_ends_with_15_and_goes_on(cache, quiet, tmp_path):
     run_dir = tmp_path / "run"
     settings = cache | {"run.dir": run_dir}

@@ -30,7 +30,7 @@ def _loss(params, model_state, batch, key):
 
 def _build(optimizer: str):
     """(jitted step, first state) of a small model on one device."""
-    argv = command.arguments({"optimizer.name": optimizer})
+    argv = command.arguments({"optimizer.name": optimizer, "optimizer.ema_decay": 0.5})
     config = experiment.resolve(options.read_command_line(argv), 257)
     checks.check(config)
     built = experiment.build(config, jax.devices()[:1])
@@ -51,7 +51,7 @@ def _bytes(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_a_spoilt_batch_leaves_every_leaf_bitwise_as_it_was(optimizer):
     mesh, step, init, seen = _build(optimizer)
     with jax.set_mesh(mesh):

@@ -31,7 +31,7 @@ LLAMA = ModelConfig(
     suffix=(LayerConfig(),),
     attention_softcap=5.0,
     logit_softcap=20.0,
-    qk_norm=True,
+    qk_norm="head",
     tied=False,
 )
 GPT2 = ModelConfig(

@@ -244,7 +244,7 @@ def test_batch_statistics_are_refused_with_the_rule_and_the_fix(one_device):
         def __call__(self, x, deterministic):
             return nn.Dense(C)(nn.BatchNorm(use_running_average=deterministic)(x))
 
-    fix = "merge in any order; use LayerNorm"
+    fix = "merge in any order, or LayerNorm.*allow them by batch_stats='per_micro"
     bridged = flax_bridge.from_linen(LinenBatchNorm(), linen_loss)
     with pytest.raises(ValueError, match=f"'batch_stats'.*{fix}"):
         bridged.init(jax.random.key(0), jax.tree.map(jnp.asarray, make_batch()))

@@ -1,0 +1,199 @@
+"""Parameters that a run begins with, or that are used as they are, and their model.
+
+A source is one of
+
+    RUN, RUN@STEP     a run folder: its newest good checkpoint, or that of a step
+    HF_DIR            a published folder: config.json and safetensors
+    FILE.gguf         a llama.cpp file (extra `gguf`)
+
+`open_source` tells which it is and what model it holds, without reading an array.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import options, params, precision, runfolder
+from jaxinfra.checkpoint import restore
+from jaxinfra.config import FOR_TRAINING, Config, ConfigError, DataError, ModelConfig
+from jaxinfra.interop import hf, same_model
+from jaxinfra.models.specs import param_specs
+from jaxinfra.params import Tree
+from jaxinfra.sharding import Layout
+
+_LOG = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """A model and its parameters, not read yet.
+
+    read(model, specs, layout=, dtype=) -> parameters of `param_specs(model)`, where
+    `model` is the source's or one that computes the same.
+    """
+
+    where: str
+    model: ModelConfig
+    read: Callable[..., Tree]
+    family: str = ""  # of published ones
+
+    def load(self, *, layout: Layout, dtype: Any) -> Tree:
+        """The parameters of the source's own model, laid out as `layout.params`
+        says."""
+        specs = param_specs(self.model)
+        return self.read(self.model, specs, layout=layout, dtype=dtype)
+
+    def adopt(self, config: Config) -> Config:
+        """`config` with the source's model, but for what only training reads, and for
+        a vocabulary that `config` states."""
+        kept = {name: getattr(config.model, name) for name in FOR_TRAINING}
+        kept["vocab_size"] = config.model.vocab_size or self.model.vocab_size
+        model = dataclasses.replace(self.model, **kept)
+        return dataclasses.replace(config, model=model)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ConfigError, with the keys, where `model` computes another function;
+        the vocabulary may differ."""
+        same = dataclasses.replace(model, vocab_size=self.model.vocab_size)
+        if differ := same_model.differences(same, self.model):
+            raise ConfigError(
+                f"init.from={self.where} is another model than the config's: "
+                f"{'; '.join(differ)}; set these keys to the source's, or take its "
+                "model by --init.model true"
+            )
+
+    def begin(
+        self, model: ModelConfig, *, layout: Layout, dtype: Any
+    ) -> tuple[Tree, str]:
+        """(parameters of `model` from the source, a line that says what was taken).
+
+        Where `model` has more ids, the new ones begin at the mean of the others; where
+        it has fewer, the last are cut. Raises as `check`.
+        """
+        self.check(model)
+        theirs, ours = self.model.vocab_size, model.vocab_size
+        same = dataclasses.replace(model, vocab_size=theirs)
+        weights = self.read(same, param_specs(same), layout=layout, dtype=dtype)
+        specs = param_specs(model)
+        told = f"parameters from {self.where}: {params.count(param_specs(same)):,}"
+        if theirs == ours:
+            return weights, told
+        weights = _resized(weights, specs, theirs, ours, layout)
+        if ours > theirs:
+            what = f"{ours - theirs} new ids begin at the mean of the others"
+        else:
+            what = f"the last {theirs - ours} ids are cut"
+        return weights, f"{told}; of the vocabulary, {what}"
+
+
+def open_source(path: str) -> Source:
+    """The source at `path`.
+
+    Raises ConfigError for a path that is none, DataError for damaged files,
+    CheckpointError where a run has no usable step.
+    """
+    place = pathlib.Path(path).expanduser()
+    if place.is_file() and place.suffix == ".gguf":
+        from jaxinfra.interop import gguf_file
+
+        return _published(path, gguf_file.open_file(place))
+    folder, step = run_and_step(place)
+    fields = _read_json(folder / "config.json")
+    if "model_type" in fields:
+        return _published(path, hf.open_folder(folder))
+    if (folder / runfolder.CHECKPOINTS).is_dir():
+        return _open_run(folder, step)
+    raise ConfigError(
+        f"{path} is neither a run folder (config.json and {runfolder.CHECKPOINTS}) nor "
+        "a published model (config.json with model_type); name one of the two"
+    )
+
+
+def _published(where: str, published: hf.Published) -> Source:
+    return Source(
+        where,
+        published.model,
+        functools.partial(hf.read_params, published),
+        published.family.model_type,
+    )
+
+
+def _open_run(run: pathlib.Path, step: int | None) -> Source:
+    folder, pinned = run / runfolder.CHECKPOINTS, step
+    step = restore.latest(folder) if step is None else step
+    if step is None:
+        raise ConfigError(f"{folder} has no checkpoint yet; train first")
+    config = restore.restore(folder, step, {}).metadata["config"]
+    config = options.from_json(config, fill=True)
+    if config.task != "text":
+        raise ConfigError(f"{run} trained a task of its own and not a model of text")
+
+    part, stored = "params", precision.policy(config.precision).param
+    if config.optimizer.ema_decay:  # the average is what the run evaluates
+        part, stored = "opt_state/average", jnp.float32
+
+    def read(model: ModelConfig, specs: Tree, *, layout: Layout, dtype: Any) -> Tree:
+        abstract = params.abstract(specs, layout, layout.params, stored)
+        wanted = {f"{part}/{path}": leaf for path, leaf in params.named(abstract)}
+        shapes = {f"{part}/{path}": s.shape for path, s in params.named(specs)}
+        if pinned is None:  # passes over a step that is found damaged only now
+            found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
+        else:
+            found = restore.restore(folder, pinned, wanted, logical_shapes=shapes)
+        assert found is not None
+        for bad, why in found.rejected:
+            _LOG.warning("step %d is passed over: %s", bad, why)
+        arrays = [found.arrays[name].astype(dtype) for name in wanted]
+        return params.unflatten(abstract, arrays)
+
+    return Source(f"{run}@{step}", config.model, read)
+
+
+def run_and_step(place: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """RUN and STEP of RUN@STEP; a folder that is there is never cut at an @."""
+    run, at, step = str(place).rpartition("@")
+    if at and not place.exists() and step.isdecimal():
+        return pathlib.Path(run), int(step)
+    return place, None
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{file.parent} has no config.json; name a run folder or a published model"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read ({error}); restore it") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{file} holds no JSON object; restore it")
+    return fields
+
+
+def _resized(weights: Tree, specs: Tree, old: int, new: int, layout: Layout) -> Tree:
+    """Every array over the vocabulary with `new` ids, padded as the mesh wants it."""
+    places = params.shardings(specs, layout, layout.params)
+
+    def resize(array_VD: jax.Array, rows: int) -> jax.Array:
+        known_VD = array_VD[:old].astype(jnp.float32)
+        mean_1D = jnp.mean(known_VD, axis=0, keepdims=True)
+        grown_VD = jnp.concatenate(
+            [known_VD[:new], jnp.repeat(mean_1D, max(new - old, 0), axis=0)]
+        )
+        return jnp.pad(grown_VD, ((0, rows - new), (0, 0))).astype(array_VD.dtype)
+
+    def one(array, spec, place):
+        if "vocab" not in spec.axes:
+            return array
+        rows = params.physical_shape(spec, layout)[0]
+        auto = jax.sharding.auto_axes(lambda x: resize(x, rows), out_sharding=place)
+        return jax.jit(auto)(array)
+
+    return jax.tree.map(one, weights, specs, places)

@@ -1,0 +1,77 @@
+"""When two configs are one function of their parameters, and its shortest form."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxinfra.config import FOR_TRAINING, LayerConfig, ModelConfig
+
+
+def stack(layers: list[LayerConfig]) -> dict[str, Any]:
+    """prefix, pattern, repeats and suffix of a list of layers, of which the fewest
+    stand alone."""
+
+    def split(first: int, size: int) -> tuple[int, int]:
+        """(layers that stand alone, repeats) for a pattern at layers[first:][:size]."""
+        repeats = 0
+        while (
+            layers[first : first + size]
+            == layers[first + repeats * size : first + (repeats + 1) * size]
+        ):
+            repeats += 1
+        return len(layers) - size * (repeats - 1), repeats
+
+    places = [(f, s) for f in range(len(layers)) for s in range(1, len(layers) - f + 1)]
+    first, size = min(places, key=lambda p: (split(*p)[0], p[0], -p[1]))
+    repeats = split(first, size)[1]
+    return {
+        "prefix": tuple(layers[:first]),
+        "pattern": tuple(layers[first : first + size]),
+        "repeats": repeats,
+        "suffix": tuple(layers[first + size * repeats :]),
+    }
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Settings in which two models compute otherwise: 'model.width=8 against 16'."""
+    a, b = canonical(a), canonical(b)
+    found = []
+    if len(a.pattern) != len(b.pattern):
+        found.append(f"{len(a.pattern)} layers against {len(b.pattern)}")
+    else:
+        pairs = enumerate(zip(a.pattern, b.pattern, strict=True))
+        different = [(i, x, y) for i, (x, y) in pairs if x != y]
+        found += [f"layer {i}: {x} against {y}" for i, x, y in different[:1]]
+    for field in dataclasses.fields(ModelConfig):
+        if field.name == "pattern" or field.name in FOR_TRAINING:
+            continue
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        is_close = isinstance(one, float) and math.isclose(one, other, rel_tol=1e-12)
+        if one != other and not is_close:
+            found.append(f"model.{field.name}={one} against {other}")
+    return found
+
+
+def canonical(model: ModelConfig) -> ModelConfig:
+    """The same function said in one way: widths that 0 stands for, unused settings."""
+    has_experts = any(layer.feed_forward == "experts" for layer in model.layers)
+    is_rotary = model.positions == "rotary"
+    no_experts = {"num_experts": 0, "experts_per_token": 0, "router_renormalize": True}
+    return dataclasses.replace(
+        model,
+        head_dim=model.head_width,
+        attention_scale_dim=model.attention_scale_dim or model.head_width,
+        expert_ffn_width=model.expert_width if has_experts else 0,
+        ffn_width=model.ffn_width if _has_dense(model) else 0,
+        rope_theta=model.rope_theta if is_rotary else 0.0,
+        max_length=0 if is_rotary else model.max_length,
+        prefix=(),
+        pattern=model.layers,
+        repeats=1,
+        suffix=(),
+        **({} if has_experts else no_experts),
+    )
+
+
+def _has_dense(model: ModelConfig) -> bool:
+    return any(layer.feed_forward == "dense" for layer in model.layers)
