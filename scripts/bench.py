@@ -7,6 +7,9 @@
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
+    python scripts/bench.py published --model SOURCE   a published model (a folder or a
+                                               .gguf) against transformers: the same
+                                               perplexity, the same greedy text
 
 Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares
 this environment: `--peers` makes one for it in the cache folder. Machines are noisy:
@@ -15,6 +18,7 @@ quote the ratios, which come from runs in turn.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import platform
@@ -34,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = {"step": step, "start": start, "loop": loop}
-    verbs |= {"shakespeare": shakespeare, "images": images}
+    verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
+    parser.add_argument("--model", help="folder or .gguf file, for published")
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
@@ -197,6 +202,64 @@ def images(args) -> dict:
         result[name] = {"ours": ours} | json.loads(peers)
         print(name, result[name], file=sys.stderr)
     return result
+
+
+# Begin 10 texts of several kinds, so that greedy text differs.
+_PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village,",
+    "def fibonacci(n):",
+    "Water boils at",
+    "To be, or not to be:",
+    "The three laws of motion are",
+    "Dear Sir or Madam,",
+    "My favourite recipe for bread starts with",
+    "1, 2, 3, 5, 8,",
+    "In 1969, for the first time,",
+]
+
+
+def published(args) -> dict:
+    """Perplexity of 100 kB and 50 greedy tokens after 10 prompts, by the commands that
+    a user has, and by transformers on the same weights."""
+    if not args.model:
+        raise SystemExit("bench.py published needs --model SOURCE")
+    packages = ["torch==2.13.*", "transformers==5.*"]
+    peer = [_peer_environment("published", packages), str(PEERS / "published.py")]
+    script = lambda name: [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
+    length, tokens, source = 1024, 50, args.model
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        if source.endswith(".gguf"):
+            source = str(folder / "model")
+            _run([*script("convert"), "--from", args.model, "--to", source])
+        corpus = ROOT / "jaxinfra" / "data" / "corpus" / "shakespeare.txt"
+        (folder / "text.txt").write_bytes(corpus.read_bytes()[:100_000])
+        (folder / "prompts.json").write_text(json.dumps(_PROMPTS))
+        files = [folder / "text.txt", folder / "prompts.json"]
+        theirs = json.loads(
+            _run([*peer, source, *map(str, files), str(length), str(tokens)])
+        )
+        begin = time.perf_counter()
+        command = [*script("evaluate"), "--from", source, "--length", str(length)]
+        _run([*command, "--text", str(files[0]), "--out", str(folder / "out.json")])
+        score_secs, begin = time.perf_counter() - begin, time.perf_counter()
+        [ours] = json.loads((folder / "out.json").read_text())["results"]
+        command = [*script("generate"), source, "--tokens", str(tokens)]
+        command += [word for prompt in _PROMPTS for word in ("--prompt", prompt)]
+        texts = _run([*command, "--sample.temperature", "0"]).rstrip("\n")
+        same = [a == b for a, b in zip(texts.split("\n---\n"), theirs["texts"])]
+    nats = ours["nats_per_token"], theirs["nats_per_token"]
+    return {
+        "model": pathlib.Path(args.model).name,
+        "tokens": [ours["tokens"], theirs["tokens"]],
+        "nats_per_token": nats,
+        "perplexity_relative_difference": math.expm1(nats[0] - nats[1]),
+        "greedy_texts_equal": f"{sum(same)} of {len(same)}",
+        "score_secs_with_start": score_secs,
+        "generate_secs_with_start": time.perf_counter() - begin,
+        "transformers": {k: v for k, v in theirs.items() if k.endswith("secs")},
+    }
 
 
 def _our_step(naive, tokens):

@@ -88,6 +88,7 @@ def with_settings(source, **settings):
     return source
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_plots_samples_and_resumes(tmp_path):
     notebook = read_notebook()
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")

@@ -42,6 +42,7 @@ def build(settings, run_dir):
     return experiment.build(config, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_training_does_not_see_it_and_evaluation_does(settings, averaged, tmp_path):
     plain = tmp_path / "run"
     done = command.train(settings | {"run.dir": plain, "optimizer.ema_decay": 0})

@@ -41,6 +41,7 @@ def train(settings):
     return command.run(["--config", "fashion_convnet", *argv])
 
 
+@pytest.mark.slow
 def test_batch_norm_stopped_and_started_again_is_bit_equal(images, cache, tmp_path):
     settings = cache | {"data.path": images}
     done = train(settings | {"run.dir": tmp_path / "quiet"})

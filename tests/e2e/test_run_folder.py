@@ -122,6 +122,7 @@ def test_nothing_but_what_the_contract_names_is_left(quiet):
         "events.jsonl",
         "checkpoints",
         "owner.1.json",
+        "tokenizer.json",
     }
     assert {path.name for path in (quiet / "checkpoints").iterdir()} == {
         str(step) for step in command.saved_steps(quiet)

@@ -86,7 +86,7 @@ def plain_nnx(params, model_state, *, rate, steps=5):
     return found, nnx.to_pure_dict(trained), nnx.to_pure_dict(stats)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_training_with_batch_norm_is_plain_flax_and_optax(kind):
     metrics, last, first = train(kind)
     plain = plain_linen if kind == "linen" else plain_nnx

@@ -105,6 +105,7 @@ def test_sums_of_many_tokens_do_not_lose_any():
     assert "eval/big/bits_per_byte" not in found  # what is predicted is no text
 
 
+@pytest.mark.slow
 def test_labels_are_smoothed_in_training_alone(tmp_path):
     data = tiny_runs.write_documents(tmp_path / "set")
     losses = {}
