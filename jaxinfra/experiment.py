@@ -184,7 +184,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
     experiment = build(config, get_task=get_task)
     task, layout = experiment.task, experiment.layout
     if source is not None:
-        source.check(config.model)
+        source.check(config.model, task.files.get(runfolder.TOKENIZER))
     stream, rows = task.stream, batch_sharding(layout)
     if stream is None:
         raise ConfigError(f"the task of config {config.name!r} has no stream")

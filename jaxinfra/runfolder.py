@@ -36,6 +36,15 @@ def folder(config: Config) -> pathlib.Path:
     return pathlib.Path(config.run.dir or f"runs/{config.name}").expanduser()
 
 
+def run_and_step(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """RUN and STEP of RUN@STEP; a path that is there is never cut at an @."""
+    place = pathlib.Path(path).expanduser()
+    run, at, step = str(place).rpartition("@")
+    if at and not place.exists() and step.isdecimal():
+        return pathlib.Path(run), int(step)
+    return place, None
+
+
 def cache_dir(config: Config) -> pathlib.Path:
     """Where prepared text and compiled programs of all runs are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -189,7 +189,7 @@ def continued(
 ) -> list[str]:
     """Prompts with their continuations by parameters `weights`, as config.sample
     says."""
-    return decode.continue_prompts(
+    texts = decode.continue_prompts(
         weights,
         prompts,
         data.tokenizer,
@@ -199,6 +199,7 @@ def continued(
         layout=layout,
         seed=config.run.seed,
     )
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _eval_sets(config: Config, data: shards.Dataset) -> dict[str, batches.Evaluation]:

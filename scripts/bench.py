@@ -7,6 +7,10 @@
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
+    python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
+                                               against float32 masters: 500 steps
+    python scripts/bench.py sft --model SOURCE   a published model that learns answers
+                                               cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
                                                .gguf) against transformers: the same
                                                perplexity, the same greedy text
@@ -17,11 +21,13 @@ quote the ratios, which come from runs in turn.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -39,11 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
+    verbs |= {"rounding": rounding, "sft": sft}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
-    parser.add_argument("--model", help="folder or .gguf file, for published")
+    parser.add_argument("--model", help="folder or .gguf file, for sft, published")
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
@@ -204,6 +211,107 @@ def images(args) -> dict:
     return result
 
 
+def rounding(args) -> dict:
+    """Held-out nats of configs/tiny.py after 500 steps, by optimizer and by how
+    updates enter the parameters."""
+    ways = {
+        "float32 masters": ["bfloat16"],
+        "bfloat16, stochastic": ["bfloat16_params"],
+        "bfloat16, nearest": ["bfloat16_params", "--train.rounding", "nearest"],
+    }
+    optimizers = {
+        "muon": ["--optimizer.name", "muon"],
+        "adamw": ["--optimizer.name", "adamw", "--optimizer.learning_rate", "1e-3"],
+    }
+    result = {}
+    for name, optimizer in optimizers.items():
+        losses = {}
+        for way, settings in ways.items():
+            command = ["--train.steps", "500", *optimizer, "--precision", *settings]
+            losses[way] = _train(command)["eval/loss"]
+            print(name, way, losses[way], file=sys.stderr)
+        base = losses["float32 masters"]
+        result[name] = {
+            way: {"held_out_nats": loss, "against_masters": loss / base - 1}
+            for way, loss in losses.items()
+        }
+    return result
+
+
+def sft(args) -> dict:
+    """Held-out nats an answer token before and while a published model learns to answer
+    speeches of the shipped plays."""
+    if not args.model:
+        raise SystemExit("bench.py sft needs --model SOURCE")
+    text = (ROOT / "jaxinfra" / "data" / "corpus" / "shakespeare.txt").read_text()
+    speeches = re.findall(r"\n\n([A-Z][A-Za-z ]{2,20})\.\n((?:[^\n]+\n)+)", text)
+    asked = [
+        (f"Answer {one.title()}, who says:\n{said.strip()}", answer.strip())
+        for (one, said), (other, answer) in itertools.pairwise(speeches)
+        if one != other and 30 < len(said) < 240 and 30 < len(answer) < 240
+    ]
+    script = lambda name: [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        model, data, run_dir = (str(folder / n) for n in ("model", "data", "run"))
+        convert = [*script("convert"), "--from", args.model, "--to", model]
+        _run([*convert, "--format", "hf"])
+        messages = [
+            {"messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]}
+            for question, answer in asked[:420]
+        ]  # fmt: skip
+        pairs = folder / "pairs.jsonl"
+        pairs.write_text("".join(json.dumps(m) + "\n" for m in messages))
+        prepare = [*script("prepare"), str(pairs), "--chat", "--tokenizer", model]
+        _run([*prepare, "--out", data, "--split", "documents", "--held_out", "0.05"])
+        evaluate = [
+            *script("evaluate"),
+            "--data",
+            data,
+            "--out",
+            str(folder / "r.json"),
+        ]
+
+        def held_out(source):
+            _run([*evaluate, "--from", source])
+            [found] = json.loads((folder / "r.json").read_text())["results"]
+            return found["nats_per_token"]
+
+        losses = {"0": held_out(model)}
+        steps = ["--train.steps", "30", "--train.save_every", "10"]
+        rate = ["--optimizer.learning_rate", "5e-5", "--optimizer.warmup_steps", "5"]
+        rows = ["--train.batch_size", "8", "--train.length", "128"]
+        begin = time.perf_counter()
+        source = ["--data.path", data, "--init.from", model, "--init.model", "true"]
+        adamw = ["--optimizer.name", "adamw", "--eval.batches", "1"]
+        _train([*source, *adamw, *steps, *rate, *rows], run_dir)
+        secs = time.perf_counter() - begin
+        losses |= {str(n): held_out(f"{run_dir}@{n}") for n in (10, 20, 30)}
+        out = str(folder / "out")
+        _run([*script("convert"), "--from", run_dir, "--to", out])
+        generate = [*script("generate"), out, "--chat", "--prompt", asked[-1][0]]
+        said = _run([*generate, "--tokens", "40", "--sample.temperature", "0"])
+    return {
+        "model": pathlib.Path(args.model).name,
+        "held_out_nats_by_step": losses,
+        "train_secs": secs,
+        "said_after_export": said,
+    }
+
+
+def _train(settings: list[str], run_dir: str = "") -> dict:
+    """The last metrics of a run without a sample at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = run_dir or f"{folder}/run"
+        command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+        _run([*command, "--run.dir", run_dir, "--sample.tokens", "0", *settings])
+        lines = pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])
+
+
 # Begin 10 texts of several kinds, so that greedy text differs.
 _PROMPTS = [
     "The capital of France is",
@@ -232,7 +340,8 @@ def published(args) -> dict:
         folder = pathlib.Path(name)
         if source.endswith(".gguf"):
             source = str(folder / "model")
-            _run([*script("convert"), "--from", args.model, "--to", source])
+            command = [*script("convert"), "--from", args.model, "--to", source]
+            _run([*command, "--format", "hf"])
         corpus = ROOT / "jaxinfra" / "data" / "corpus" / "shakespeare.txt"
         (folder / "text.txt").write_bytes(corpus.read_bytes()[:100_000])
         (folder / "prompts.json").write_text(json.dumps(_PROMPTS))

@@ -11,15 +11,14 @@ and the devices, as for training: `--runtime.cpu_devices 4 --mesh.fsdp 4`.
 """
 
 import argparse
-import dataclasses
-import math
 import pathlib
 import sys
 
-from jaxinfra import checks, options
-from jaxinfra.config import AXES, Config, ConfigError, DataError
+from jaxinfra.config import Config, ConfigError, DataError
+from jaxinfra.generate import settings
 from jaxinfra.resilience import exitcodes
 
+_KEYS = ("mesh", "zero", "runtime.cpu_devices", "runtime.devices")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,10 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shard_bytes", type=int, default=5 * 10**9, help="a safetensors file's most"
     )
-    args, rest = parser.parse_known_args(argv)
+    own, words = settings.split(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
     try:
-        config = options.parse(rest, Config(name="convert"))
-        checks.check(config)
+        config = settings.read(words, Config(name="convert"), keys=_KEYS)
+        settings.check_source("--from", args.source)
+        if args.format == "run" and args.dtype == "float16":
+            raise ConfigError("--format run has float32 or bfloat16, and no float16")
         if args.to.exists():
             raise ConfigError(f"--to {args.to} is there already; choose another folder")
         if args.tokenizer and not args.tokenizer.is_dir():
@@ -65,20 +67,22 @@ def convert(config: Config, args: argparse.Namespace) -> int:
     import ml_dtypes  # noqa: F401 - gives numpy the name bfloat16
     import numpy as np
 
-    from jaxinfra import experiment
+    from jaxinfra import experiment, launcher
     from jaxinfra.checkpoint.restore import CheckpointError
     from jaxinfra.interop import export, pretrained, tokenizers_of
 
     try:
         source = pretrained.open_source(args.source)
         to_run = args.format == "run" or (not args.format and bool(source.family))
-        files = tokenizers_of.files(args.tokenizer or args.source)
-        tokenizer = None
-        if to_run and (files or not source.family):
-            tokenizer = tokenizers_of.open_tokenizer(str(args.tokenizer or args.source))
-        config = dataclasses.replace(config, model=source.model)
-        num_devices = math.prod(max(getattr(config.mesh, a), 1) for a in AXES)
-        layout = experiment.lay_out(config, jax.devices()[:num_devices])
+        place = str(args.tokenizer or args.source)
+        files, tokenizer = tokenizers_of.files(place), None
+        if tokenizers_of.has_tokenizer(place):
+            tokenizer = tokenizers_of.open_tokenizer(place, source.model)
+        launcher.start_jax(config)
+        config = settings.for_model(
+            config, source.model, num_devices=jax.device_count()
+        )
+        layout = experiment.lay_out(config, jax.devices())
         with jax.set_mesh(layout.mesh):
             dtype = np.dtype(args.dtype)
             weights = source.load(layout=layout, dtype=dtype)

@@ -174,7 +174,9 @@ def _model(asked: Asked) -> Iterator[Model]:
     how: dict[str, Any] = {"policy": precision.policy(config.precision)}
     how["layout"] = layout
     has_text = asked.files or asked.data or asked.tasks or args.harness
-    text = source_text.open_text(args.source) if has_text else None
+    text = None
+    if has_text:
+        text = source_text.open_text(args.source, source.model, has_chat=args.chat)
     with jax.set_mesh(layout.mesh):
         weights = source.load(layout=layout, dtype=how["policy"].param)
         complete = None
@@ -238,9 +240,12 @@ def _logits(out: pathlib.Path, ids_BT: np.ndarray, model: Model) -> Found:
 def _text(file: pathlib.Path, args: argparse.Namespace, model: Model) -> Found:
     documents = list(sources.read_documents([file]))
     tokenizer = model.text.tokenizer
-    ids = [ids.astype(np.int64) for ids in tokenizer.encode_batch(documents)]
+    texts = [
+        benchmarks.Document(ids.astype(np.int64))
+        for ids in tokenizer.encode_batch(documents)
+    ]
     num_bytes = sum(len(document.encode()) for document in documents)
-    return {str(file): _perplexity(ids, num_bytes, args, model)}
+    return {str(file): _perplexity(texts, num_bytes, args, model)}
 
 
 def _data(data: shards.Dataset, args: argparse.Namespace, model: Model) -> Found:
@@ -256,13 +261,13 @@ def _data(data: shards.Dataset, args: argparse.Namespace, model: Model) -> Found
 
 
 def _perplexity(
-    documents: list[np.ndarray],
+    documents: list[benchmarks.Document],
     num_bytes: int,
     args: argparse.Namespace,
     model: Model,
 ) -> benchmarks.Figures:
     return benchmarks.perplexity(
-        [ids for ids in documents if len(ids)],
+        documents,
         model.text.tokenizer,
         model.score,
         num_bytes=num_bytes,

@@ -1,19 +1,29 @@
 """Continues prompts with a model.
 
     python scripts/generate.py SOURCE --prompt "HAMLET." --prompt "KING."
+    python scripts/generate.py SOURCE --chat --prompt "What is a tensor?"
 
 SOURCE is a run folder (RUN: its newest good checkpoint, or RUN@STEP), a published
-folder of safetensors, or a .gguf file. `--key value` says how the model writes, above
-all `--sample.tokens 400` (or `--tokens 400`), `--sample.temperature 0` (greedy),
-`--sample.top_k`, `--sample.top_p` and `--run.seed`, and how it runs: `--mesh.fsdp 2`,
-`--precision bfloat16`, `--runtime.cpu_devices 4`. A run brings its own defaults. Exit
-codes: 0 done, 2 wrong input, 12 no usable checkpoint.
+folder of safetensors, or a .gguf file. With --chat each prompt is a user's message,
+written by the model's chat template, or that of --chat_template FILE.
+
+`--key value` says how the model writes, above all `--sample.tokens 400` (or `--tokens
+400`), `--sample.temperature 0` (greedy), `--sample.top_k`, `--sample.top_p` and
+`--run.seed`, and how it runs: `--mesh.fsdp 2`, `--precision bfloat16`,
+`--runtime.cpu_devices 4`. A run brings its own defaults. Exit codes: 0 done, 2 wrong
+input, 12 no usable checkpoint.
 """
 
 import argparse
+import datetime
+import pathlib
 import sys
 
+import numpy as np
+
 from jaxinfra.config import Config, ConfigError, DataError
+from jaxinfra.data import chat, chat_template
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import settings
 from jaxinfra.resilience import exitcodes
 
@@ -29,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="run, published folder or .gguf file")
     parser.add_argument("--prompt", action="append", help="text; may be repeated")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages")
+    parser.add_argument("--chat_template", type=pathlib.Path, metavar="FILE")
     own, words = settings.split(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
     try:
@@ -45,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         from jaxinfra.checkpoint.commits import CheckpointError
 
         try:
-            texts = generate(args.source, config, args.prompt)
+            texts = generate(args, config)
         except CheckpointError as error:
             print(f"error: {error}", file=sys.stderr)
             return exitcodes.NO_USABLE_CHECKPOINT
@@ -56,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     return exitcodes.DONE
 
 
-def generate(path: str, config: Config, prompts: list[str] | None) -> list[str]:
+def generate(args: argparse.Namespace, config: Config) -> list[str]:
     """The prompts, or sample.prompt, with their continuations: jax is loaded here."""
     import jax
 
@@ -64,23 +76,49 @@ def generate(path: str, config: Config, prompts: list[str] | None) -> list[str]:
     from jaxinfra.generate import decode
     from jaxinfra.interop import pretrained, tokenizers_of
 
-    source = pretrained.open_source(path)
-    tokenizer = tokenizers_of.open_tokenizer(path)
+    source = pretrained.open_source(args.source)
+    tokenizer = tokenizers_of.open_tokenizer(args.source, source.model)
+    texts = args.prompt or [config.sample.prompt]
+    prompts, ends, between = texts, tokenizers_of.end_ids(args.source), ""
+    if args.chat:
+        prompts, more = _messages(args, texts, tokenizer)
+        ends, between = [*ends, *more], "\n"
     launcher.start_jax(config)
     config = settings.for_model(config, source.model, num_devices=jax.device_count())
     layout = experiment.lay_out(config, jax.devices())
     policy = precision.policy(config.precision)
     with jax.set_mesh(layout.mesh):
-        return decode.continue_prompts(
+        found = decode.continue_prompts(
             source.load(layout=layout, dtype=policy.param),
-            prompts or [config.sample.prompt],
+            prompts,
             tokenizer,
             config.sample,
             model=source.model,
             policy=policy,
             layout=layout,
             seed=config.run.seed,
+            stop_ids=ends,
         )
+    return [f"{text}{between}{then}" for text, then in zip(texts, found, strict=True)]
+
+
+def _messages(
+    args: argparse.Namespace, texts: list[str], tokenizer: Tokenizer
+) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """(ids of each text as a user's message, up to where the answer begins; the ids
+    that end an answer)."""
+    from jaxinfra.interop import tokenizers_of
+
+    with tokenizers_of.folder(args.source) as folder:
+        template = chat_template.load(
+            tokenizer,
+            folder=folder,
+            file=args.chat_template or "",
+            date=datetime.date.today(),
+        )
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    ids = [chat.chat_prompt(messages, template, tokenizer) for messages in asked]
+    return ids, chat.answer_ends(asked[0], template, tokenizer)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jaxinfra.data import (
     chat_template,
     prepare,
     shards,
+    tiktoken_ranks,
     tokenizer_files,
     tokenizer_training,
 )
@@ -117,6 +118,13 @@ def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
         file=options.chat_template,
         date=options.date or datetime.date.today(),
     )
+    unknown = chat.unknown_names(template, tokenizer) if template else ()
+    if unknown:
+        print(
+            f"prepare: the chat template writes {', '.join(unknown)}, no tokens of the "
+            "tokenizer, which reads them as letters",
+            file=sys.stderr,
+        )
     return chat.prepare_chat(
         options.sources,
         options.out,
@@ -198,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--tiktoken_pattern",
-        choices=["gpt2", "cl100k", "qwen"],
+        choices=[*tiktoken_ranks.PATTERNS],
         default="",
         help="how text is split, for a .tiktoken file that is not a known one",
     )

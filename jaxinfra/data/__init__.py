@@ -33,14 +33,8 @@ and which begins it, if any. Raw text never becomes a special token: "<|endoftex
 a document is letters and signs. Chat templates write special tokens; the messages that
 they are given do not.
 
-A row. Row i of a shard is `tokens[i * T : i * T + T + 1]`: a slice, so no plan is
-stored and the row length is chosen when training starts. Segments tell apart the
-documents in a row; 0 is padding. `packing` has the exact rule.
-
-A batch. Global row g = step * batch_size + position; (epoch, turn) = divmod(g, rows);
-the row is the epoch's permutation of the turn. So the batch of a step is a pure
-function of (seed, data set, packing, step): the same on any number of hosts, on any
-mesh and after any restart. `batches` defines every index.
+A batch is a pure function of (seed, data set, packing, step): the same on any number of
+hosts, on any mesh and after any restart. `packing` defines rows, `batches` every index.
 
 The digest. `Dataset.digest` is the sha256 of `dataset.json`, which holds a checksum of
 every file: it names the bytes. `Stream.identity()` holds it and goes to the checkpoint.

@@ -61,12 +61,11 @@ class Stream:
 
     def rows(self, global_rows: np.ndarray) -> np.ndarray:
         """Row of the split, int64 [B], for each global row g, int64 [B]."""
-        epoch, turn = np.divmod(global_rows, self.packing.num_rows)
+        size = self.packing.num_rows
+        epoch, turn = np.divmod(global_rows, size)
         if not self.shuffle:
             return turn
-        place = order.permute(
-            turn, size=self.packing.num_rows, seed=self.seed, epoch=epoch
-        )
+        place = order.permute(turn, size=size, seed=self.seed, epoch=epoch)
         return place.astype(np.int64)
 
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
@@ -94,9 +93,11 @@ class Evaluation:
     batch_size: int
 
     @property
-    def bytes_per_token(self) -> float:
-        """Of the split's text."""
-        return self.packing.split.text_bytes / self.packing.split.num_tokens
+    def bytes_per_token(self) -> float | None:
+        """Of the split's text; None where masks leave out some of it."""
+        split = self.packing.split
+        has_masks = any(shard.mask is not None for shard in split.shards)
+        return None if has_masks else split.text_bytes / split.num_tokens
 
     @property
     def num_batches(self) -> int:

@@ -16,7 +16,8 @@ a document is left out where the template wrote it; where it ends an answer that
 end-of-turn token, it counts.
 
 Special tokens are for the template to write: a message that says "<|im_end|>" says
-those letters. For this its characters are parted by `_GUARD`, whose tokens are dropped.
+those letters. For this its characters are parted by `GUARD`, whose tokens are dropped.
+Keys of its JSON, which a template may write too, may not hold such a name.
 """
 
 import pathlib
@@ -28,15 +29,14 @@ import numpy as np
 
 from jaxinfra.config import DataError
 from jaxinfra.data import prepare, shards, sources
-from jaxinfra.data.chat_template import END, START, ChatTemplate
+from jaxinfra.data.chat_template import END, GUARD, START, ChatTemplate
 from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer, id_dtype
 
-_GUARD = "\ufdd0"  # a noncharacter of Unicode: never in text that is interchanged
 _BATCH = 1_000  # conversations encoded at a time
 
 
 class Conversation(NamedTuple):
-    """A document before it is encoded; `text` may hold `_GUARD`s."""
+    """A document before it is encoded; `text` may hold `GUARD`s."""
 
     text: str
     answers: tuple[tuple[int, int], ...]  # [start, stop) in characters of `text`
@@ -92,6 +92,16 @@ def special_names(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(sorted((t.content for t in added if t.special), key=len)[::-1])
 
 
+def unknown_names(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What a template's text holds that looks like <|a special token|>, and is no token
+    of the tokenizer: it would be read as letters."""
+    names = sorted({*re.findall(r"<\|[\w.-]+\|>", template.source)})
+    if isinstance(tokenizer, HfTokenizer):
+        library = tokenizer.library_tokenizer(has_special_text=True)
+        names = [name for name in names if library.token_to_id(name) is None]
+    return tuple(names)
+
+
 def read_conversation(
     where: str,
     value: Any,
@@ -112,7 +122,14 @@ def read_conversation(
             messages, tools = value["messages"], value.get("tools")
             return _rendered(messages, tools, template=template, special=special)
         prompt, completion = value.get("prompt"), value.get("completion")
-        if isinstance(prompt, str) and isinstance(completion, str) and completion:
+        if isinstance(prompt, list) or isinstance(completion, list):
+            raise DataError(
+                "has a prompt and completion of messages; write one list of all of "
+                "them under messages, where every assistant's is an answer"
+            )
+        if isinstance(prompt, str) and isinstance(completion, str):
+            if not completion:
+                raise DataError("has an empty completion; remove the line")
             text = prompt + completion
             return Conversation(text, ((len(prompt), len(text)),), is_pair=True)
         raise DataError(
@@ -121,6 +138,39 @@ def read_conversation(
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: is nested too deeply") from error
+
+
+def chat_prompt(
+    messages: Sequence[Any], template: ChatTemplate | None, tokenizer: Tokenizer
+) -> np.ndarray:
+    """int64 [N]: the ids of the messages as the template writes them, with the header
+    of an answer at the end; what a model that was trained on `encode`'s continues.
+
+    Raises DataError for messages that the template does not write.
+    """
+    messages = _checked(_guarded(list(messages), special_names(tokenizer)), template)
+    text, _ = _without_marks(template.render(messages, is_prompt=True))
+    [(ids, *_)] = _encoded(tokenizer, [text])
+    if not ids.size:
+        raise DataError("the chat template writes nothing for these messages")
+    return ids.astype(np.int64)
+
+
+def answer_ends(
+    messages: Sequence[Any], template: ChatTemplate | None, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """The ids that end an answer to `messages`: EOD, and the special token that the
+    template writes after one, if it does."""
+    special = special_names(tokenizer)
+    messages = _checked(_guarded(list(messages), special), template)
+    answer = {"role": "assistant", "content": "Answer"}
+    whole, _ = _without_marks(template.render([*messages, answer]))
+    after = whole.rpartition(answer["content"])[2].lstrip()
+    ends = [name for name in special if after.startswith(name)][:1]
+    found = [ids[0] for ids, *_ in _encoded(tokenizer, ends)]
+    return tuple(sorted({tokenizer.eod_id, *map(int, found)}))
 
 
 def encode(
@@ -142,29 +192,50 @@ def encode(
             ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, False)
         ids_of.append(ids.astype(dtype))
         masks.append(mask.astype(shards.MASK_DTYPE))
-    text = "".join(document.text for document in documents).replace(_GUARD, "")
+    text = "".join(document.text for document in documents).replace(GUARD, "")
     return prepare.SplitContent(
         documents=ids_of, text_bytes=len(text.encode("utf-8")), masks=masks
     )
 
 
 def _guarded(value: Any, special: tuple[str, ...]) -> Any:
-    """JSON with a `_GUARD` inside each name of a special token."""
+    """JSON with a `GUARD` inside each name of a special token; keys hold none."""
     if isinstance(value, dict):
+        for key in value:
+            if _guarded(key, special) != key:
+                raise DataError(f"the key {key!r} holds a special token; rename it")
         return {key: _guarded(item, special) for key, item in value.items()}
     if isinstance(value, list):
         return [_guarded(item, special) for item in value]
     if not isinstance(value, str):
         return value
-    if bad := {_GUARD, START, END}.intersection(value):
+    if bad := {GUARD, START, END}.intersection(value):
         raise DataError(f"holds the noncharacter U+{ord(min(bad)):04X}; remove it")
-    value = sources.checked_text("", value)
+    value = sources.checked_text("a text", value)
     for name in special:
         if name in value:
             if len(name) == 1:
                 raise DataError(f"holds the special token {name!r}; remove it")
-            value = value.replace(name, f"{name[0]}{_GUARD}{name[1:]}")
+            value = value.replace(name, f"{name[0]}{GUARD}{name[1:]}")
     return value
+
+
+def _checked(messages: list[Any], template: ChatTemplate | None) -> list[Any]:
+    """The messages, if they are some and there is a template for them."""
+    if template is None:
+        raise DataError(
+            "messages need a chat template, and the tokenizer has none; give one with "
+            "--chat_template FILE"
+        )
+    for number, message in enumerate(messages):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise DataError(f"message {number} has no role; give role and content")
+        if message.get("content", "") is None and not message.get("tool_calls"):
+            raise DataError(
+                f"message {number} has null for content and calls no tool; give it a "
+                "text, or remove it"
+            )
+    return messages
 
 
 def _rendered(
@@ -174,14 +245,7 @@ def _rendered(
     template: ChatTemplate | None,
     special: tuple[str, ...],
 ) -> Conversation:
-    if template is None:
-        raise DataError(
-            "messages need a chat template, and the tokenizer has none; give one with "
-            "--chat_template FILE"
-        )
-    for number, message in enumerate(messages):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            raise DataError(f"message {number} has no role; give role and content")
+    messages = _checked(messages, template)
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not assistants:
         raise DataError("has no message of role assistant, so nothing to learn from")
@@ -222,7 +286,7 @@ def _encoded(
     tokenizer: Tokenizer, texts: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids [N], characters [start, stop) of each [N, 2], whether it is special [N]) of
-    every text, special tokens read as such and `_GUARD`s left out."""
+    every text, special tokens read as such and `GUARD`s left out."""
     if not isinstance(tokenizer, HfTokenizer):
         for text in texts:  # ids of a text are those of its characters
             sizes = {c: tokenizer.encode(c).size for c in {*text}}
@@ -242,7 +306,7 @@ def _encoded(
         for text, encoding in zip(batch, found, strict=True):
             ids = np.array(encoding.ids, np.int64)
             spans_N2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            if _GUARD in text:
+            if GUARD in text:
                 ids, spans_N2 = _unguarded(text, ids, spans_N2)
             yield ids, spans_N2, is_special[ids]
 
@@ -250,13 +314,13 @@ def _encoded(
 def _unguarded(
     text: str, ids: np.ndarray, spans_N2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    guards = np.cumsum([0, *(c == _GUARD for c in text)])
+    guards = np.cumsum([0, *(c == GUARD for c in text)])
     num_guards = guards[spans_N2[:, 1]] - guards[spans_N2[:, 0]]
     is_guard = num_guards == spans_N2[:, 1] - spans_N2[:, 0]
     if (num_guards[~is_guard] > 0).any():
         raise DataError(
             "a message holds the name of a special token, which this tokenizer cannot "
-            f"write as letters; remove it from {text.replace(_GUARD, '')[:80]!r}"
+            f"write as letters; remove it from {text.replace(GUARD, '')[:80]!r}"
         )
     is_guard &= num_guards > 0
     return ids[~is_guard], spans_N2[~is_guard]

@@ -3,6 +3,7 @@
 A template sees the messages, the tools, the special tokens' texts and the helpers that
 Hugging Face gives it; it reaches no attribute of Python, no file and no network, and
 changes nothing. `{% generation %}` ... `{% endgeneration %}` marks what the model says.
+jinja2 before 3.1.6 lets a template out of its sandbox (CVE-2025-27516): refused.
 
 Limits: a template may take any time or memory; use those of people you trust.
 Source of names and settings: `chat_template_utils.py` of huggingface/transformers.
@@ -11,6 +12,7 @@ Source of names and settings: `chat_template_utils.py` of huggingface/transforme
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -21,9 +23,10 @@ from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer_files
 from jaxinfra.data.tokenizer import NEEDS_HF, HfTokenizer, Tokenizer
 
-# Noncharacters of Unicode, never in text that is interchanged: around what the model
-# says.
-START, END = "\ufdd1", "\ufdd2"
+# Noncharacters of Unicode, never in text that is interchanged: within a name that a
+# message may not write, and around what the model says.
+GUARD, START, END = "\ufdd0", "\ufdd1", "\ufdd2"
+_SAFE_JINJA = (3, 1, 6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,8 @@ class ChatTemplate:
 
     @property
     def has_marks(self) -> bool:
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        """Whether it marks what the model says."""
+        return self._compiled.environment.has_marks
 
     @functools.cached_property
     def _compiled(self) -> Any:
@@ -83,7 +87,7 @@ def load(
     settings = tokenizer_files.settings_of(folder) if folder else {}
     source = settings.get("chat_template")
     if isinstance(source, list):
-        source = {t.get("name"): t.get("template") for t in source}.get("default")
+        source = {t["name"]: t["template"] for t in source}.get("default")
     path = pathlib.Path(folder).expanduser()
     own = (path if path.is_dir() else path.parent) / "chat_template.jinja"
     if file or (folder and own.is_file()):
@@ -122,6 +126,12 @@ def _environment(date: datetime.date) -> Any:
         import jinja2.sandbox
     except ImportError as error:
         raise DataError(NEEDS_HF.format(what="a chat template")) from error
+    version = importlib.metadata.version("jinja2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < _SAFE_JINJA:
+        raise DataError(
+            f"jinja2 {version} lets a chat template out of its sandbox; upgrade it: "
+            "pip install 'jinja2>=3.1.6'"
+        )
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} puts marks around what it holds."""
@@ -130,6 +140,7 @@ def _environment(date: datetime.date) -> Any:
 
         def parse(self, parser: Any) -> list[Any]:
             next(parser.stream)
+            environment.has_marks = True
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             start, end = (
                 jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)])
@@ -140,14 +151,31 @@ def _environment(date: datetime.date) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        text = json.dumps(
+            value,
+            ensure_ascii=False,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+        if ensure_ascii:  # but for a guard, which is to be found again
+            escaped = lambda found: json.dumps(found[0])[1:-1]
+            text = re.sub(f"[^\0-\x7f{GUARD}]", escaped, text)
+        return text
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],
     )
+    environment.has_marks = False
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = date.strftime

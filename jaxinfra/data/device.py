@@ -73,21 +73,14 @@ def to_device(
             return array[offsets[start] : offsets[stop]]
 
         return jax.make_array_from_callback(
-            (batch_size, *array.shape[1:]),
-            place(array.ndim),
-            block,
-            dtype=array.dtype,
+            (batch_size, *array.shape[1:]), place(array.ndim), block, dtype=array.dtype
         )
 
     return type(host)(*map(on_devices, host))
 
 
 def prefetch(
-    make_batch: Callable[[int], Any],
-    start_step: int,
-    stop_step: int,
-    *,
-    depth: int = 2,
+    make_batch: Callable[[int], Any], start_step: int, stop_step: int, *, depth: int = 2
 ) -> Iterator[Fetched]:
     """Batches of steps start_step .. stop_step - 1, made up to `depth` steps ahead.
 

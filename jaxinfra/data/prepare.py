@@ -79,11 +79,10 @@ def prepare(
     check_options(split, held_out, seed, shard_tokens)
     own = isinstance(tokenizer, str) and _named_tokenizer(tokenizer, eod=eod, bos=bos)
     files = sources.find_files([CORPORA.get(str(path), path) for path in inputs])
-    texts = list(
-        sources.read_documents(
-            files, text_key=text_key, document_separator=document_separator
-        )
+    found = sources.read_documents(
+        files, text_key=text_key, document_separator=document_separator
     )
+    texts = list(found)
     if not texts:
         raise DataError(
             f"{files[0]} and {len(files) - 1} more files hold no document with text; "

@@ -46,14 +46,8 @@ _MANIFEST_KEYS = {
     "splits": dict,
 }
 _SPLIT_KEYS = {"tokens": int, "documents": int, "bytes": int, "shards": list}
-_SHARD_KEYS = {
-    "file": str,
-    "checksum": str,
-    "lengths_file": str,
-    "lengths_checksum": str,
-    "tokens": int,
-    "documents": int,
-}
+_SHARD_FILE_KEYS = ("file", "checksum", "lengths_file", "lengths_checksum")
+_SHARD_KEYS = dict.fromkeys(_SHARD_FILE_KEYS, str) | {"tokens": int, "documents": int}
 _MASK_KEYS = {"mask_file": str, "mask_checksum": str}
 
 
@@ -187,9 +181,8 @@ def _open_shard(
     folder: pathlib.Path, record: Any, dtype: np.dtype, *, has_mask: bool
 ) -> Shard:
     where = folder / MANIFEST
-    _check_keys(
-        record, _SHARD_KEYS | (_MASK_KEYS if has_mask else {}), f"{where}: a shard"
-    )
+    keys = _SHARD_KEYS | (_MASK_KEYS if has_mask else {})
+    _check_keys(record, keys, f"{where}: a shard")
     tokens_path = _inside(folder, record["file"])
     lengths_path = _inside(folder, record["lengths_file"])
     tokens = _open_array(tokens_path, dtype, record["tokens"])
@@ -199,10 +192,8 @@ def _open_shard(
             f"{lengths_path}: document lengths must be 1 or more and sum to "
             f"{record['tokens']}, the tokens of {tokens_path.name}; prepare it again"
         )
-    checksums = {
-        tokens_path: record["checksum"],
-        lengths_path: record["lengths_checksum"],
-    }
+    checksums = {tokens_path: record["checksum"]}
+    checksums[lengths_path] = record["lengths_checksum"]
     if not has_mask:
         return Shard(tokens=tokens, lengths=lengths, checksums=checksums)
     mask_path = _inside(folder, record["mask_file"])

@@ -84,21 +84,18 @@ def read_documents(
 def read_objects(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """("file:line", JSON value) of every line of a .jsonl file that is not blank.
 
-    Raises DataError for lines that are not UTF-8 or not JSON.
+    Raises DataError for a file that cannot be read and lines that are not UTF-8 JSON.
     """
     offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = _decoded(file, line, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                yield f"{file}:{number}", json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{file}:{number} is not JSON ({error}); one object a line"
-                ) from error
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = _decoded(file, line, offset)
+                offset += len(line)
+                if text.strip():
+                    yield f"{file}:{number}", _json(f"{file}:{number}", text)
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def checked_text(where: str, text: str) -> str:
@@ -195,6 +192,13 @@ def _decoded(file: pathlib.Path, data: bytes, offset: int) -> str:
             f"{file} is not UTF-8 at byte {offset + error.start} "
             f"(0x{data[error.start]:02x}); convert it, for example with iconv -t UTF-8"
         ) from error
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); one object a line") from error
 
 
 def _jsonl_texts(file: pathlib.Path, *, text_key: str) -> Iterator[str]:

@@ -4,17 +4,15 @@
                       with merges.txt, vocab.txt, tokenizer.model, ...)
     tokenizer.json    of any name
     SentencePiece     a .model file, unigram or BPE
-    tiktoken          a file of ranks: base64 of the bytes, a space, the rank
+    tiktoken          a file of ranks; see `tiktoken_ranks`
 
 A file is told by its content. What its own settings say of the beginning and the end
 of documents is the default of the policy; where they do not say, `load` asks.
 
-Sources: google/sentencepiece's sentencepiece_model.proto; tiktoken's openai_public.py
-and the tokenizers of Qwen and Llama 3 for patterns and special tokens. Limits: a
-unigram model without a piece for "<" reads "<0x41>" in a text as that byte.
+Source: google/sentencepiece's sentencepiece_model.proto. Limits: a unigram model
+without a piece for "<" reads "<0x41>" in a text as that byte.
 """
 
-import base64
 import importlib.util
 import json
 import pathlib
@@ -24,9 +22,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 from jaxinfra.config import DataError, did_you_mean
+from jaxinfra.data import tiktoken_ranks
 from jaxinfra.data.tokenizer import NEEDS_HF, BosRule, HfTokenizer, parse_tokenizer_json
-
-Pattern = Literal["gpt2", "cl100k", "qwen"]
 
 _SETTINGS = (  # the first that says something counts
     "tokenizer_config.json",
@@ -34,26 +31,17 @@ _SETTINGS = (  # the first that says something counts
     "generation_config.json",
     "config.json",
 )
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    "gpt2": _GPT2,
-    "cl100k": _CL100K,  # and Llama 3's
-    "qwen": _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),
+# Key of these files -> what it must be.
+_EXPECTED = {
+    "eos_token": "a token",
+    "bos_token": "a token",
+    "eos_token_id": "an id, or a list of ids",
+    "bos_token_id": "an id, or a list of ids",
+    "add_bos_token": "true or false",
+    "added_tokens_decoder": 'an object of {"content": ...} by id',
+    "chat_template": 'a text, or a list of {"name": ..., "template": ...}',
 }
-_EOT = "<|endoftext|>"
-# Number of ranks -> pattern, and tokens that end and begin a text, with the highest id:
-# a file of ranks says none of it.
-_RANKS: dict[int, tuple[str, dict[str, int]]] = {
-    50_256: ("gpt2", {_EOT: 50_256}),
-    50_280: ("gpt2", {_EOT: 50_256}),  # p50k
-    100_256: ("cl100k", {_EOT: 100_257, "<|endofprompt|>": 100_276}),
-    128_000: ("cl100k", {"<|end_of_text|>": 128_001, "<|begin_of_text|>": 128_000}),
-    151_643: ("qwen", {_EOT: 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645}),
-}
+_MAX_ID = 2**32 - 1  # of the library
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # pieces
 
 
@@ -73,7 +61,7 @@ def load_tokenizer(
     *,
     eod: str = "",
     bos: BosRule = "tokenizer",
-    pattern: Pattern | Literal[""] = "",
+    pattern: tiktoken_ranks.Pattern | Literal[""] = "",
 ) -> HfTokenizer:
     """The tokenizer of a folder or file.
 
@@ -119,7 +107,8 @@ def load_tokenizer(
 
 def settings_of(path: str | pathlib.Path) -> dict[str, Any]:
     """What the JSON files of a tokenizer's folder say, tokens as their texts; nothing
-    for a file but a tokenizer.json. Raises DataError for what is no JSON object."""
+    for a file but a tokenizer.json. Raises DataError for what is no JSON object, and
+    for what `_EXPECTED` does not expect."""
     path = pathlib.Path(path).expanduser()
     if not path.is_dir() and path.name != "tokenizer.json":
         return {}
@@ -135,11 +124,42 @@ def settings_of(path: str | pathlib.Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise DataError(f"{folder / name} must be a JSON object; restore the file")
         for key, value in found.items():
+            if value is not None and not _is_expected(key, value):
+                raise DataError(
+                    f"{folder / name}: {key} is {json.dumps(value)[:80]}, and must be "
+                    f"{_EXPECTED[key]}; correct it, or restore the file"
+                )
             if isinstance(value, dict) and isinstance(value.get("content"), str):
                 value = value["content"]
             if value is not None:
                 settings.setdefault(key, value)
     return settings
+
+
+def _is_expected(key: str, value: Any) -> bool:
+    match key:
+        case "eos_token" | "bos_token":
+            return isinstance(value, str) or _has_texts(value, "content")
+        case "eos_token_id" | "bos_token_id":
+            ids = value if isinstance(value, list) else [value]
+            return all(isinstance(i, int) and i <= _MAX_ID for i in ids)
+        case "add_bos_token":
+            return isinstance(value, bool)
+        case "added_tokens_decoder":
+            return isinstance(value, dict) and all(
+                re.fullmatch("[0-9]{1,9}", number) and _has_texts(token, "content")
+                for number, token in value.items()
+            )
+        case "chat_template":
+            return isinstance(value, str) or (
+                isinstance(value, list)
+                and all(_has_texts(one, "name", "template") for one in value)
+            )
+    return True
+
+
+def _has_texts(value: Any, *keys: str) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(k), str) for k in keys)
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -184,7 +204,7 @@ def _file(path: pathlib.Path, pattern: str) -> _Found:
         return _with_policy(text, settings_of(path), where=path)
     if not importlib.util.find_spec("tokenizers"):
         raise DataError(NEEDS_HF.format(what=path))
-    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", data):
+    if tiktoken_ranks.is_ranks(data):
         return _tiktoken(data, pattern, where=path)
     try:
         return _sentencepiece(data, where=path)
@@ -243,38 +263,19 @@ def _tiktoken(data: bytes, pattern: str, *, where: pathlib.Path) -> _Found:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError as error:
-            raise DataError(
-                f"{where}:{number} is not base64, a space and a rank ({error}); "
-                "restore the file"
-            ) from error
-    has_bytes = all(bytes([byte]) in ranks for byte in range(256))
-    if not has_bytes or len(set(ranks.values())) != len(ranks):
-        raise DataError(
-            f"{where} must have a rank of its own for every token, and tokens for all "
-            "256 bytes; restore the file"
-        )
-    after = max(ranks.values()) + 1
-    known, special = _RANKS.get(len(ranks), ("", {_EOT: after}))
+    ranks = tiktoken_ranks.read(data, where=where)
+    known, special = tiktoken_ranks.known(ranks)
     if not (pattern or known):
         raise DataError(
             f"{where} has {len(ranks)} ranks, and no tokenizer known here has so many; "
-            f"say how text is split: prepare --tiktoken_pattern, one of {[*_PATTERNS]}"
+            "say how text is split: prepare --tiktoken_pattern, one of "
+            f"{[*tiktoken_ranks.PATTERNS]}"
         )
-    letters = _byte_letters()
-    spelled = {
-        "".join(letters[byte] for byte in token): rank
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    }
+    spelled = tiktoken_ranks.spelled(ranks)
     made = tokenizers.Tokenizer(
         models.BPE(spelled | special, list(_merges(spelled)), ignore_merges=True)
     )
-    split = tokenizers.Regex(_PATTERNS[pattern or known])
+    split = tokenizers.Regex(tiktoken_ranks.PATTERNS[pattern or known])
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(split, "isolated"), to_letters]
@@ -283,14 +284,6 @@ def _tiktoken(data: bytes, pattern: str, *, where: pathlib.Path) -> _Found:
     made.add_special_tokens([*special])
     eos, bos = next(iter(special)), next((t for t in special if "begin" in t), "")
     return _Found(made, made.to_str(), eos=eos, bos=bos, is_ranks=True)
-
-
-def _byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte: itself where it prints,
-    else one from U+0100 on. Source: bytes_to_unicode of GPT-2's encoder.py."""
-    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in prints]
-    return [chr(b if b in prints else 256 + others.index(b)) for b in range(256)]
 
 
 def _sentencepiece(data: bytes, *, where: pathlib.Path) -> _Found:

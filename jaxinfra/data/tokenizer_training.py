@@ -10,6 +10,7 @@ from jaxinfra.data.tokenizer import NEEDS_HF, HfTokenizer, parse_tokenizer_json
 
 EOD = "<|endoftext|>"
 _BYTES = 256
+MAX_VOCAB_SIZE = 2**24  # far above any in use; the library panics at 10**12
 
 
 def train_bpe(texts: Sequence[str], *, vocab_size: int) -> HfTokenizer:
@@ -17,12 +18,14 @@ def train_bpe(texts: Sequence[str], *, vocab_size: int) -> HfTokenizer:
 
     Ids are the 256 bytes, the merges in order, and at last EOD; fewer where the texts
     give no more pairs that stand in them twice. The same texts give the same tokenizer.
-    Raises DataError if `vocab_size` is below 257 or the extra hf is missing. Source:
-    A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2.2.
+    Raises DataError if `vocab_size` is below 257 or above `MAX_VOCAB_SIZE`, or the
+    extra hf is missing. Source: A. Radford et al., "Language Models are Unsupervised
+    Multitask Learners", 2.2.
     """
-    if vocab_size <= _BYTES:
+    if not _BYTES < vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(
-            f"vocab_size={vocab_size} must be {_BYTES + 1} or more: every byte, and EOD"
+            f"vocab_size={vocab_size} must be {_BYTES + 1} or more, for every byte and "
+            f"EOD, and {MAX_VOCAB_SIZE} at most"
         )
     try:
         import tokenizers

@@ -77,19 +77,30 @@ def read(file: str | pathlib.Path) -> list[Choice] | list[Answer]:
     return items
 
 
-def documents(split: Split, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The documents of a data set, ids [N], without their BOS and EOD."""
+class Document(NamedTuple):
+    """ids_N without BOS; counts_N: 1 where a token is to be scored, None: all are."""
+
+    ids_N: np.ndarray
+    counts_N: np.ndarray | None = None
+
+
+def documents(split: Split, tokenizer: Tokenizer) -> list[Document]:
+    """The documents of a data set: without their EOD too, unless the data say which
+    tokens count."""
     found = []
     for shard in split.shards:
-        for ids in np.split(shard.tokens, np.cumsum(shard.lengths)[:-1]):
-            ids = ids[:-1] if ids[-1] == tokenizer.eod_id else ids
-            has_bos = len(ids) and ids[0] == tokenizer.bos_id
-            found.append((ids[1:] if has_bos else ids).astype(np.int64))
+        ends = np.cumsum(shard.lengths)
+        for start, end in zip(ends - shard.lengths, ends, strict=True):
+            start += shard.tokens[start] == tokenizer.bos_id
+            if shard.mask is None:
+                end -= end > start and shard.tokens[end - 1] == tokenizer.eod_id
+            counts_N = None if shard.mask is None else shard.mask[start:end]
+            found.append(Document(shard.tokens[start:end].astype(np.int64), counts_N))
     return found
 
 
 def perplexity(
-    texts: Sequence[np.ndarray],
+    texts: Sequence[Document],
     tokenizer: Tokenizer,
     score: Score,
     *,
@@ -97,30 +108,35 @@ def perplexity(
     length: int,
     stride: int = 0,
 ) -> Figures:
-    """Nats per token and bits per byte of documents, every token counted once.
+    """Nats per token, and bits per byte where all of them count, of documents: every
+    token that counts is scored once.
 
-    texts: ids [N] without BOS and EOD. num_bytes: of all the text in UTF-8. The
-    first token of a document is scored after BOS, or EOD where there is none; windows
-    are those of `rows.windows`.
+    num_bytes: of all the text in UTF-8. The first token of a document is scored after
+    BOS, or EOD where there is none; windows are those of `rows.windows`.
     """
     start = tokenizers.start_id(tokenizer)
     all_rows = [
         row
-        for ids_N in texts
-        for row in rows.windows(ids_N, start, length=length, stride=stride)
+        for ids_N, counts_N in texts
+        for row in rows.windows(
+            ids_N, start, length=length, stride=stride, counts_N=counts_N
+        )
+        if len(row.targets_Q)
     ]
     if not all_rows:
         raise DataError("there is no token to score; give some text")
     nats = -math.fsum(x for row in score(all_rows) for x in row.logprobs_Q.tolist())
-    num_tokens = sum(map(len, texts))
-    return {
+    num_targets = sum(len(row.targets_Q) for row in all_rows)
+    figures: Figures = {
         "documents": len(texts),
-        "tokens": num_tokens,
-        "bytes": num_bytes,
-        "nats_per_token": nats / num_tokens,
-        "perplexity": math.exp(min(nats / num_tokens, 700.0)),
-        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "tokens": sum(len(ids_N) for ids_N, _ in texts),
+        "nats_per_token": nats / num_targets,
+        "perplexity": math.exp(min(nats / num_targets, 700.0)),
     }
+    if any(counts_N is not None for _, counts_N in texts):
+        return figures | {"targets": num_targets}
+    bits = nats / math.log(2)
+    return figures | {"bytes": num_bytes, "bits_per_byte": bits / num_bytes}
 
 
 def multiple_choice(

@@ -141,21 +141,21 @@ def make_generate(
 
 def generate_text(
     params: Tree,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     tokenizer: Tokenizer,
     *,
     generate: Generate,
     key: jax.Array,
 ) -> list[str]:
     """What follows each prompt, which starts a document: after BOS where the tokenizer
-    has one; an empty one without it after EOD.
+    has one; an empty one without it after EOD. Ids are taken as they are.
 
     `generate` is of `make_generate`, best with `stop_ids=(tokenizer.eod_id,)` and
     `vocab_size=tokenizer.vocab_size`.
     """
     if not prompts:
         return []
-    ids = [tokenizers.prompt_ids(tokenizer, text) for text in prompts]
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
     lengths_B = np.array([len(row) for row in ids])
     prompts_BP = np.zeros((len(ids), lengths_B.max()), np.int32)
     for b, row in enumerate(ids):
@@ -171,7 +171,7 @@ def generate_text(
 
 def continue_prompts(
     params: Tree,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     tokenizer: Tokenizer,
     settings: SampleConfig,
     *,
@@ -179,13 +179,15 @@ def continue_prompts(
     policy: Policy,
     layout: Layout,
     seed: int,
+    stop_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Each prompt with its continuation, which ends with the document.
+    """What follows each prompt, as for `generate_text`, up to the document's end or one
+    of `stop_ids`.
 
     Learned positions bound the tokens: what does not fit is not generated.
     """
-    lengths = [len(tokenizers.prompt_ids(tokenizer, prompt)) for prompt in prompts]
-    longest, num_tokens = max(lengths, default=1), settings.tokens
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
+    longest, num_tokens = max(map(len, ids), default=1), settings.tokens
     if model.positions == "learned":
         num_tokens = min(num_tokens, model.max_length - longest)
         if num_tokens < 1:
@@ -199,15 +201,20 @@ def continue_prompts(
         layout=layout,
         max_new_tokens=num_tokens,
         capacity=longest + num_tokens,
-        stop_ids=(tokenizer.eod_id,),
+        stop_ids=(tokenizer.eod_id, *stop_ids),
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         vocab_size=tokenizer.vocab_size,
     )
     key = jax.random.key(seed)
-    texts = generate_text(params, prompts, tokenizer, generate=generate, key=key)
-    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    return generate_text(params, ids, tokenizer, generate=generate, key=key)
+
+
+def _ids(tokenizer: Tokenizer, prompt: str | np.ndarray) -> np.ndarray:
+    if isinstance(prompt, str):
+        return tokenizers.prompt_ids(tokenizer, prompt)
+    return prompt
 
 
 def logits(

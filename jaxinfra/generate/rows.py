@@ -65,14 +65,19 @@ def continuation(
 
 
 def windows(
-    ids_N: np.ndarray, start_id: int, *, length: int, stride: int = 0
+    ids_N: np.ndarray,
+    start_id: int,
+    *,
+    length: int,
+    stride: int = 0,
+    counts_N: np.ndarray | None = None,
 ) -> Iterator[Row]:
     """Rows of at most `length` tokens that score every token of a document once.
 
     The first is scored after `start_id`. Each later window scores `stride` more tokens
     (0: `length`) and reads as many before them as fit, the last one too: what
     get_rolling_token_windows of the harness does with a context_len of length - stride
-    + 1.
+    + 1. Of tokens that do not count, where counts_N is given, none is scored.
     """
     stride = stride or length
     if not 1 <= stride <= length:
@@ -85,11 +90,10 @@ def windows(
     while done < total:
         end = min(done + (stride if done else length), total)
         first = max(0, end - length)
-        yield Row(
-            ids_N1[first:end],
-            np.arange(done - first, end - first),
-            ids_N1[done + 1 : end + 1],
-        )
+        scored = np.arange(done, end)
+        if counts_N is not None:
+            scored = scored[counts_N[done:end] > 0]
+        yield Row(ids_N1[first:end], scored - first, ids_N1[scored + 1])
         done = end
 
 

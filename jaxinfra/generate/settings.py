@@ -7,7 +7,6 @@ devices, precision, sampling. Imports no jax.
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Iterable, Sequence
 
 from jaxinfra import checks, options, runfolder
@@ -62,10 +61,7 @@ def read(
 
 def check_source(option: str, path: str) -> None:
     """Raises ConfigError if there is nothing at the path of a source."""
-    place = pathlib.Path(path).expanduser()
-    run, at, step = str(place).rpartition("@")
-    is_step = bool(at) and step.isdecimal() and pathlib.Path(run).is_dir()
-    if not place.exists() and not is_step:
+    if not runfolder.run_and_step(path)[0].exists():
         raise ConfigError(
             f"{option} {path!r} is not there; give a run folder, RUN@STEP, a published "
             "folder or a .gguf file"
@@ -74,8 +70,7 @@ def check_source(option: str, path: str) -> None:
 
 def of_source(path: str, default: Config) -> Config:
     """`default` with a run's own sample, seed, precision and cache, if it is a run."""
-    place = pathlib.Path(path).expanduser()
-    run = place if place.exists() else pathlib.Path(str(place).rpartition("@")[0])
+    run, _ = runfolder.run_and_step(path)
     file = run / "config.json"
     if not (run / runfolder.CHECKPOINTS).is_dir() or not file.is_file():
         return default

@@ -4,7 +4,7 @@
 |---|---|
 | `pretrained` | a source of parameters: a run, a published folder, a GGUF file |
 | `families` | the table of published families: their fields, their tensors' names |
-| `hf_config` | `config.json` <-> `ModelConfig`, every field accounted for |
+| `hf_config`, `hf_fields` | `config.json` <-> `ModelConfig`, no field ignored |
 | `hf` | published tensors <-> our arrays on a mesh, named by the spec tree |
 | `tensorfile` | safetensors files, a tensor at a time |
 | `gguf_file` | llama.cpp's files (extra `gguf`) |

@@ -25,12 +25,14 @@ from jaxinfra.interop import families, hf, hf_config, tensorfile
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
 
-# What a published folder may hold of its tokenizer; copied as it is.
+# What a published folder may hold of its text side; copied as it is.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
-    "chat_template.jinja",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+GENERATION = "generation_config.json"  # of which the ids that end a text are read
+RUN_PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16_params"}
 TOKENIZER_FOLDER = "tokenizer"  # of a run folder: those files, as they came
 
 
@@ -86,8 +88,12 @@ def write_run(
     """
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name).lstrip("_.-") or "model"
     [dtype] = {leaf.dtype.name for _, leaf in params.named(weights)}
-    precision = "float32" if dtype == "float32" else "bfloat16_params"
-    config = Config(name=name, model=model, precision=precision)
+    if dtype not in RUN_PRECISIONS:
+        raise ConfigError(
+            f"a run folder holds parameters in {' or '.join(RUN_PRECISIONS)}, and not "
+            f"in {dtype}; choose one of them by --dtype"
+        )
+    config = Config(name=name, model=model, precision=RUN_PRECISIONS[dtype])
     specs = param_specs(model)
     with _made(folder) as made:
         runfolder.write_json(made / "config.json", options.to_json(config))
@@ -168,7 +174,9 @@ def _made(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         made.mkdir(parents=True)
         yield made
+        _fsync(made)
         os.rename(made, folder)
+        _fsync(folder.parent)
     except OSError as error:
         raise DataError(
             f"cannot write {folder}: {error.strerror or error}; free the disk or "
@@ -176,6 +184,14 @@ def _made(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _fsync(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(file: pathlib.Path, data: bytes) -> None:

@@ -93,25 +93,73 @@ _COMMON = {
     "intermediate_size": "ffn_width",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied",
+    "max_position_embeddings": "max_length",
 }
-_HEAD_DIM = {"head_dim": "head_dim"}
+_ATTENTION_BIAS = {"attention_bias": "qkv_bias"}  # and out_bias
+_CAPS = {
+    "query_pre_attn_scalar": "attention_scale_dim",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+}
+_EXPERTS = {"num_experts_per_tok": "experts_per_token"}
 _SILU = {"silu": "swiglu", "swish": "swiglu"}
-# What Gemma's checkpoints call gelu is its tanh form in the reference code as well.
-_GELU = {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}
+_GELU = {"gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+
+# What a field is where it is absent, unless a family says otherwise; a field that is
+# in neither is required. 0: as many heads of keys as of queries; width / heads; no
+# window; four times the width; not stated.
+DEFAULTS: Mapping[str, Any] = {
+    "num_key_value_heads": 0,
+    "head_dim": 0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": 10_000.0,
+    "rope_scaling": {},
+    "rope_parameters": {},
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "sliding_window_pattern": 6,
+    "layer_types": None,
+}
+# The same of a field that is null; any other field must not be.
+_NULLS: Mapping[str, Any] = {
+    "num_key_value_heads": 0,
+    "head_dim": 0,
+    "max_position_embeddings": 0,
+    "n_inner": 0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "rope_scaling": {},
+    "rope_parameters": {},
+    "sliding_window": 0,
+    "sliding_window_pattern": 6,
+    "layer_types": None,
+    "mlp_only_layers": [],
+}
+_NULLS_BUT_HEAD_DIM = {k: v for k, v in _NULLS.items() if k != "head_dim"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One model_type.
 
-    fields: published field -> ours. defaults: values where a field is absent or null.
-    fixed: settings of ours that the family always has. only: published fields that may
-    have these values alone, the first of which is written. activation: the field, its
-    values -> ours. spellings: other names of fields. windows: which layers have the
-    window: none, all, by 'pattern' or by 'max_window_layers'. names: our paths ->
-    tensors. transposed: matrices are stored inputs first.
+    fields: published field -> ours. defaults, nulls: published field -> its value where
+    it is absent, over DEFAULTS, and where it is null. fixed: settings of ours that the
+    family always has. neutral: further fields and the values at which they change
+    nothing. activation: the field, its values -> ours. spellings: other names of
+    fields. num_layers: the field. ropes: kinds of rotary frequencies, none where
+    positions are learned. windows: which layers have the window: none, all, all if
+    'use_sliding_window', by 'pattern' (all but each pattern-th; 0: a field says it) or
+    by 'max_window_layers'. names: our paths -> tensors. transposed: matrices are stored
+    inputs first. heads_divide: transformers asks it of the width even beside head_dim.
     """
 
     model_type: str
@@ -119,12 +167,22 @@ class Family:
     names: Mapping[str, str]
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: _COMMON)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    nulls: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NULLS)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     activation: tuple[str, Mapping[str, str]] = ("hidden_act", _SILU)
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    num_layers: str = "num_hidden_layers"
+    ropes: tuple[str, ...] = ("default", "linear", "llama3")
     windows: str = "none"
+    pattern: int = 0
     transposed: bool = False
+    heads_divide: bool = False
+
+    @property
+    def has_local_rope(self) -> bool:
+        """Whether layers with a window have rotary frequencies of their own."""
+        return "rope_local_base_freq" in self.defaults
 
 
 _GEMMA = {
@@ -134,14 +192,22 @@ _GEMMA = {
     "positions": "rotary",
 }
 _GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True}
-_NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
-_NO_ATTENTION_BIAS = {"attention_bias": (False,)}
-_CAPS = {
-    "query_pre_attn_scalar": "attention_scale_dim",
-    "attn_logit_softcapping": "attention_softcap",
-    "final_logit_softcapping": "logit_softcap",
+_GEMMA_2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
-_EXPERTS = {"num_experts_per_tok": "experts_per_token"}
+_GEMMA_3_DEFAULTS = _GEMMA_2_DEFAULTS | {
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+# Beside hidden_activation, which is what counts.
+_OLD_GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu_new", "gelu")}
+_NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 
 FAMILIES = {
     family.model_type: family
@@ -149,16 +215,15 @@ FAMILIES = {
         Family(
             model_type="llama",
             architecture="LlamaForCausalLM",
+            heads_divide=True,
             names=_LLAMA,
-            fields=_COMMON | _HEAD_DIM | {"mlp_bias": "mlp_bias"},
-            defaults={"mlp_bias": False},
-            only={"attention_bias": (False, True)},
+            fields=_COMMON | _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
         ),
         Family(
             model_type="mistral",
             architecture="MistralForCausalLM",
             names=_LLAMA,
-            fields=_COMMON | _HEAD_DIM,
+            defaults={"num_key_value_heads": 8},
             fixed=_NO_BIAS,
             windows="all",
         ),
@@ -166,6 +231,7 @@ FAMILIES = {
             model_type="qwen2",
             architecture="Qwen2ForCausalLM",
             names=_LLAMA,
+            defaults={"num_key_value_heads": 32},
             fixed={"qkv_bias": True, "out_bias": False, "mlp_bias": False},
             windows="max_window_layers",
         ),
@@ -173,78 +239,81 @@ FAMILIES = {
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",
             names=_LLAMA,
-            fields=_COMMON | _HEAD_DIM,
-            defaults={"head_dim": 128},
+            fields=_COMMON | _ATTENTION_BIAS,
+            defaults={"num_key_value_heads": 32, "head_dim": 128},
+            nulls=_NULLS_BUT_HEAD_DIM,
             fixed={"qk_norm": "head", "mlp_bias": False},
-            only={"attention_bias": (False, True)},
             windows="max_window_layers",
         ),
         Family(
             model_type="gemma",
             architecture="GemmaForCausalLM",
             names=_LLAMA,
-            fields=_COMMON | _HEAD_DIM,
-            defaults=_GEMMA_DEFAULTS,
+            defaults=_GEMMA_DEFAULTS
+            | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+            nulls=_NULLS_BUT_HEAD_DIM,
             fixed=_GEMMA | _NO_BIAS,
-            only=_NO_ATTENTION_BIAS | {"use_bidirectional_attention": (None, False)},
-            # The field hidden_activation, where it is, wins over hidden_act.
-            activation=("hidden_act", _GELU),
+            # Of Gemma 1 alone, gelu is the tanh form in the reference code as well.
+            activation=("hidden_act", _GELU | {"gelu": "geglu"}),
+            neutral={"hidden_activation": ("gelu_pytorch_tanh", "gelu_new")},
         ),
         Family(
             model_type="gemma2",
             architecture="Gemma2ForCausalLM",
+            heads_divide=True,
             names=_LLAMA | _BOTH_NORMS,
-            fields=_COMMON | _HEAD_DIM | _CAPS,
-            defaults=_GEMMA_DEFAULTS
-            | {
-                "query_pre_attn_scalar": 256,
-                "attn_logit_softcapping": 0.0,
-                "final_logit_softcapping": 0.0,
-            },
+            fields=_COMMON | _CAPS,
+            defaults=_GEMMA_2_DEFAULTS,
+            nulls=_NULLS_BUT_HEAD_DIM,
             fixed=_GEMMA | _NO_BIAS | {"norm_placement": "both"},
-            only=_NO_ATTENTION_BIAS | {"use_bidirectional_attention": (None, False)},
             activation=("hidden_activation", _GELU),
+            neutral=_OLD_GELU,
             windows="pattern",
+            pattern=2,
         ),
         Family(
             model_type="gemma3_text",
             architecture="Gemma3ForCausalLM",
+            heads_divide=True,
             names=_LLAMA | _BOTH_NORMS,
-            fields=_COMMON | _HEAD_DIM | _CAPS,
-            defaults=_GEMMA_DEFAULTS
-            | {
-                "query_pre_attn_scalar": 256,
-                "attn_logit_softcapping": 0.0,
-                "final_logit_softcapping": 0.0,
-            },
+            fields=_COMMON | _CAPS,
+            defaults=_GEMMA_3_DEFAULTS,
+            nulls=_NULLS_BUT_HEAD_DIM,
             fixed=_GEMMA | _NO_BIAS | {"norm_placement": "both", "qk_norm": "head"},
-            only=_NO_ATTENTION_BIAS | {"use_bidirectional_attention": (False, None)},
             activation=("hidden_activation", _GELU),
+            neutral=_OLD_GELU,
             windows="pattern",
         ),
         Family(
             model_type="olmo2",
             architecture="Olmo2ForCausalLM",
             names=_LLAMA | _POST_NORMS,
+            defaults={"rms_norm_eps": 1e-5},
             fixed=_NO_BIAS | {"norm_placement": "post", "qk_norm": "all"},
-            only=_NO_ATTENTION_BIAS,
         ),
         Family(
             model_type="phi3",
             architecture="Phi3ForCausalLM",
             names=_PHI3,
+            defaults={"rms_norm_eps": 1e-5, "sliding_window": 0},
             fixed=_NO_BIAS,
-            only={"partial_rotary_factor": (1.0,)} | _NO_ATTENTION_BIAS,
+            ropes=("default",),
             windows="all",
         ),
         Family(
             model_type="mixtral",
             architecture="MixtralForCausalLM",
             names=_ATTENTION | _MIXTRAL_EXPERTS,
-            fields=_COMMON
-            | _HEAD_DIM
-            | _EXPERTS
-            | {"num_local_experts": "num_experts"},
+            fields=_COMMON | _EXPERTS | {"num_local_experts": "num_experts"},
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "sliding_window": 0,
+                "num_experts_per_tok": 2,
+                "num_local_experts": 8,
+            },
+            spellings={"num_experts": "num_local_experts"},
             fixed=_NO_BIAS | {"router_renormalize": True},
             windows="all",
         ),
@@ -253,18 +322,25 @@ FAMILIES = {
             architecture="Qwen3MoeForCausalLM",
             names=_LLAMA | _QWEN_EXPERTS,
             fields=_COMMON
-            | _HEAD_DIM
+            | _ATTENTION_BIAS
             | _EXPERTS
             | {
                 "num_experts": "num_experts",
                 "moe_intermediate_size": "expert_ffn_width",
                 "norm_topk_prob": "router_renormalize",
             },
-            defaults={"norm_topk_prob": False, "head_dim": 0},
+            defaults={
+                "num_key_value_heads": 4,
+                "num_experts_per_tok": 8,
+                "num_experts": 128,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+                "mlp_only_layers": [],
+                "decoder_sparse_step": 1,
+            },
             spellings={"num_local_experts": "num_experts"},
             fixed={"qk_norm": "head", "mlp_bias": False},
-            only={"attention_bias": (False, True)},
-            windows="max_window_layers",
+            windows="use_sliding_window",
         ),
         Family(
             model_type="gpt2",
@@ -273,23 +349,30 @@ FAMILIES = {
             fields={
                 "vocab_size": "vocab_size",
                 "n_embd": "width",
+                "n_inner": "ffn_width",
                 "n_head": "num_heads",
                 "n_positions": "max_length",
                 "layer_norm_epsilon": "norm_eps",
                 "tie_word_embeddings": "tied",
             },
-            defaults={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
+            defaults={
+                "n_inner": 0,
+                "tie_word_embeddings": True,
+                "layer_norm_epsilon": 1e-5,
+                "activation_function": "gelu_new",
+            },
+            spellings={
+                "hidden_size": "n_embd",
+                "num_attention_heads": "n_head",
+                "num_hidden_layers": "n_layer",
+                "max_position_embeddings": "n_positions",
+            },
             fixed={
                 "norm": "layernorm",
                 "positions": "learned",
                 "qkv_bias": True,
                 "out_bias": True,
                 "mlp_bias": True,
-            },
-            only={
-                "scale_attn_weights": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,),
-                "add_cross_attention": (False,),
             },
             activation=(
                 "activation_function",
@@ -299,6 +382,8 @@ FAMILIES = {
                     "gelu": "gelu",
                 },
             ),
+            num_layers="n_layer",
+            ropes=(),
             transposed=True,
         ),
     )

@@ -13,13 +13,38 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfra.config import ConfigError, DataError, did_you_mean
+from jaxinfra.config import ConfigError, DataError, RopeScaling, did_you_mean
 from jaxinfra.interop import families, hf, hf_config
+from jaxinfra.ops import layers
 
 # Architectures -> families of the same function. llama.cpp turns rotary pairs that are
 # neighbours in `llama` and stores queries and keys in that order.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _NEIGHBOURS = ("llama",)
+
+# Settings `ARCHITECTURE.name`: read below; without effect on what is computed; and
+# without effect at the value here. Any other is refused.
+_READ = (
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.layer_norm_rms_epsilon", "block_count", "context_length",
+    "embedding_length", "feed_forward_length", "rope.freq_base",
+    "rope.scaling.original_context_length",
+)  # fmt: skip
+_IGNORED = ("rope.scaling.finetuned", "tensor_data_layout")
+_NEUTRAL = {
+    "attention.causal": True, "attention.sliding_window": 0, "expert_count": 0,
+    "expert_used_count": 0, "logit_scale": 1.0, "rope.scale_linear": 1.0,
+    "rope.scaling.factor": 1.0, "rope.scaling.type": "none",
+    "use_parallel_residual": False,
+}  # fmt: skip
+# Llama 3's scaled rotary: files have the divisors of its frequencies, and these made
+# them. Source: config.json of Llama 3.1 (8) and 3.2 (32).
+_SCALED = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+_LLAMA3_FACTORS = (8.0, 32.0)
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -90,6 +115,9 @@ def open_file(file: pathlib.Path) -> hf.Published:
         )
     names = {tensor.name: tensor for tensor in reader.tensors}
     fields = _config_fields(file, about, kind, is_tied="output.weight" not in names)
+    if _SCALED in names:
+        factors_h = _Stored(file, names.pop(_SCALED), heads=0).read()
+        fields["rope_scaling"] = _scaling(file, factors_h, fields)
     model = hf_config.read_config(fields, where=str(file))
     heads = {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}
     stored = {
@@ -102,9 +130,10 @@ def open_file(file: pathlib.Path) -> hf.Published:
 
 
 def tokenizer_files(file: pathlib.Path) -> dict[str, str]:
-    """`tokenizer.json` and `tokenizer_config.json` as text, for byte-pair tokenizers.
+    """`tokenizer.json`, `tokenizer_config.json` and, for the ids that end a text,
+    `generation_config.json` as text, for byte-pair tokenizers.
 
-    Raises ConfigError for another kind.
+    Raises ConfigError for another kind, DataError for ids that are none.
     """
     about = _Metadata(_open(file))
     kind, cut = (about.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
@@ -113,8 +142,25 @@ def tokenizer_files(file: pathlib.Path) -> dict[str, str]:
             f"{file}: a tokenizer of kind {kind!r}, cut {cut!r}, is not read from "
             "GGUF; give the tokenizer of the model's published folder"
         )
-    tokens = about.get("tokenizer.ggml.tokens")
+    tokens = about.get("tokenizer.ggml.tokens", [])
     types = about.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not tokens or len(types) != len(tokens):
+        raise DataError(
+            f"{file} has {len(tokens)} tokens with {len(types)} types; download it "
+            "again"
+        )
+
+    def token(key: str) -> tuple[int, str] | None:
+        number = about.get(f"tokenizer.ggml.{key}_token_id")
+        if number is None:
+            return None
+        if not 0 <= number < len(tokens):
+            raise DataError(
+                f"{file}: tokenizer.ggml.{key}_token_id={number} is none of its "
+                f"{len(tokens)} tokens; download it again"
+            )
+        return int(number), tokens[number]
+
     added = [
         {
             "id": i,
@@ -157,14 +203,15 @@ def tokenizer_files(file: pathlib.Path) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
-        number = about.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None:
-            settings[f"{role}_token"] = tokens[number]
+        if found := token(key):
+            settings[f"{role}_token"] = found[1]
+    ends = [found[0] for key in ("eos", "eot", "eom") if (found := token(key))]
     if template := about.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     return {
         "tokenizer.json": json.dumps(described, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2),
+        "generation_config.json": json.dumps({"eos_token_id": ends}),
     }
 
 
@@ -217,6 +264,10 @@ class _Metadata:
     def __init__(self, reader: Any):
         self._fields = reader.fields
 
+    def names(self, prefix: str) -> list[str]:
+        """What follows `prefix` in the names that begin with it."""
+        return [n.removeprefix(prefix) for n in self._fields if n.startswith(prefix)]
+
     def get(self, name: str, default: Any = None) -> Any:
         field = self._fields.get(name)
         return default if field is None else field.contents()
@@ -237,27 +288,59 @@ def _config_fields(
             raise DataError(f"{file} does not say {kind}.{name}; convert it again")
         return value
 
-    scaling = about.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ConfigError(f"{file}: {kind}.rope.scaling.type={scaling!r} is not read")
     heads = take("attention.head_count")
     width = take("embedding_length")
+    head_dim = about.get(f"{kind}.attention.key_length", width // max(heads, 1))
+    vocab_size = about.count("tokenizer.ggml.tokens")
+    neutral = _NEUTRAL | {
+        "rope.dimension_count": head_dim,
+        "attention.value_length": head_dim,
+        "vocab_size": vocab_size,
+    }
+    for name in about.names(f"{kind}."):
+        value = about.get(f"{kind}.{name}")
+        if name in neutral and value != neutral[name]:
+            raise ConfigError(
+                f"{file}: {kind}.{name}={value!r} is not supported, only "
+                f"{neutral[name]!r}"
+            )
+        if name not in (*_READ, *_IGNORED, *neutral):
+            raise ConfigError(f"{file}: {kind}.{name}={value!r} is not known here")
     return {
         "model_type": _FAMILIES[kind],
-        "vocab_size": about.count("tokenizer.ggml.tokens"),
+        "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": take("feed_forward_length"),
         "num_hidden_layers": take("block_count"),
+        "max_position_embeddings": take("context_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": about.get(f"{kind}.attention.head_count_kv", heads),
         # Written as float32: the shortest number that is the same one.
         "rms_norm_eps": _shortest(take("attention.layer_norm_rms_epsilon")),
         "rope_theta": _shortest(about.get(f"{kind}.rope.freq_base", 10_000.0)),
         "tie_word_embeddings": is_tied,
-    } | (
-        {}
-        if kind == "qwen2"
-        else {"head_dim": about.get(f"{kind}.attention.key_length", width // heads)}
+    } | ({} if kind == "qwen2" else {"head_dim": head_dim})
+
+
+def _scaling(
+    file: pathlib.Path, factors_h: np.ndarray, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The published scaling of rotary frequencies that has these divisors."""
+    for factor in _LLAMA3_FACTORS:
+        scaling = _LLAMA3 | {"factor": factor}
+        like = {**fields, "rope_scaling": scaling}
+        model = hf_config.read_config(like, where=str(file))
+        plain_h, scaled_h = (
+            layers.rope_frequencies(model.head_width, model.rope_theta, kind)
+            for kind in (RopeScaling(), model.rope_scaling)
+        )
+        if factors_h.shape == plain_h.shape and np.allclose(
+            factors_h, plain_h / scaled_h, rtol=1e-5
+        ):
+            return scaling
+    raise ConfigError(
+        f"{file}: {_SCALED} is not the scaling of Llama 3.1 or 3.2; use the model's "
+        "safetensors folder"
     )
 
 

@@ -90,7 +90,7 @@ def open_folder(folder: pathlib.Path) -> Published:
     file = folder / "config.json"
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{file} cannot be read ({error}); give the folder of a published model"
         ) from error

@@ -5,145 +5,131 @@ refused by name. Written, it is read again, and must say the same model.
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinfra import checks
 from jaxinfra.config import (
+    Config,
     ConfigError,
+    DataConfig,
+    DataError,
     LayerConfig,
     ModelConfig,
     RopeScaling,
+    RunConfig,
+    TrainConfig,
     did_you_mean,
 )
 from jaxinfra.interop import families, same_model
 from jaxinfra.interop.families import Family
+from jaxinfra.interop.hf_fields import (
+    COUNT,
+    FLAG,
+    INDICES,
+    KIND_OF,
+    LAYERS,
+    NEUTRAL,
+    NUMBER,
+    OBJECT,
+    SIZE,
+    TEXT,
+    TEXTS,
+    Fields,
+    Taker,
+)
 
-Fields = dict[str, Any]
-
-# Fields that change no logit: names, ids, what only training or caching reads.
-IGNORED = frozenset((
-    "architectures", "transformers_version", "torch_dtype", "dtype",
-    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-    "decoder_start_token_id", "initializer_range", "attention_dropout", "attn_pdrop",
-    "embd_pdrop", "resid_pdrop", "embedding_dropout", "hidden_dropout",
-    "classifier_dropout", "router_aux_loss_coef", "router_jitter_noise",
-    "output_router_logits", "output_attentions", "output_hidden_states",
-    "max_position_embeddings", "original_max_position_embeddings", "id2label",
-    "label2id", "problem_type", "return_dict", "use_return_dict",
-    "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "tokenizer_class",
-    "auto_map", "cache_implementation", "task_specific_params", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "n_ctx", "pretraining_tp", "reorder_and_upcast_attn",
-    "gradient_checkpointing", "keys_to_ignore_at_inference", "max_length",
-))  # fmt: skip
+_TYPES = {name: field.type for name, field in ModelConfig.__dataclass_fields__.items()}
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # of layer_types
+_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+# Published fields of a kind of rotary frequencies -> ours.
+_SCALINGS = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq",
+        "high_freq_factor": "high_freq",
+        "original_max_position_embeddings": "original_length",
+    },
+}
+_OURS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
 def read_config(fields: Fields, *, where: str = "config.json") -> ModelConfig:
     """The model that a published `config.json` describes.
 
     Raises ConfigError that names the field for a family, field or value that is not
-    known.
+    known, and DataError for one that no such file has: lacking, of a wrong type, or
+    contradicting another.
     """
-    fields = _text_part(dict(fields), where)
-    family = _family(fields.pop("model_type", None), where)
+    family = _family(fields.get("model_type", None), where)
+    for name in ("vision_config", "text_config", "quantization_config"):
+        if fields.get(name) is not None:
+            raise ConfigError(
+                f"{where}: field {name!r} is not supported; export the plain text model"
+            )
+    take = Taker(
+        fields,
+        of=family.model_type,
+        where=where,
+        defaults={**families.DEFAULTS, **family.defaults},
+        nulls=family.nulls,
+    )
     for spelling, published in family.spellings.items():
-        fields.setdefault(published, fields.pop(spelling, None))
-    take = _Taker(fields, family, where)
+        take.rename(spelling, published)
     ours: dict[str, Any] = dict(family.fixed)
     for published, name in family.fields.items():
-        ours[name] = take(published, default=_default(published, family, ours))
-    num_layers = take("n_layer" if family.transposed else "num_hidden_layers")
-    field, values = family.activation
-    ours["activation"] = take.one_of(field, values, _first(values))
-    if family.model_type == "gemma":  # where both stand, hidden_activation is meant
-        meant = take.one_of("hidden_activation", values, None)
-        ours["activation"] = meant or ours["activation"]
-    for published, allowed in family.only.items():
-        value = take(published, default=allowed[0])
-        if value not in allowed:
-            raise take.error(published, value, f"one of {list(allowed)}")
-        if published == "attention_bias":
-            ours |= {"qkv_bias": value, "out_bias": value}
-    if family.model_type == "gpt2":
-        ours["num_kv_heads"] = ours["num_heads"]
-        inner = take("n_inner", default=None)
-        ours["ffn_width"] = inner or 4 * ours["width"]
-        layers = [LayerConfig()] * num_layers
-    else:
-        local_theta = _read_rope(take, ours)
-        layers = _read_layers(take, family, num_layers, local_theta)
-    take.nothing_left()
-    return ModelConfig(**ours, **same_model.stack(layers), residual_scale_init=False)
+        ours[name] = _TYPES[name](take(published, KIND_OF[_TYPES[name]]))
+    ours["num_kv_heads"] = ours.get("num_kv_heads") or ours["num_heads"]
+    ours["ffn_width"] = ours["ffn_width"] or 4 * ours["width"]
+    if "attention_bias" in family.fields:
+        ours["out_bias"] = ours["qkv_bias"]
+    ours["activation"] = take.one_of(*family.activation)
+    local_theta = _read_rope(take, family, ours) if family.ropes else 0.0
+    layers = _read_layers(take, family, local_theta)
+    take.neutral({**NEUTRAL, **family.neutral})
+    take.nothing_left(family.fields)
+    model = ModelConfig(**ours, **same_model.stack(layers), residual_scale_init=False)
+    _check(model, family, where)
+    return model
 
 
-def write_config(model: ModelConfig, family_name: str = "") -> Fields:
+def max_positions(fields: Fields) -> int:
+    """The longest text that a `config.json` says it takes; 0: it does not say."""
+    found = (fields.get(name, 0) for name in _LENGTHS)
+    return next((length for length in found if SIZE.has(length)), 0)
+
+
+def write_config(
+    model: ModelConfig, family_name: str = "", *, max_positions: int = 0
+) -> Fields:
     """The published `config.json` of a model, as `family_name` or the first family that
-    fits; ConfigError that says what does not fit."""
+    fits; ConfigError that says what does not fit.
+
+    max_positions: the longest text it was trained for; 0 takes model.max_length.
+    """
     names = [family_name] if family_name else families.PREFERENCE
     misfits = {}
     for name in names:
         family = _family(name, "--family")
-        fields = _written(model, family)
-        misfit = _difference(model, fields)
-        if not misfit:
+        fields = _written(model, family, max_positions)
+        misfits[name] = _difference(model, fields)
+        if family.heads_divide and model.width % model.num_heads:
+            misfits[name] = f"{model.num_heads} heads do not divide {model.width}"
+        if not misfits[name]:
             return fields
-        misfits[name] = misfit
     reasons = "; ".join(f"{name}: {why}" for name, why in misfits.items())
     raise ConfigError(f"no published family has this model: {reasons}")
 
 
-class _Taker:
-    """Takes fields out of a config.json, so that what is left was not understood."""
-
-    def __init__(self, fields: Fields, family: Family, where: str):
-        self._left, self._family, self._where = dict(fields), family, where
-
-    def __call__(self, name: str, **default: Any) -> Any:
-        """The field's value; `default` where it is absent or null."""
-        value = self._left.pop(name, None)
-        if value is None:
-            if "default" not in default or default["default"] is _REQUIRED:
-                raise ConfigError(
-                    f"{self._where} has no field {name!r}, which every "
-                    f"{self._family.model_type} has; restore the file"
-                )
-            return default["default"]
-        return value
-
-    def one_of(self, name: str, values: Mapping[str, str], default: Any) -> Any:
-        """`values` of the field's value; `default` where the field is absent."""
-        value = self(name, default=None)
-        if value is None:
-            return default
-        if value not in values:
-            raise self.error(name, value, f"one of {list(values)}")
-        return values[value]
-
-    def error(self, name: str, value: Any, rule: str) -> ConfigError:
-        return ConfigError(
-            f"{self._where}: {name}={value!r} is not supported for "
-            f"{self._family.model_type}; it must be {rule}"
-        )
-
-    def nothing_left(self) -> None:
-        unknown = sorted(self._left.keys() - IGNORED)
-        unknown = [
-            name
-            for name in unknown
-            if self._left[name] is not None and not name.startswith("_")
-        ]
-        if unknown:
-            raise ConfigError(
-                f"{self._where}: field {unknown[0]!r} of a {self._family.model_type} "
-                "is not known here, and what it changes would be lost; remove it if it "
-                f"changes nothing{did_you_mean(unknown[0], self._family.fields)}"
-            )
-
-
-_REQUIRED = object()
-
-
 def _family(name: Any, where: str) -> Family:
+    if name is not None and not TEXT.has(name):
+        raise DataError(
+            f"{where}: model_type={name!r} must be a text; restore the file"
+        )
     if name not in families.FAMILIES:
         raise ConfigError(
             f"{where}: model_type={name!r} is not one of {', '.join(families.FAMILIES)}"
@@ -152,129 +138,156 @@ def _family(name: Any, where: str) -> Family:
     return families.FAMILIES[name]
 
 
-def _text_part(fields: Fields, where: str) -> Fields:
-    """A config with a vision tower is refused by name."""
-    for name in ("vision_config", "text_config", "quantization_config"):
-        if fields.get(name) is not None:
-            raise ConfigError(
-                f"{where}: field {name!r} is not supported; export the plain text model"
-            )
-    return fields
-
-
-def _default(published: str, family: Family, ours: dict[str, Any]) -> Any:
-    if published in family.defaults:
-        return family.defaults[published]
-    return {
-        "num_key_value_heads": ours.get("num_heads"),
-        "head_dim": 0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }.get(published, _REQUIRED)
-
-
-def _first(values: Mapping[str, str]) -> str:
-    return next(iter(values.values()))
-
-
-def _read_rope(take: _Taker, ours: dict[str, Any]) -> float:
+def _read_rope(take: Taker, family: Family, ours: dict[str, Any]) -> float:
     """Sets the rotary settings; returns the base of layers with a window, 0 if the
     same. Reads the spelling of transformers 5 (rope_parameters) and that before."""
-    theta = take("rope_theta", default=10_000.0)
-    scaling = take("rope_scaling", default={})
-    local_theta = take("rope_local_base_freq", default=0.0)
-    new = take("rope_parameters", default={})
-    if "full_attention" in new:
-        local = dict(new.get("sliding_attention") or new["full_attention"])
-        new = dict(new["full_attention"])
-        local_theta = local.pop("rope_theta", 10_000.0)
-        _read_scaling(take, local, allowed=("none",))
-        is_same = local_theta == new.get("rope_theta")
-        is_plain = new.get("rope_type", "default") == "default"
-        local_theta = 0.0 if is_same and is_plain else local_theta
-    elif new:
-        new = dict(new)
-    ours["rope_theta"] = float(new.pop("rope_theta", theta))
-    ours["rope_scaling"] = _read_scaling(take, dict(new or scaling))
-    return float(local_theta)
-
-
-def _read_scaling(
-    take: _Taker, fields: Fields, allowed: tuple = ("none", "linear", "llama3")
-) -> RopeScaling:
-    names = {"default": "none", "linear": "linear", "llama3": "llama3"}
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
-    if names.get(kind) not in allowed:
-        raise take.error("rope_type", kind, f"one of {list(names)}")
-    if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise take.error("partial_rotary_factor", "below 1", "1.0")
-    values = {
-        ours: fields.pop(published)
-        for published, ours in _SCALING_FIELDS.items()
-        if published in fields
-    }
-    if fields:
-        raise take.error(f"rope field {sorted(fields)[0]}", "given", "absent")
-    return (
-        RopeScaling(kind=names[kind], **values) if kind != "default" else RopeScaling()
-    )
-
-
-_SCALING_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq",
-    "high_freq_factor": "high_freq",
-    "original_max_position_embeddings": "original_length",
-}
-
-
-def _read_layers(
-    take: _Taker, family: Family, num_layers: int, local_theta: float
-) -> list[LayerConfig]:
-    """The windows and experts of all layers."""
-    window = take("sliding_window", default=0)
-    kinds = take("layer_types", default=None)
-    # Every how many layers one sees all: a fact of the family, or a field.
-    every = {"gemma2": 2, "gemma3_text": 6}.get(family.model_type, 0)
-    every = take("_sliding_window_pattern", default=every)
-    every = take("sliding_window_pattern", default=every)
-    from_layer = take("max_window_layers", default=num_layers)
-    is_used = take("use_sliding_window", default=family.windows != "max_window_layers")
-    has_window = {
-        "none": lambda i: False,
-        "all": lambda i: True,
-        "pattern": lambda i: (i + 1) % every != 0,
-        "max_window_layers": lambda i: bool(is_used) and i >= from_layer,
-    }[family.windows]
-    if kinds is None:
-        kinds = [
-            "sliding_attention" if has_window(i) and window else "full_attention"
-            for i in range(num_layers)
-        ]
-    names = ("full_attention", "sliding_attention")
-    if len(kinds) != num_layers or not set(kinds) <= set(names):
-        raise take.error("layer_types", kinds, f"{num_layers} of {names}")
-    if "sliding_attention" in kinds and not window:
-        raise take.error("sliding_window", window, "the size of the layers' window")
-    dense = set(take("mlp_only_layers", default=[]))
-    step = take("decoder_sparse_step", default=1)
-    has_experts = "num_experts" in family.fields.values()
-    layers = []
-    for i, kind in enumerate(kinds):
-        is_local = kind == "sliding_attention"
-        is_sparse = has_experts and i not in dense and (i + 1) % step == 0
-        layers.append(
-            LayerConfig(
-                window=window if is_local else 0,
-                rope_theta=local_theta if is_local else 0.0,
-                feed_forward="experts" if is_sparse else "dense",
-            )
+    old, new = take("rope_scaling", OBJECT), take("rope_parameters", OBJECT)
+    local: Fields = {}
+    if family.has_local_rope:
+        kinds = Taker(
+            new,
+            of="rope_parameters by layer type",
+            where=f"{take.where}: rope_parameters",
+            defaults={_FULL: {}, _SLIDING: {}},
+            nulls={_FULL: {}, _SLIDING: {}},
         )
-    return layers
+        new, local = kinds(_FULL, OBJECT), kinds(_SLIDING, OBJECT)
+        kinds.nothing_left((_FULL, _SLIDING))
+    places = {"rope_scaling": old, "rope_parameters": new}
+    theta, scaling = _rotary(take, "rope_theta", places, family.ropes)
+    ours |= {"rope_theta": theta, "rope_scaling": scaling}
+    if scaling.kind == "llama3":
+        take.neutral({"original_max_position_embeddings": (scaling.original_length,)})
+    if not family.has_local_rope:
+        return 0.0
+    places = {f"rope_parameters.{_SLIDING}": local}
+    local_theta, _ = _rotary(take, "rope_local_base_freq", places, ("default",))
+    return 0.0 if local_theta == theta and scaling.kind == "none" else local_theta
 
 
-def _written(model: ModelConfig, family: Family) -> Fields:
+def _rotary(
+    take: Taker, field: str, places: Mapping[str, Fields], kinds: tuple[str, ...]
+) -> tuple[float, RopeScaling]:
+    """The base and the scaling that `field` and the `places` that say any agree on."""
+    thetas: dict[str, Any] = {}
+    scalings: dict[str, Any] = {}
+    for place, fields in places.items():
+        if not fields:
+            continue
+        said = Taker(
+            fields,
+            of=place,
+            where=f"{take.where}: {place}",
+            defaults={"rope_theta": None, "rope_type": "default"},
+            nulls={},
+        )
+        said.rename("type", "rope_type")
+        kind = said("rope_type", TEXT)
+        if kind not in kinds:
+            raise said.unsupported("rope_type", kind, f"one of {list(kinds)}")
+        said.of = f"{place} of rope_type={kind!r}"
+        types = RopeScaling.__dataclass_fields__
+        values = {
+            name: said(published, KIND_OF[types[name].type])
+            for published, name in _SCALINGS[kind].items()
+        }
+        thetas[f"{place}.rope_theta"] = said("rope_theta", NUMBER)
+        said.neutral({"partial_rotary_factor": NEUTRAL["partial_rotary_factor"]})
+        said.nothing_left(["rope_type", "rope_theta", *_SCALINGS[kind]])
+        scalings[place] = RopeScaling(kind=_OURS[kind], **values)
+    theta = take.agree({field: take.stated(field, NUMBER), **thetas})
+    scaling = take.agree(scalings)
+    return float(theta or take(field, NUMBER)), scaling or RopeScaling()
+
+
+def _read_layers(take: Taker, family: Family, local_theta: float) -> list[LayerConfig]:
+    """The windows and experts of all layers."""
+    windows = _read_windows(take, family, take(family.num_layers, LAYERS))
+    has_experts = "num_experts" in family.fields.values()
+    dense, step = [], 1
+    if "mlp_only_layers" in family.defaults:
+        dense = take("mlp_only_layers", INDICES)
+        step = take("decoder_sparse_step", SIZE)
+    if max(dense, default=0) >= len(windows):
+        rule = f"a list of layers below {len(windows)}"
+        raise take.damaged("mlp_only_layers", dense, rule)
+    return [
+        LayerConfig(
+            window=window,
+            rope_theta=local_theta if window else 0.0,
+            feed_forward="experts"
+            if has_experts and i not in dense and (i + 1) % step == 0
+            else "dense",
+        )
+        for i, window in enumerate(windows)
+    ]
+
+
+def _read_windows(take: Taker, family: Family, num_layers: int) -> list[int]:
+    """The window of each layer, 0 for none."""
+    rule = family.windows
+    is_optional = rule in ("use_sliding_window", "max_window_layers")
+    window = 0 if rule == "none" else take("sliding_window", SIZE)
+    if is_optional and not take("use_sliding_window", FLAG):
+        window = 0
+    first = take("max_window_layers", COUNT) if rule == "max_window_layers" else 0
+    every = 0
+    if rule == "pattern":  # whose layers must have a window: below, they get none
+        every = family.pattern or take("sliding_window_pattern", SIZE)
+    kinds = [
+        _SLIDING
+        if (window or every) and i >= first and (not every or (i + 1) % every)
+        else _FULL
+        for i in range(num_layers)
+    ]
+    if rule in ("pattern", "max_window_layers"):
+        stated = take("layer_types", TEXTS)
+        kinds = kinds if stated is None else stated
+    if len(kinds) != num_layers or not set(kinds) <= {_FULL, _SLIDING}:
+        names = f"{num_layers} of {_FULL!r} and {_SLIDING!r}"
+        raise take.unsupported("layer_types", kinds, names)
+    has_window = _SLIDING in kinds
+    if has_window and not window:
+        raise take.damaged(
+            "sliding_window", None, f"a size, and used, for layers of {_SLIDING!r}"
+        )
+    take.neutral(
+        {
+            "sliding_window": (),
+            "sliding_window_size": (window,),
+            "sliding_window_pattern": (every,),
+            "use_sliding_window": (has_window,),
+            "layer_types": (kinds,),
+            **({"max_window_layers": (0,)} if has_window else {}),
+        }
+    )
+    return [window if kind == _SLIDING else 0 for kind in kinds]
+
+
+def _check(model: ModelConfig, family: Family, where: str) -> None:
+    """The rules between settings, in the words of config.json."""
+    # One token a row and no folder of its own: only the model is in question.
+    config = Config(
+        name="published",
+        model=model,
+        train=TrainConfig(length=1),
+        run=RunConfig(dir=os.sep),
+        data=DataConfig(cache_dir=os.sep),
+    )
+    names = {ours: published for published, ours in family.fields.items()}
+    names |= {ours: published for published, ours in _SCALINGS["llama3"].items()}
+    try:
+        checks.check(config)
+    except ConfigError as error:
+        rule = re.sub(
+            r"\bmodel\.(?:rope_scaling\.)?(\w+)",
+            lambda key: names.get(key[1], key[0]),
+            str(error),
+        )
+        raise DataError(f"{where}: {rule}, or restore the file") from error
+
+
+def _written(model: ModelConfig, family: Family, max_positions: int) -> Fields:
     """`model` as the family would say it, whether or not it can."""
     fields: Fields = {
         "architectures": [family.architecture],
@@ -284,66 +297,66 @@ def _written(model: ModelConfig, family: Family) -> Fields:
         value = getattr(model, name)
         is_none = published.endswith("softcapping") and value == 0
         fields[published] = None if is_none else value
-    if "head_dim" in fields:
-        fields["head_dim"] = model.head_width
     field, values = family.activation
     by_ours = {ours: published for published, ours in reversed(values.items())}
     fields[field] = by_ours.get(model.activation, model.activation)
-    fields |= {name: allowed[0] for name, allowed in family.only.items()}
-    if "attention_bias" in family.only:
-        fields["attention_bias"] = model.qkv_bias
-    if family.model_type == "gpt2":
-        inner = None if model.ffn_width == 4 * model.width else model.ffn_width
-        return fields | {"n_layer": model.num_layers, "n_inner": inner}
-    fields["num_hidden_layers"] = model.num_layers
-    fields["max_position_embeddings"] = model.max_length or 131_072
+    fields[family.num_layers] = model.num_layers
+    if not family.ropes:
+        return fields
+    fields["head_dim"] = model.head_width
+    longest = max_positions or model.max_length or 131_072
+    fields["max_position_embeddings"] = longest
     fields |= _written_rope(model, family)
     return fields | _written_layers(model, family)
 
 
 def _written_rope(model: ModelConfig, family: Family) -> Fields:
     scaling = model.rope_scaling
-    parameters: Fields = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    [kind] = [published for published, ours in _OURS.items() if ours == scaling.kind]
+    parameters: Fields = {"rope_theta": model.rope_theta, "rope_type": kind}
+    for published, ours in _SCALINGS[kind].items():
+        parameters[published] = getattr(scaling, ours)
+    # Both spellings: transformers before 5 takes a base of 10,000 where only the new
+    # one is there.
+    old: Fields = {"rope_theta": model.rope_theta, "rope_scaling": None}
     if scaling.kind != "none":
-        keep = 4 if scaling.kind == "llama3" else 1
-        parameters["rope_type"] = scaling.kind
-        for published, ours in list(_SCALING_FIELDS.items())[:keep]:
-            parameters[published] = getattr(scaling, ours)
-    if family.model_type != "gemma3_text":
-        return {"rope_parameters": parameters}
+        old["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    if not family.has_local_rope:
+        return old | {"rope_parameters": parameters}
     thetas = {layer.rope_theta for layer in model.layers if layer.window}
     local = {"rope_theta": max(thetas, default=0.0) or model.rope_theta}
-    return {
+    return old | {
+        "rope_local_base_freq": local["rope_theta"],
         "rope_parameters": {
-            "full_attention": parameters,
-            "sliding_attention": local | {"rope_type": "default"},
-        }
+            _FULL: parameters,
+            _SLIDING: local | {"rope_type": "default"},
+        },
     }
 
 
 def _written_layers(model: ModelConfig, family: Family) -> Fields:
     layers = model.layers
-    windows = {layer.window for layer in layers if layer.window}
-    fields: Fields = {"sliding_window": max(windows, default=None)}
-    kinds = [
-        "sliding_attention" if layer.window else "full_attention" for layer in layers
-    ]
+    window = max(layer.window for layer in layers)
+    kinds = [_SLIDING if layer.window else _FULL for layer in layers]
+    fields: Fields = {}
     match family.windows:
+        case "all":
+            fields = {"sliding_window": window or None}
         case "pattern":
-            fields["layer_types"] = kinds
-            fields["sliding_window"] = fields["sliding_window"] or 4096
+            fields = {"sliding_window": window or 4096, "layer_types": kinds}
+        case "use_sliding_window":
+            used = {"use_sliding_window": bool(window)}
+            fields = used | {"sliding_window": window or None}
         case "max_window_layers":
-            fields["use_sliding_window"] = bool(windows)
-            fields["layer_types"] = kinds
-            if windows:
-                fields["max_window_layers"] = kinds.index("sliding_attention")
-        case "none":
-            del fields["sliding_window"]
+            used = {"use_sliding_window": bool(window), "layer_types": kinds}
+            fields = used | {"sliding_window": window or None}
+            if window:
+                fields["max_window_layers"] = kinds.index(_SLIDING)
     if family.model_type == "qwen3_moe":
         dense = [i for i, x in enumerate(layers) if x.feed_forward == "dense"]
         fields |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         fields["moe_intermediate_size"] = model.expert_width
-        fields["num_local_experts"] = fields["num_experts"] = model.num_experts
+        fields["num_local_experts"] = model.num_experts
     return fields
 
 
@@ -351,6 +364,7 @@ def _difference(model: ModelConfig, fields: Fields) -> str:
     """What reading `fields` again gives otherwise than `model`; empty if nothing."""
     try:
         again = read_config(json.loads(json.dumps(fields)))
-    except ConfigError as error:
-        return str(error)
+    except (ConfigError, DataError) as error:
+        what = str(error).removeprefix("config.json: ")
+        return what.removesuffix("; restore the file")
     return "; ".join(same_model.differences(model, again))

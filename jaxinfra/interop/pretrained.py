@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxinfra import options, params, precision, runfolder
 from jaxinfra.checkpoint import restore
 from jaxinfra.config import FOR_TRAINING, Config, ConfigError, DataError, ModelConfig
-from jaxinfra.interop import hf, same_model
+from jaxinfra.interop import hf, same_model, tokenizers_of
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout
@@ -57,15 +57,25 @@ class Source(NamedTuple):
         model = dataclasses.replace(self.model, **kept)
         return dataclasses.replace(config, model=model)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises ConfigError, with the keys, where `model` computes another function;
-        the vocabulary may differ."""
+    def check(self, model: ModelConfig, tokenizer: Any = None) -> None:
+        """Raises ConfigError, with the keys, where `model` computes another function
+        (the vocabulary may differ), or where `tokenizer`, a `Tokenizer.to_json()`, has
+        other ids for the tokens of the source's own."""
         same = dataclasses.replace(model, vocab_size=self.model.vocab_size)
         if differ := same_model.differences(same, self.model):
             raise ConfigError(
                 f"init.from={self.where} is another model than the config's: "
                 f"{'; '.join(differ)}; set these keys to the source's, or take its "
                 "model by --init.model true"
+            )
+        if tokenizer is not None and not tokenizers_of.has_same_ids(
+            self.where, tokenizer
+        ):
+            raise ConfigError(
+                f"init.from={self.where} has another tokenizer than the data, so its "
+                "parameters mean other tokens; prepare the data by --tokenizer with "
+                "that of the source, or take its tokenizer's files away to begin with "
+                "its parameters all the same"
             )
 
     def begin(
@@ -103,9 +113,17 @@ def open_source(path: str) -> Source:
         from jaxinfra.interop import gguf_file
 
         return _published(path, gguf_file.open_file(place))
-    folder, step = run_and_step(place)
+    folder, step = runfolder.run_and_step(path)
+    if folder.is_file():
+        raise ConfigError(
+            f"{path} is a file; name the folder that holds it, or a .gguf file"
+        )
     fields = _read_json(folder / "config.json")
     if "model_type" in fields:
+        if step is not None:
+            raise ConfigError(
+                f"{path} is a published model, which has no steps; leave out @{step}"
+            )
         return _published(path, hf.open_folder(folder))
     if (folder / runfolder.CHECKPOINTS).is_dir():
         return _open_run(folder, step)
@@ -152,15 +170,9 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
         arrays = [found.arrays[name].astype(dtype) for name in wanted]
         return params.unflatten(abstract, arrays)
 
-    return Source(f"{run}@{step}", config.model, read)
-
-
-def run_and_step(place: pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """RUN and STEP of RUN@STEP; a folder that is there is never cut at an @."""
-    run, at, step = str(place).rpartition("@")
-    if at and not place.exists() and step.isdecimal():
-        return pathlib.Path(run), int(step)
-    return place, None
+    length = config.model.max_length or config.train.length
+    model = dataclasses.replace(config.model, max_length=length)
+    return Source(f"{run}@{step}", model, read)
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

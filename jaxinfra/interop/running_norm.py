@@ -10,6 +10,9 @@ Against BatchNorm: statistics lag a step, and no gradient flows through them, so
 holds the scale of the weights before it but weight decay; train with some, and with a
 warm-up. Sources: arXiv:1502.03167 section 2 (why a gradient that ignores them needs
 care), arXiv:1702.03275 (running statistics in training).
+
+Limits: the statistics are of the parameters that are trained. Under
+optimizer.ema_decay the average of the parameters is evaluated with these.
 """
 
 from typing import Any
@@ -36,13 +39,18 @@ class RunningSum(nnx.Variable):
 class LinenRunningNorm(nn.Module):
     """(x - mean) / sqrt(var + eps), by feature (the last dim), then scale and bias.
 
-    momentum: the part of the statistics that a step keeps; the first steps weigh alike,
-    as if there had been none before. Sums are collected where the collection
-    `running_sums` is mutable, which `from_linen` makes it in training.
+    momentum: the part of the statistics that a step keeps, from 0 to below 1, else
+    ValueError; the first steps weigh alike, as if there had been none before. Sums are
+    collected where the collection `running_sums` is mutable, which `from_linen` makes
+    it in training.
     """
 
     momentum: float = 0.9
     eps: float = 1e-5
+
+    def __post_init__(self):
+        _check(self.momentum)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,6 +82,7 @@ class NnxRunningNorm(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
+        _check(momentum)
         self.eps = eps
         self.use_running_average = True
         for name, value in _first(num_features, momentum).items():
@@ -116,6 +125,14 @@ def updated(state: Tree, seen: Tree) -> Tree:
     if set(seen) == _SUM_NAMES:
         return _updated(state, **seen)
     return state | {name: updated(state[name], seen[name]) for name in seen}
+
+
+def _check(momentum: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(
+            f"momentum={momentum} of a running norm must be at least 0 and below 1: "
+            "with 1 its statistics would never come to be"
+        )
 
 
 def _first(size: int, momentum: float) -> dict[str, jax.Array]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxinfra.config import FOR_TRAINING, LayerConfig, ModelConfig
+from jaxinfra.config import FOR_TRAINING, LayerConfig, ModelConfig, RopeScaling
 
 
 def stack(layers: list[LayerConfig]) -> dict[str, Any]:
@@ -55,22 +55,43 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 def canonical(model: ModelConfig) -> ModelConfig:
     """The same function said in one way: widths that 0 stands for, unused settings."""
     has_experts = any(layer.feed_forward == "experts" for layer in model.layers)
-    is_rotary = model.positions == "rotary"
     no_experts = {"num_experts": 0, "experts_per_token": 0, "router_renormalize": True}
+    base, scaling, thetas = _rotary(model)
     return dataclasses.replace(
         model,
         head_dim=model.head_width,
         attention_scale_dim=model.attention_scale_dim or model.head_width,
         expert_ffn_width=model.expert_width if has_experts else 0,
         ffn_width=model.ffn_width if _has_dense(model) else 0,
-        rope_theta=model.rope_theta if is_rotary else 0.0,
-        max_length=0 if is_rotary else model.max_length,
+        rope_theta=base,
+        rope_scaling=scaling,
+        max_length=0 if model.positions == "rotary" else model.max_length,
         prefix=(),
-        pattern=model.layers,
+        pattern=tuple(
+            dataclasses.replace(layer, rope_theta=theta)
+            for layer, theta in zip(model.layers, thetas, strict=True)
+        ),
         repeats=1,
         suffix=(),
         **({} if has_experts else no_experts),
     )
+
+
+def _rotary(model: ModelConfig) -> tuple[float, RopeScaling, list[float]]:
+    """The model's rope_theta, its scaling and the layers' rope_theta."""
+    if model.positions != "rotary":
+        return 0.0, RopeScaling(), [0.0] * model.num_layers
+    scaling, thetas = model.rope_scaling, [layer.rope_theta for layer in model.layers]
+    if scaling.kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=scaling.factor)
+    is_scaled = scaling.kind != "none" and scaling.factor != 1
+    if is_scaled and not all(thetas):
+        return model.rope_theta, scaling, thetas
+    # Unscaled, a base is the same wherever it is said: here, the first layer's is the
+    # model's.
+    thetas = [theta or model.rope_theta for theta in thetas]
+    base = thetas[0]
+    return base, RopeScaling(), [0.0 if x == base else x for x in thetas]
 
 
 def _has_dense(model: ModelConfig) -> bool:

@@ -2,22 +2,16 @@
 end, how long a row may be, how a conversation is written."""
 
 import datetime
-import json
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfra import options, runfolder
+from jaxinfra.config import ModelConfig
 from jaxinfra.data import chat_template, tokenizer_files
 from jaxinfra.data.chat_template import ChatTemplate
 from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
-from jaxinfra.interop import pretrained, tokenizers_of
-
-# The tokens that a published model takes, by fields of its config.json.
-_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+from jaxinfra.interop import tokenizers_of
 
 
 class SourceText(NamedTuple):
@@ -25,7 +19,7 @@ class SourceText(NamedTuple):
     included; None for tokenizers that are ours alone. named_bos_id: the BOS token that
     the source names, though its tokenizer may not write it. stop_ids: what ends a text
     that is generated. max_length: tokens a row that the model was made for, or a run
-    trained with; 0: not known."""
+    trained with; 0: not known. chat: None where it was not asked for, or is none."""
 
     tokenizer: Tokenizer
     library: Any
@@ -47,46 +41,28 @@ class SourceText(NamedTuple):
         return self.library.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
 
-def open_text(path: str) -> SourceText:
-    """The text side of the source at `path` (see `pretrained`).
+def open_text(path: str, model: ModelConfig, *, has_chat: bool = False) -> SourceText:
+    """The text side of the source at `path` (see `pretrained`), whose model is `model`.
 
-    Raises DataError where it has no tokenizer.
+    Raises DataError where it has no tokenizer, or one with more ids than the model.
     """
-    tokenizer = tokenizers_of.open_tokenizer(path)
+    tokenizer = tokenizers_of.open_tokenizer(path, model)
     library = None
     if isinstance(tokenizer, HfTokenizer):
         library = tokenizer.library_tokenizer(has_special_text=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in tokenizers_of.files(path).items():
-            pathlib.Path(folder, name).write_bytes(data)
+    with tokenizers_of.folder(path) as folder:
         settings = tokenizer_files.settings_of(folder)
-        today = datetime.date.today()
-        chat = chat_template.load(tokenizer, folder=folder, date=today)
+        chat = None
+        if has_chat:
+            today = datetime.date.today()
+            chat = chat_template.load(tokenizer, folder=folder, date=today)
     bos = settings.get("bos_token")
-    run, _ = pretrained.run_and_step(pathlib.Path(path).expanduser())
-    fields = _fields(run / "config.json")
-    ends = _fields(run / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = [tokenizer.eod_id, *tokenizers_of.end_ids(path)]
     return SourceText(
         tokenizer=tokenizer,
         library=library,
         named_bos_id=library.token_to_id(bos) if library and bos else tokenizer.bos_id,
-        stop_ids=tuple(dict.fromkeys([tokenizer.eod_id, *ends])),
-        max_length=_max_length(run, fields),
+        stop_ids=tuple(dict.fromkeys(ends)),
+        max_length=model.max_length,
         chat=chat,
     )
-
-
-def _max_length(place: pathlib.Path, fields: dict[str, Any]) -> int:
-    if (place / runfolder.CHECKPOINTS).is_dir():
-        config = options.from_json(fields, fill=True)
-        return config.model.max_length or config.train.length
-    return next((fields[name] for name in _LENGTHS if fields.get(name)), 0)
-
-
-def _fields(file: pathlib.Path) -> dict[str, Any]:
-    """Of a JSON file that may not be there; `pretrained` has said what is wrong."""
-    if not file.is_file():
-        return {}
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    return fields if isinstance(fields, dict) else {}

@@ -33,6 +33,8 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Of buffers, which are no parameters and are passed over.
+_BUFFERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
@@ -78,11 +80,13 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     places = _read_index(index)
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
-        found |= {
-            tensor: stored
-            for tensor, stored in open_file(folder / name).items()
-            if places.get(tensor) == name
-        }
+        in_file = open_file(folder / name)
+        if extra := sorted(t for t in in_file if places.get(t) != name):
+            raise DataError(
+                f"{folder / name} holds {extra[0]!r}, which {INDEX} does not place "
+                "there; download the folder again"
+            )
+        found |= in_file
     if missing := sorted(places.keys() - found.keys()):
         raise DataError(
             f"{index} says that {missing[0]!r} is in {places[missing[0]]}, which does "
@@ -143,7 +147,10 @@ def write_folder(
             for tensor in group
         }
         index = {"metadata": {"total_size": _num_bytes(tensors)}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        with (folder / INDEX).open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(index, indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _write_file(file: pathlib.Path, tensors: list[Writing]) -> None:
@@ -183,21 +190,23 @@ def _checked_header(
     records = sorted(header.items(), key=lambda item: _offsets(file, *item))
     for name, record in records:
         begin, stop = _offsets(file, name, record)
-        dtype, shape = _DTYPES.get(record.get("dtype")), record.get("shape")
-        if dtype is None:
-            # Buffers of integers and booleans are no parameters; their size is checked.
-            if begin != end or stop < begin:
-                raise _damaged(file, f"has overlapping data at {name!r}")
-            end = stop
+        kind, shape = str(record.get("dtype")), record.get("shape")
+        if begin != end:
+            raise _damaged(file, f"has a gap or overlapping data at {name!r}")
+        end = stop
+        if kind in _BUFFERS:
             continue
+        if kind not in _DTYPES:
+            raise DataError(
+                f"{file} holds {name!r} as {kind}, which is not read; convert it to "
+                f"one of {', '.join(_DTYPES)}"
+            )
+        dtype = _DTYPES[kind]
         is_shape = isinstance(shape, list) and all(
             type(n) is int and n >= 0 for n in shape
         )
         if not is_shape or stop - begin != math.prod(shape) * dtype.itemsize:
             raise _damaged(file, f"says {record} of {name!r}, which is no size")
-        if begin != end:
-            raise _damaged(file, f"has a gap or overlapping data at {name!r}")
-        end = stop
         yield name, Stored(file, dtype, tuple(shape), start + begin)
     if start + end != size:
         raise _damaged(
@@ -218,7 +227,9 @@ def _read_index(index: pathlib.Path) -> Mapping[str, str]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(name, file) for name, file in places.items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+        OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"{index} is no index of tensors ({error!r:.200}); download it again"
         ) from error

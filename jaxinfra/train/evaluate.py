@@ -18,7 +18,7 @@ EvalStep = Callable[[Any, Any, Any], tuple[jax.Array, Aux]]
 class Rows(Protocol):
     """A held-out set in batches that read every row once; `data.batches.Evaluation`.
 
-    bytes_per_token: of its text; None where what is predicted is none.
+    bytes_per_token: of its text; None where what is predicted is none, or a part of it.
     """
 
     @property

@@ -125,13 +125,8 @@ def next_token_loss(
         )
         h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
         with jax.named_scope("loss"):
-            sums = loss.cross_entropy(
-                h_BTD,
-                head_VD,
-                t.targets_BT,
-                t.weights_BT,
-                sharp if key is None else loss_config,
-            )
+            used = sharp if key is None else loss_config
+            sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)
         metrics = {"log_z_squared": sums.z}
         return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
 
@@ -173,7 +168,7 @@ def grad_of(loss_fn: LossFn) -> GradFn:
     """Reverse-mode gradient of the loss sum with respect to params.
 
     With a `Scaled` state the backward pass is of the loss times its scale; the
-    gradients are divided by it in float32, and the metric loss_scale tells it.
+    gradients are divided by it in float32.
     """
 
     def grad_fn(params, model_state, batch, key):
@@ -188,8 +183,6 @@ def grad_of(loss_fn: LossFn) -> GradFn:
         if is_scaled:
             scale = model_state.scale
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-            told = {"loss_scale": scale * aux.weight_sum}
-            aux = aux._replace(metrics=aux.metrics | told)
         return Gradients(grads, loss_sum, aux)
 
     return grad_fn
@@ -198,6 +191,11 @@ def grad_of(loss_fn: LossFn) -> GradFn:
 def unscaled(model_state: Any) -> Any:
     """The model state that a LossFn gets."""
     return model_state.inner if isinstance(model_state, Scaled) else model_state
+
+
+def loss_scale_of(model_state: Any) -> dict[str, jax.Array]:
+    """The metric loss_scale, if there is one."""
+    return {"loss_scale": model_state.scale} if isinstance(model_state, Scaled) else {}
 
 
 def next_model_state(
@@ -283,7 +281,8 @@ def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:
     """A LossFn or GradFn of `Rows` as one of a batch from the stream.
 
     The ids are given before microbatches are cut, so that a row's dropout is its own.
-    Not `is_random`: the key is not passed on, and no random number is made.
+    Not `is_random`: the key is not passed on, so no random number is made, and labels
+    are not smoothed either.
     """
 
     def on_batch(params, model_state, batch, key):

@@ -2,6 +2,7 @@
 average of the parameters, and how an update enters them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, assert_never
@@ -135,7 +136,11 @@ class Averaged(NamedTuple):
 
 def averaged(opt_state: Any, params: Tree) -> Tree:
     """The parameters to evaluate and to sample with, laid out as `params`: their
-    average where the optimizer keeps one, else they themselves."""
+    average where the optimizer keeps one, else they themselves.
+
+    Limits: a model state (running statistics) goes with the parameters themselves; the
+    average of a run of fewer than 1 / (1 - ema_decay) steps is mostly its start.
+    """
     if not isinstance(opt_state, Averaged):
         return params
     return jax.tree.map(
@@ -162,9 +167,15 @@ def apply_nearest(params: Tree, updates: Tree, key: jax.Array) -> Tree:
 def on_host(
     schedule: optax.Schedule, cfg: OptimizerConfig, steps: int
 ) -> Callable[[int], float]:
-    """Step -> learning rate as a host number, for the metrics: one table, made once."""
-    table = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps + 1)))
-    return lambda step: float(cfg.learning_rate * table[step])
+    """Step -> learning rate as a host number, for the metrics; of one table at a time,
+    made when it is asked for."""
+    size, rates = min(steps + 1, 2**16), jax.jit(jax.vmap(schedule))
+
+    @functools.lru_cache(maxsize=1)
+    def table(number: int) -> np.ndarray:
+        return np.asarray(rates(number * size + np.arange(size)))
+
+    return lambda step: float(cfg.learning_rate * table(step // size)[step % size])
 
 
 def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):

@@ -61,17 +61,13 @@ def make_shardings(
     optimizer = params_lib.shardings(specs, layout, layout.optimizer)
     places = dict(params_lib.named(optimizer))
     opt_state = abstract_opt_state(tx, specs, layout)
+    parameters = _parameters_of(opt_state, specs, layout)
+    moments = [whole if of is None else places[of] for of in parameters]
     return Shardings(
         params=params_lib.shardings(specs, layout, layout.params),
         grads=params_lib.shardings(specs, layout, layout.grads),
         optimizer=optimizer,
-        opt_state=params_lib.unflatten(
-            opt_state,
-            [
-                whole if of is None else places[of]
-                for of in _parameters_of(opt_state, specs, layout)
-            ],
-        ),
+        opt_state=params_lib.unflatten(opt_state, moments),
     )
 
 
@@ -79,12 +75,8 @@ def abstract_opt_state(
     tx: optax.GradientTransformation, specs: Tree, layout: Layout
 ) -> Tree:
     """Shapes and dtypes of the optimizer's state, without shardings."""
-    params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(
-            params_lib.physical_shape(s, layout), jnp.float32
-        ),
-        specs,
-    )
+    shape = lambda spec: params_lib.physical_shape(spec, layout)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(shape(s), jnp.float32), specs)
     return jax.eval_shape(tx.init, params)
 
 
@@ -147,11 +139,11 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
+    like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     if first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
         model_state = ()
     else:
-        like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         params, model_state = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
         model_state = jax.tree.map(lambda x: like(x, whole), model_state)
@@ -163,9 +155,7 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            abstract_opt_state(tx, specs, layout),
-            shardings.opt_state,
+            like, abstract_opt_state(tx, specs, layout), shardings.opt_state
         ),
         model_state=model_state,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),

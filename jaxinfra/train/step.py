@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxinfra.train import optim
-from jaxinfra.train.objective import GradFn, next_model_state
+from jaxinfra.train.objective import GradFn, loss_scale_of, next_model_state
 from jaxinfra.train.state import Shardings, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -33,7 +33,8 @@ def make_train_step(
     Metrics, replicated scalars: loss, grad_norm (before clipping), param_norm, tokens,
     is_finite, the loss's own divided by its weight, and what `observe` makes of a
     batch. A loss or gradient that is not finite leaves params, optimizer and model
-    state bitwise as they were, but for a loss scale. `apply` adds the update to the
+    state bitwise as they were, but for a loss scale; a batch without a target leaves
+    params and optimizer so, and its loss is NaN. `apply` adds the update to the
     parameters; `update_state(model_state, stats)` makes the next model state.
     """
 
@@ -44,23 +45,24 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)  # float32, as weight is
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm)
+        is_update = is_finite & (aux.weight_sum > 0)
 
         with jax.named_scope("update"):
             new = _update(tx, apply, shardings, state, grads, key)
         old = (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(
-            lambda n, o: jnp.where(is_finite, n, o), new, old
-        )
+        chosen = lambda n, o: jnp.where(is_update, n, o)
+        params, opt_state = jax.tree.map(chosen, new, old)
         model_state = next_model_state(
             update_state, state.model_state, aux.stats, is_finite
         )
-        metrics = {name: value / weight for name, value in aux.metrics.items()}
+        sums = aux.metrics | {"loss": loss_sum}
+        metrics = {name: value / aux.weight_sum for name, value in sums.items()}
         metrics |= {
-            "loss": loss_sum / weight,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(optax.tree.cast(params, jnp.float32)),
             "tokens": aux.weight_sum,
             "is_finite": is_finite,
+            **loss_scale_of(state.model_state),
         } | observe(batch)
         state = TrainState(state.step + 1, params, opt_state, model_state, state.key)
         return state, metrics

@@ -8,6 +8,7 @@ schedule; BatchNorm stands where digits_convnet has a running norm. Prints the h
 accuracy and the seconds of each as JSON. Needs scikit-learn (`.[images]`).
 """
 
+import argparse
 import json
 import pathlib
 import runpy
@@ -34,7 +35,12 @@ EVAL_ROWS = 1000
 
 
 def main(argv):
-    name, *rest = argv
+    parser = argparse.ArgumentParser(prog="images", allow_abbrev=False)
+    parser.add_argument(
+        "name", choices=["digits_convnet", "fashion_convnet"], help="the config"
+    )
+    args, rest = parser.parse_known_args(argv)
+    name = args.name
     config, _ = options.read_command(["--config", name, *rest])
     policy = precision.policy(config.precision)
     file = runpy.run_path(str(CONFIGS / f"{name}.py"))

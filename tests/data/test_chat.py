@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import chat, chat_template, shards, tokenizer_training
+from jaxinfra.data import chat, chat_template, shards, sources, tokenizer_training
 from jaxinfra.data import prepare as preparation
 from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer
 
@@ -131,6 +131,66 @@ def test_ids_and_masks_are_those_of_transformers(coder):
             assert mask[:length].tolist() == expected["assistant_masks"]
 
 
+def test_the_tags_that_count_are_those_that_jinja_reads(coder):
+    plus = CHATML_MARKED.replace("{%- generation", "{%+ generation")
+    assert template(plus).has_marks
+    first, second = (document(coder, {"messages": TALK}, s) for s in (plus, CHATML))
+    assert answers(coder, *first) == answers(coder, *second)
+    comment = "{# without {% generation %} #}" + CHATML
+    assert not template(comment).has_marks
+    ids, mask = document(coder, {"messages": TALK}, comment)
+    assert ids.tolist() == second[0].tolist()
+    assert mask.tolist() == second[1].tolist()
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML_MARKED], ids=["prefix", "marked"])
+def test_a_prompt_is_what_stands_before_the_answer_in_training(
+    coder, base_coder, source
+):
+    made = template(source)
+    for number in (2, 4):
+        ids, mask = document(coder, {"messages": TALK[: number + 1]}, source)
+        found = chat.chat_prompt(TALK[:number], made, coder)
+        assert found.dtype == np.int64
+        assert found.tolist() == ids[: found.size].tolist()
+        assert mask[found.size] == 1
+        if number == 2:
+            assert not mask[: found.size].any()
+    assert chat.answer_ends(TALK[:2], made, coder) == (501,)
+    assert chat.answer_ends(TALK[:2], made, base_coder) == (499, 501)
+
+
+def test_a_prompt_writes_no_special_token_of_its_messages(coder):
+    talk = [{"role": "user", "content": "<|im_end|><s>"}]
+    ids = chat.chat_prompt(talk, template(CHATML), coder)
+    assert (ids == 501).sum() == 1
+    assert (ids == 502).sum() == 1
+    assert "<|im_end|><s><|im_end|>" in spelled(coder, ids)
+    assert "\ufdd0" not in spelled(coder, ids)
+
+
+def test_a_prompt_needs_messages_and_a_template(coder):
+    for messages, made, message in (
+        (TALK[:2], None, "need a chat template"),
+        ([{"content": "a"}], template(CHATML), "message 0 has no role"),
+        (TALK[:2], template(""), "writes nothing"),
+    ):
+        with pytest.raises(DataError, match=message):
+            chat.chat_prompt(messages, made, coder)
+    plain = template(PLAIN)
+    ids = chat.chat_prompt(TALK[1:2], plain, ByteTokenizer())
+    assert ByteTokenizer().decode(ids) == "user: Who is there?\nassistant: "
+    assert chat.answer_ends(TALK[1:2], plain, ByteTokenizer()) == (256,)
+
+
+def test_names_that_the_tokenizer_does_not_know_are_told(coder):
+    odd = template("<|im_start|>{{ '<|eot_id|>' + '<|' + bos_token + '|>' }}")
+    assert chat.unknown_names(odd, coder) == ("<|eot_id|>",)
+    assert chat.unknown_names(template(CHATML), coder) == ()
+    names = ("<|im_end|>", "<|im_start|>")
+    assert chat.unknown_names(template(CHATML), ByteTokenizer()) == names
+
+
 def test_every_byte_of_an_answer_counts(coder):
     talk = [TALK[1], {"role": "assistant", "content": "é😀"}]
     ids, mask = document(coder, {"messages": talk})
@@ -199,6 +259,17 @@ def test_a_message_of_parts_and_tools_reach_the_template(coder):
     assert spelled(coder, ids).startswith('[{"name": "é<s>"}]user: Who is there?')
 
 
+def test_json_in_ascii_keeps_a_message_from_writing_special_tokens(coder):
+    source = "{{ messages | tojson(ensure_ascii=true) }}"
+    pair = [{"role": "user", "content": "é😀 \\ufdd0 <|im_end|>"}, TALK[2]]
+    made = template(source).render([{"é\n": "é😀\\"}])
+    assert made == json.dumps([{"é\n": "é😀\\"}])
+    marked = CHATML_MARKED + source
+    ids, _ = document(coder, {"messages": pair}, marked)
+    assert (ids == 501).sum() == 3  # two messages, and the end of the document
+    assert spelled(coder, ids[:-1]).endswith(json.dumps(pair))
+
+
 def test_the_helpers_of_hugging_face_are_there(coder):
     source = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if loop.index > 2 %}"
@@ -224,6 +295,11 @@ def test_the_helpers_of_hugging_face_are_there(coder):
         "{% import 'os' as os %}{{ os }}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ cycler.__init__.__globals__.os.popen('id') }}",
+        "{{ ('{0.__globals__[pathlib].os.environ[HOME]}'|attr('format'))"
+        "(raise_exception) }}",
+        "{{ ('{0.__call__.__globals__}'|attr('format'))(cycler) }}",
+        "{{ raise_exception|tojson(default='{0.__globals__}'.format) }}",
+        "{{ cycler|tojson(cls=namespace) }}",
     ],
 )
 def test_a_template_stays_in_its_sandbox(attack):
@@ -238,6 +314,13 @@ def test_what_the_sandbox_hides_is_empty(attack):
     assert template(attack).render(TALK) == ""
 
 
+def nested(depth):
+    value = [TALK[1]]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("line", "source", "message"),
     [
@@ -245,7 +328,27 @@ def test_what_the_sandbox_hides_is_empty(attack):
         ({"text": "a"}, CHATML, "needs a list of messages"),
         ({"messages": []}, CHATML, "needs a list of messages"),
         ({"prompt": "a"}, CHATML, r"has \['prompt'\]"),
-        ({"prompt": "a", "completion": ""}, CHATML, "needs a list of messages"),
+        ({"prompt": "a", "completion": ""}, CHATML, "an empty completion; remove"),
+        (
+            {"prompt": TALK[1:2], "completion": TALK[2:3]},
+            CHATML,
+            "write one list of all of them under messages",
+        ),
+        (
+            {"messages": [*TALK[:2], {"role": "assistant", "content": None}]},
+            CHATML,
+            "message 2 has null for content and calls no tool",
+        ),
+        (
+            {"messages": [{**TALK[1], "a<|im_end|>": 1}, TALK[2]]},
+            CHATML,
+            r"the key 'a<\|im_end\|>' holds a special token",
+        ),
+        (
+            {"messages": TALK, "tools": [{"b": {"\ufdd1": 1}}]},
+            CHATML,
+            r"holds the noncharacter U\+FDD1",
+        ),
         ({"messages": ["a"]}, CHATML, "message 0 has no role"),
         ({"messages": [{"content": "a"}]}, CHATML, "message 0 has no role"),
         ({"messages": TALK[:2]}, CHATML, "no message of role assistant"),
@@ -264,7 +367,8 @@ def test_what_the_sandbox_hides_is_empty(attack):
             "writes no answer",
         ),
         ({"messages": [{"role": "user", "content": "\ufdd1"}]}, CHATML, r"U\+FDD1"),
-        ({"prompt": "\ud800", "completion": "a"}, CHATML, "surrogate"),
+        ({"prompt": "\ud800", "completion": "a"}, CHATML, "1: a text holds half"),
+        ({"messages": nested(900)}, CHATML, "1: is nested too deeply"),
     ],
 )
 def test_a_line_that_cannot_be_is_an_error_that_names_it(coder, line, source, message):
@@ -304,6 +408,13 @@ def test_without_the_extra_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "jinja2.ext", None)
     with pytest.raises(DataError, match=r"chat template needs .*jaxinfra\[hf\]"):
+        template("a").render([])
+
+
+@pytest.mark.parametrize("version", ["2.11", "3.0.3", "3.1.5"])
+def test_a_jinja_that_lets_templates_out_is_refused(monkeypatch, version):
+    monkeypatch.setattr(chat_template.importlib.metadata, "version", lambda _: version)
+    with pytest.raises(DataError, match=f"jinja2 {version} lets a chat template out"):
         template("a").render([])
 
 
@@ -379,4 +490,8 @@ def test_only_lines_of_json_are_conversations(tmp_path, coder):
     path.write_text('{"messages": 1}\n{')
     with pytest.raises(DataError, match=r"a.jsonl:1: needs a list"):
         chat.prepare_chat([path], tmp_path / "set", **options)
+    path.unlink()
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"a.jsonl cannot be read: Is a directory"):
+        list(sources.read_objects(path))
     assert not (tmp_path / "set").exists()

@@ -89,6 +89,15 @@ def test_rows_carry_the_weight_of_each_token(write):
         assert np.array_equal(ours, theirs)
 
 
+def test_bits_a_byte_of_text_are_told_only_where_all_of_it_counts(write):
+    def bytes_per_token(data):
+        split = data.split("train")
+        return make_evaluation(split, length=LENGTH, batch_size=9).bytes_per_token
+
+    assert bytes_per_token(write("a")) is None
+    assert bytes_per_token(write("b", has_masks=False)) == 9 / sum(LENGTHS)
+
+
 def test_the_last_evaluation_batch_is_filled_up_with_weight_0(write):
     split = write("a").split("train")
     evaluation = make_evaluation(split, length=LENGTH, batch_size=1000)

@@ -89,9 +89,28 @@ def test_conversations_and_pairs_become_a_data_set_with_masks(main, tmp_path, ca
     chat = ("--chat", "--chat_template", template)
     assert main(lines, "--out", out, *chat, "--held_out", 0) == 0
     # "Nay, answer me.\n" and " 2", and an EOD for each.
-    assert "20 tokens count as targets" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "20 tokens count as targets" in told.out
+    assert told.err == ""
     assert main(lines, "--out", out, *chat, "--held_out", 0.5) == 2
     assert "holds another data set" in capsys.readouterr().err
+
+
+def test_names_in_a_template_that_are_no_tokens_are_told(main, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    lines, template = tmp_path / "a.jsonl", tmp_path / "chat.jinja"
+    lines.write_text(json.dumps(CHAT))
+    template.write_text(TEMPLATE.replace("'\n'", "'<|im_end|>\n'"))
+    options = ("--chat", "--chat_template", template, "--held_out", 0)
+    assert main(lines, "--out", tmp_path / "set", *options) == 0
+    assert "writes <|im_end|>, no tokens of the tokenizer" in capsys.readouterr().err
+
+
+def test_a_line_that_is_nested_too_deeply_ends_with_2(main, tmp_path, capsys):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}")
+    assert main(lines, "--out", tmp_path / "set", "--chat") == 2
+    assert re.search(r"a.jsonl:1: is nested too deeply", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from jaxinfra import checks, options
 from jaxinfra.config import ConfigError, DataError
 from jaxinfra.data import prepare as preparation
-from jaxinfra.data import shards, tokenizer_files, tokenizer_training
+from jaxinfra.data import (
+    shards,
+    tiktoken_ranks,
+    tokenizer_files,
+    tokenizer_training,
+)
 from jaxinfra.data import tokenizer as tokenizers_of_ours
 from jaxinfra.data.tokenizer import HfTokenizer
 
@@ -394,7 +399,7 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path, options):
 @pytest.fixture
 def ranks(bpe):
     """The trained merges as tiktoken ranks: bytes -> rank."""
-    letters = {c: b for b, c in enumerate(tokenizer_files._byte_letters())}
+    letters = {c: b for b, c in enumerate(tiktoken_ranks.byte_letters())}
     vocabulary = library(bpe).get_vocab(with_added_tokens=False)
     return {
         bytes(letters[c] for c in token): rank
@@ -409,7 +414,7 @@ def write_ranks(path, ranks):
     return path
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "qwen"])
+@pytest.mark.parametrize("pattern", [*tiktoken_ranks.PATTERNS])
 def test_ranks_give_tiktokens_ids(tmp_path, ranks, pattern):
     tiktoken = pytest.importorskip("tiktoken")
     coder = tokenizer_files.load_tokenizer(
@@ -417,7 +422,7 @@ def test_ranks_give_tiktokens_ids(tmp_path, ranks, pattern):
     )
     theirs = tiktoken.Encoding(
         "test",
-        pat_str=tokenizer_files._PATTERNS[pattern],
+        pat_str=tiktoken_ranks.PATTERNS[pattern],
         mergeable_ranks=ranks,
         special_tokens={EOD: 599},
     )
@@ -427,12 +432,16 @@ def test_ranks_give_tiktokens_ids(tmp_path, ranks, pattern):
         assert coder.decode(ids) == text
 
 
-@pytest.mark.parametrize("name", ["gpt2", "cl100k"])
+@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
 def test_text_is_split_as_tiktoken_splits_it(tmp_path, ranks, monkeypatch, name):
     tiktoken = pytest.importorskip("tiktoken")
     public = pytest.importorskip("tiktoken_ext.openai_public")
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: ranks)
-    described = {"gpt2": public.r50k_base, "cl100k": public.cl100k_base}[name]()
+    described = {
+        "gpt2": public.r50k_base,
+        "cl100k": public.cl100k_base,
+        "o200k": public.o200k_base,
+    }[name]()
     theirs = tiktoken.Encoding(
         "test",
         pat_str=described["pat_str"],
@@ -446,9 +455,25 @@ def test_text_is_split_as_tiktoken_splits_it(tmp_path, ranks, monkeypatch, name)
 
 
 def test_known_numbers_of_ranks_have_a_pattern_and_an_end():
-    for number, (pattern, special) in tokenizer_files._RANKS.items():
-        assert pattern in tokenizer_files._PATTERNS
+    for number, (pattern, special) in tiktoken_ranks._KNOWN.items():
+        assert pattern in tiktoken_ranks.PATTERNS
         assert min(special.values()) >= number or number == 50_280
+
+
+def test_llamas_ranks_have_the_tokens_of_its_chat_template(
+    tmp_path, ranks, monkeypatch
+):
+    _, special = tiktoken_ranks._KNOWN[128_000]
+    monkeypatch.setitem(tiktoken_ranks._KNOWN, len(ranks), ("cl100k", special))
+    coder = tokenizer_files.load_tokenizer(
+        write_ranks(tmp_path / "a.tiktoken", ranks), bos="always"
+    )
+    made = coder.library_tokenizer(has_special_text=True)
+    text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+    ids = made.encode(text, add_special_tokens=False).ids
+    assert [i for i in ids if i >= 128_000] == [128_000, 128_006, 128_007, 128_009]
+    assert (coder.bos_id, coder.eod_id) == (128_000, 128_001)
+    assert max(coder.encode(text)) < 599
 
 
 def test_ranks_of_unknown_number_need_a_pattern(tmp_path, ranks):
@@ -500,6 +525,8 @@ def test_a_damaged_sentencepiece_model_is_one_error(tmp_path):
         (lambda lines: [*lines[:9], b"YQ=="], r":10 is not base64"),
         (lambda lines: lines[1:], "256 bytes"),
         (lambda lines: [*lines, lines[0][:-1] + b"1"], "a rank of its own"),
+        (lambda lines: [*lines, b"YWJjZGVm 99999999999"], "below 2147483648"),
+        (lambda lines: [*lines, b"YWJjZGVm -1"], "a rank of its own"),
     ],
 )
 def test_damaged_ranks_are_one_error(tmp_path, ranks, edit, message):
@@ -527,8 +554,33 @@ def test_without_the_extra_the_error_says_how_to_get_it(bpe, folder, monkeypatch
             use()
 
 
-@pytest.mark.parametrize("size", [0, 256])
-def test_a_trained_vocabulary_holds_every_byte(size):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("added_tokens_decoder", [1]),
+        ("added_tokens_decoder", {"5": 5}),
+        ("added_tokens_decoder", {"x": {"content": "a"}}),
+        ("added_tokens_decoder", {"²": {"content": "a"}}),
+        ("added_tokens_decoder", {"5": {}}),
+        ("eos_token", [EOD]),
+        ("eos_token", {"content": None}),
+        ("eos_token_id", 99_999_999_999),
+        ("eos_token_id", [1, "a"]),
+        ("bos_token", ["a"]),
+        ("add_bos_token", "yes"),
+        ("chat_template", ["a"]),
+        ("chat_template", [{"name": [], "template": "a"}]),
+        ("chat_template", 5),
+    ],
+)
+def test_settings_of_another_type_are_one_error(folder, key, value):
+    rewrite(folder, **{"eos_token": EOD, key: value})
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {key} is .*must be"):
+        tokenizer_files.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("size", [0, 256, 10**12, 10**23])
+def test_a_trained_vocabulary_holds_every_byte_and_fits(size):
     with pytest.raises(DataError, match=f"vocab_size={size} must be 257 or more"):
         tokenizer_training.train_bpe(["a"], vocab_size=size)
 

@@ -9,7 +9,7 @@ import pytest
 from jaxinfra.config import DataError
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.generate import benchmarks
-from jaxinfra.generate.benchmarks import Answer, Choice
+from jaxinfra.generate.benchmarks import Answer, Choice, Document
 from jaxinfra.generate.rows import Scored
 
 TOKENIZER = ByteTokenizer()
@@ -31,7 +31,7 @@ def by_target(table):
 
 
 def test_perplexity_counts_every_token_once():
-    texts = [TOKENIZER.encode(text) for text in ("aab", "a" * 9)]
+    texts = [Document(TOKENIZER.encode(text)) for text in ("aab", "a" * 9)]
     found = benchmarks.perplexity(
         texts, TOKENIZER, by_target({"b": -3.0}), num_bytes=24, length=4, stride=2
     )
@@ -43,6 +43,20 @@ def test_perplexity_counts_every_token_once():
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 24)
     with pytest.raises(DataError, match="no token"):
         benchmarks.perplexity([], TOKENIZER, by_target({}), num_bytes=0, length=4)
+
+
+def test_tokens_that_do_not_count_are_not_scored():
+    ids_N = TOKENIZER.encode("babab")
+    counts_N = np.array([0, 0, 1, 0, 1], np.uint8)
+    texts = [Document(ids_N, counts_N), Document(ids_N, 0 * counts_N)]
+    score = by_target({"b": -3.0})
+    for length in (2, 16):
+        found = benchmarks.perplexity(
+            texts, TOKENIZER, score, num_bytes=10, length=length
+        )
+        assert (found["tokens"], found["targets"]) == (10, 2)
+        assert found["nats_per_token"] == 3.0
+        assert "bits_per_byte" not in found
 
 
 def test_the_likeliest_choice_is_taken_with_and_without_regard_to_length():

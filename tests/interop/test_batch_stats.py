@@ -245,3 +245,13 @@ def test_specs_of_flax_parameters_tell_what_decays():
         },
         "conv": {"kernel": ("matrix", (0, 1, 2), (None, None, None, "embed"))},
     }
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1, float("nan")])
+def test_a_momentum_that_keeps_all_or_more_is_refused_when_the_module_is_made(momentum):
+    for make in (
+        lambda: running_norm.LinenRunningNorm(momentum=momentum),
+        lambda: running_norm.NnxRunningNorm(3, momentum=momentum),
+    ):
+        with pytest.raises(ValueError, match=f"momentum={momentum} of a running norm"):
+            make()

@@ -20,11 +20,13 @@ def neighbours(array, heads):
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def write(path, *, architecture="llama", quantized=(), tokens=None):
+def write(path, *, architecture="llama", quantized=(), tokens=None, more=None):
+    """The golden llama; `more(writer)` adds to it."""
     fields = json.loads((GOLDEN / "llama" / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(fields["num_hidden_layers"])
     writer.add_embedding_length(fields["hidden_size"])
+    writer.add_context_length(64)
     writer.add_feed_forward_length(fields["intermediate_size"])
     writer.add_head_count(fields["num_attention_heads"])
     writer.add_head_count_kv(fields["num_key_value_heads"])
@@ -37,6 +39,8 @@ def write(path, *, architecture="llama", quantized=(), tokens=None):
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
     writer.add_token_merges(["a b"] if "ab" in tokens else ["t0 t1"])
     writer.add_eos_token_id(len(tokens) - 1)
+    if more:
+        more(writer)
     names = {f"self_attn.{p}_proj": f"attn_{p}" for p in "qkv"}
     names |= {f"mlp.{p}_proj": f"ffn_{p}" for p in ("gate", "up", "down")}
     names |= {"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm"}
@@ -85,6 +89,58 @@ def test_quantized_tensors_are_read_as_what_they_stand_for(tmp_path):
         np.testing.assert_allclose(
             got, expected, atol=0.51 * Q8_ROUNDING * np.abs(expected).max()
         )
+
+
+SETTINGS = {
+    "attention.sliding_window": 3, "rope.dimension_count": 4, "expert_count": 8,
+    "rope.scale_linear": 4, "vocab_size": 88, "attention.clamp_kqv": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_would_change_the_model_is_refused_by_name(tmp_path, name):
+    more = lambda writer: writer.add_uint32(f"llama.{name}", SETTINGS[name])
+    path = write(tmp_path / "m.gguf", more=more)
+    with pytest.raises(ConfigError, match=f"llama.{name}={SETTINGS[name]}"):
+        pretrained.open_source(str(path))
+
+
+def test_settings_that_change_nothing_are_read(tmp_path):
+    def more(writer):
+        writer.add_rope_dimension_count(8)
+        writer.add_vocab_size(89)
+        writer.add_expert_count(0)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+    model = pretrained.open_source(str(write(tmp_path / "m.gguf", more=more))).model
+    assert model.max_length == 64
+
+
+def test_llama_3_has_its_scaled_rotary_as_divisors(tmp_path):
+    """The factors that llama.cpp's conversion writes, by its own formula."""
+    factors = []
+    for i in range(4):
+        length = 2 * np.pi * 10_000.0 ** (i / 4)
+        smooth = np.clip((8192 / length - 1) / (4 - 1), 0, 1)
+        factors.append(1 / ((1 - smooth) / 32 + smooth))
+    more = lambda writer: writer.add_tensor(
+        "rope_freqs.weight", np.array(factors, np.float32)
+    )
+    path = write(tmp_path / "m.gguf", more=more)
+    found = pretrained.open_source(str(path)).model.rope_scaling
+    assert (found.kind, found.factor, found.original_length) == ("llama3", 32.0, 8192)
+    factors[3] *= 1.01
+    path.unlink()
+    write(path, more=more)
+    with pytest.raises(ConfigError, match="is not the scaling of Llama 3"):
+        pretrained.open_source(str(path))
+
+
+def test_a_tokenizer_of_damaged_ids_is_refused(tmp_path):
+    more = lambda writer: writer.add_bos_token_id(9999)
+    path = write(tmp_path / "m.gguf", more=more)
+    with pytest.raises(DataError, match="bos_token_id=9999 is none of its 89 tokens"):
+        gguf_file.tokenizer_files(path)
 
 
 def test_an_unknown_architecture_is_named(tmp_path):

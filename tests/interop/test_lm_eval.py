@@ -71,7 +71,8 @@ def model_dir(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(model_dir):
-    return source_text.open_text(str(model_dir))
+    model = pretrained.open_source(str(model_dir)).model
+    return source_text.open_text(str(model_dir), model, has_chat=True)
 
 
 @pytest.fixture(scope="module")

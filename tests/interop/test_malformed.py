@@ -111,13 +111,24 @@ DAMAGE = {
         "cannot be read",
     ),
     "an index that lies": (
-        lambda f: index_of(f, {"model.x": "model.safetensors"}), "does not hold it",
+        lambda f: index_of(f, {"model.x": "model.safetensors"}), "does not place there",
     ),
     "an index that is no JSON": (
         lambda f: (f / tensorfile.INDEX).write_text("{"), "is no index",
     ),
     "no weights": (
         lambda f: (f / tensorfile.WEIGHTS).unlink(), "neither model.safetensors nor",
+    ),
+    "a config without heads": (
+        lambda f: change_config(f, num_attention_heads=None),
+        "config.json has no field 'num_attention_heads'",
+    ),
+    "a config whose heads do not divide": (
+        lambda f: change_config(f, num_attention_heads=5),
+        "num_key_value_heads=2 does not divide num_attention_heads=5",
+    ),
+    "a config with a number as text": (
+        lambda f: change_config(f, hidden_size="32"), "hidden_size='32' must be",
     ),
     "a pickle": (
         lambda f: (f / tensorfile.WEIGHTS).rename(f / "pytorch_model.bin"),
@@ -146,7 +157,6 @@ CONFIGS = {
         {"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "mscale",
     ),
     "quantized": ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
-    "no heads": ({"num_attention_heads": None}, "has no field 'num_attention_heads'"),
 }  # fmt: skip
 
 

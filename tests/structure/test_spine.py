@@ -53,6 +53,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.prepare",
     "jaxinfra.data.shards",
     "jaxinfra.data.sources",
+    "jaxinfra.data.tiktoken_ranks",
     "jaxinfra.data.tokenizer",
     "jaxinfra.data.tokenizer_files",
     "jaxinfra.data.tokenizer_training",

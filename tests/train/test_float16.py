@@ -147,10 +147,10 @@ def test_gradients_and_loss_are_unscaled_and_the_loss_sees_its_own_state():
     np.testing.assert_array_equal(found.grads["w"], 2 * np.arange(3))
     np.testing.assert_array_equal(found.grads["w"], expected.grads["w"])
     assert float(found.loss_sum) == float(expected.loss_sum) == 6
-    assert {k: float(v) / 4 for k, v in found.aux.metrics.items()} == {
-        "x": 2.0,
-        "loss_scale": 2.0**-5,
-    }
+    assert {k: float(v) for k, v in found.aux.metrics.items()} == {"x": 8.0}
+    told = objective.loss_scale_of(state)
+    assert {k: float(v) for k, v in told.items()} == {"loss_scale": 2.0**-5}
+    assert objective.loss_scale_of(inner) == {}
 
 
 @pytest.mark.parametrize("mesh", ["one device", "fsdp 4 x tensor 2"])

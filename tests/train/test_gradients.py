@@ -66,10 +66,14 @@ def test_parts_of_unequal_weight_sum_to_the_whole(here, microbatches):
     np.testing.assert_allclose(found.aux.metrics["x"], weighted, rtol=FLOAT32)
 
 
-def stepped(here, microbatches, *, poison=False):
+def stepped(here, microbatches, *, poison=False, is_empty=False):
     batch, (params, places) = batch_on(here, poison=poison), params_on(here)
+    if is_empty:
+        batch = (batch[0], jax.tree.map(jnp.zeros_like, batch[1]))
     tx = optax.with_extra_args_support(optax.sgd(0.1, momentum=0.9))
     opt_state = tx.init(params)
+    if is_empty:  # a momentum, which would move the parameters
+        opt_state = jax.tree.map(lambda x: x + 1, opt_state)
     whole = jax.NamedSharding(here, jax.P())
     shardings = state.Shardings(
         params=places,
@@ -103,6 +107,21 @@ def test_a_step_divides_once_by_the_weight_of_all(here, microbatches):
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=FLOAT32)
     np.testing.assert_allclose(
         after.params["w"], w_D - 0.1 * grad / 49, rtol=FLOAT32, atol=1e-7
+    )
+    assert int(after.step) == 5
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_batch_without_a_target_changes_nothing_and_has_no_loss(here, microbatches):
+    first, after, metrics = stepped(here, microbatches, is_empty=True)
+    assert float(metrics["tokens"]) == 0
+    assert bool(metrics["is_finite"]), "no sign of divergence"
+    assert np.isnan(metrics["loss"])
+    assert np.isnan(metrics["x"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (first.params, first.opt_state),
+        (after.params, after.opt_state),
     )
     assert int(after.step) == 5
 

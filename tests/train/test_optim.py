@@ -109,6 +109,16 @@ def test_the_host_table_is_the_schedule_times_the_peak():
         assert table(k) == pytest.approx(3e-3 * float(schedule(k)), rel=FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["cosine", "wsd", "inverse_sqrt"])
+def test_the_rates_of_a_long_run_are_made_when_they_are_asked_for(name):
+    steps = 10**8
+    cfg = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, schedule=name)
+    schedule = optim.make_schedule(cfg, steps)
+    table = optim.on_host(schedule, cfg, steps)
+    for k in (0, 5, 2**16 - 1, 2**16, steps // 2, 7, steps):
+        assert table(k) == pytest.approx(3e-3 * float(schedule(k)), rel=FLOAT32)
+
+
 SPECS = {
     "table": ParamSpec((7, 6), ("vocab", "embed"), (), "embedding", constant(1.0)),
     "head": ParamSpec((7, 6), ("vocab", "embed"), (1,), "head", constant(1.0)),
