@@ -43,7 +43,6 @@ from jaxinfra.interop.hf_fields import (
 
 _TYPES = {name: field.type for name, field in ModelConfig.__dataclass_fields__.items()}
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # of layer_types
-_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 # Published fields of a kind of rotary frequencies -> ours.
 _SCALINGS = {
     "default": {},
@@ -97,25 +96,15 @@ def read_config(fields: Fields, *, where: str = "config.json") -> ModelConfig:
     return model
 
 
-def max_positions(fields: Fields) -> int:
-    """The longest text that a `config.json` says it takes; 0: it does not say."""
-    found = (fields.get(name, 0) for name in _LENGTHS)
-    return next((length for length in found if SIZE.has(length)), 0)
-
-
-def write_config(
-    model: ModelConfig, family_name: str = "", *, max_positions: int = 0
-) -> Fields:
+def write_config(model: ModelConfig, family_name: str = "") -> Fields:
     """The published `config.json` of a model, as `family_name` or the first family that
     fits; ConfigError that says what does not fit.
-
-    max_positions: the longest text it was trained for; 0 takes model.max_length.
     """
     names = [family_name] if family_name else families.PREFERENCE
     misfits = {}
     for name in names:
         family = _family(name, "--family")
-        fields = _written(model, family, max_positions)
+        fields = _written(model, family)
         misfits[name] = _difference(model, fields)
         if family.heads_divide and model.width % model.num_heads:
             misfits[name] = f"{model.num_heads} heads do not divide {model.width}"
@@ -287,7 +276,7 @@ def _check(model: ModelConfig, family: Family, where: str) -> None:
         raise DataError(f"{where}: {rule}, or restore the file") from error
 
 
-def _written(model: ModelConfig, family: Family, max_positions: int) -> Fields:
+def _written(model: ModelConfig, family: Family) -> Fields:
     """`model` as the family would say it, whether or not it can."""
     fields: Fields = {
         "architectures": [family.architecture],
@@ -304,8 +293,7 @@ def _written(model: ModelConfig, family: Family, max_positions: int) -> Fields:
     if not family.ropes:
         return fields
     fields["head_dim"] = model.head_width
-    longest = max_positions or model.max_length or 131_072
-    fields["max_position_embeddings"] = longest
+    fields["max_position_embeddings"] = model.max_length or 131_072
     fields |= _written_rope(model, family)
     return fields | _written_layers(model, family)
 
