@@ -4,6 +4,8 @@
     python scripts/prepare.py books/*.txt --out data/books --tokenizer models/smollm2
     python scripts/prepare.py books/*.txt --out data/books \
         --train_tokenizer bpe --vocab_size 4096
+    python scripts/prepare.py pages/*.jsonl --out data/pages --min_chars 200 \
+        --clean unicode space gopher_quality gopher_repetition --duplicates near
     python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
         --chat
 
@@ -21,6 +23,8 @@ from jaxinfra.config import DataError
 from jaxinfra.data import (
     chat,
     chat_template,
+    cleaning,
+    duplicates,
     prepare,
     shards,
     tiktoken_ranks,
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises DataError for options that do not go together."""
+    steps = _steps(options)
     for is_wrong, message in (
         (
             options.train_tokenizer and options.tokenizer,
@@ -75,6 +80,15 @@ def _check(options: argparse.Namespace) -> None:
         (
             options.chat and (options.text_key or options.document_separator),
             "--text_key and --document_separator are for text; leave them out",
+        ),
+        (
+            options.chat and (steps or options.duplicates),
+            "--clean, --min_chars, --max_chars and --duplicates are for text, not for "
+            "conversations; leave them out",
+        ),
+        (
+            options.near_threshold is not None and options.duplicates != "near",
+            "--near_threshold is of --duplicates near; give both or leave it out",
         ),
         (
             not options.chat and (options.chat_template or options.date),
@@ -107,7 +121,47 @@ def _prepare_text(options: argparse.Namespace) -> shards.Dataset:
         shard_tokens=options.shard_tokens,
         text_key=options.text_key or "text",
         document_separator=options.document_separator,
+        clean=functools.partial(_cleaned, options=options),
     )
+
+
+def _steps(options: argparse.Namespace) -> list[cleaning.Step]:
+    steps = [cleaning.Step(name, cleaning.CHANGES[name]) for name in options.clean]
+    if options.min_chars or options.max_chars:
+        change = cleaning.of_length(options.min_chars, options.max_chars)
+        steps.append(cleaning.Step("length", change))
+    return steps
+
+
+def _cleaned(texts: list[str], *, options: argparse.Namespace) -> list[str]:
+    """What the steps and the search for duplicates leave; says what each took."""
+    total, begin = sum(map(len, texts)), time.perf_counter()
+    if steps := _steps(options):
+        texts, counts = cleaning.clean(texts, steps)
+        for count in counts:
+            _say_taken(count.name, count.documents, count.characters)
+        _say_rate("cleaning", total, begin)
+    if options.duplicates:
+        total, begin = sum(map(len, texts)), time.perf_counter()
+        if options.duplicates == "exact":
+            kept = duplicates.without_copies(texts)
+        else:
+            threshold = options.near_threshold or duplicates.THRESHOLD
+            kept = duplicates.without_near_copies(texts, threshold=threshold)
+        num_before, texts = len(texts), [texts[i] for i in kept]
+        name = f"{options.duplicates} copies"
+        _say_taken(name, num_before - len(texts), total - sum(map(len, texts)))
+        _say_rate("duplicates", total, begin)
+    return texts
+
+
+def _say_taken(name: str, documents: int, characters: int) -> None:
+    print(f"{name:18} took {documents:,} documents, {characters:,} characters")
+
+
+def _say_rate(what: str, characters: int, begin: float) -> None:
+    secs = max(time.perf_counter() - begin, 1e-9)
+    print(f"{what:18} {characters / secs / 1e6:.1f} M characters/s")
 
 
 def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
@@ -187,6 +241,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--shard_tokens", type=int, default=prepare.SHARD_TOKENS)
     add("--text_key", help="key of the text in JSONL (default: text)")
     add("--document_separator", help="text between documents in .txt")
+    add(
+        "--clean",
+        nargs="+",
+        default=[],
+        choices=[*cleaning.CHANGES],
+        metavar="STEP",
+        help=f"what is done to each document, in order: {', '.join(cleaning.CHANGES)}",
+    )
+    add("--min_chars", type=int, default=0, help="leave shorter documents out")
+    add("--max_chars", type=int, default=0, help="leave longer documents out")
+    add(
+        "--duplicates",
+        choices=["exact", "near"],
+        default="",
+        help="leave copies of documents out (near: extra data)",
+    )
+    add("--near_threshold", type=float, help="shared runs of words (default: 0.7)")
     add(
         "--tokenizer",
         help="byte (the default), char, a Hugging Face folder, a tokenizer.json, a "

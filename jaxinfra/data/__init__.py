@@ -12,9 +12,9 @@ The way of an item through the files:
     batches    step -> rows -> Batch; what training may resume from
     device     host arrays -> global `jax.Array`s, ahead of time; their digest
 
-Beside the way: `tokenizer_files` makes a tokenizer of those of other projects,
-`tokenizer_training` one of a corpus; `chat` makes documents of conversations, by a
-`chat_template`, in which the answers alone are targets.
+Beside the way: `cleaning` and `duplicates` leave documents out; `tokenizer_files` reads
+the tokenizers of others, `tokenizer_training` makes one of a corpus; `chat` and
+`chat_template` make documents of conversations, with answers alone as targets.
 
 Not text: `examples` makes batches of labelled arrays, in the same words and by the same
 `order`, for a task of one's own (`jaxinfra.tasks`); `idx` reads the files of MNIST and

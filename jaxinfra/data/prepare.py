@@ -62,6 +62,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
+    clean: Callable[[list[str]], list[str]] = lambda texts: texts,
 ) -> shards.Dataset:
     """Writes the data set `out` from text and JSONL files and opens it.
 
@@ -71,8 +72,8 @@ def prepare(
     shuffled by `seed`, held-out ones stay in order; after each end of a document stands
     the EOD id, and before it BOS where the tokenizer has one. tokenizer: byte, char
     (which knows the characters of both splits), a path and how its documents begin and
-    end (`tokenizer_files`), or what makes one of the texts trained on. Raises DataError
-    before anything is written.
+    end (`tokenizer_files`), or what makes one of the texts trained on. `clean` comes
+    before the split. Raises DataError before anything is written.
 
     Limits: holds the text and the ids of the whole corpus in memory, one process.
     """
@@ -82,7 +83,7 @@ def prepare(
     found = sources.read_documents(
         files, text_key=text_key, document_separator=document_separator
     )
-    texts = list(found)
+    texts = clean(list(found))
     if not texts:
         raise DataError(
             f"{files[0]} and {len(files) - 1} more files hold no document with text; "

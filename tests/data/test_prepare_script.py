@@ -63,6 +63,26 @@ def test_the_script_ends_with_2_for_an_unknown_option(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_text_is_cleaned_and_copies_are_left_out(main, tmp_path, capsys):
+    texts = ["A  text\u00a0here.", "A text here.", "no", "Another\r\none.", "   "]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    code = main(
+        tmp_path / "a.jsonl", "--out", tmp_path / "set", "--clean", "unicode", "space",
+        "--min_chars", "5", "--duplicates", "exact", "--held_out", "0",
+    )  # fmt: skip
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    [shard] = shards.open_dataset(tmp_path / "set").splits["train"].shards
+    assert set(shard.lengths) == {len("A  text here.") + 1, len("Another\none.") + 1}
+    for line in (
+        "space              took 1 documents",
+        "length             took 1 documents, 2 characters",
+        "exact copies       took 1 documents",
+    ):
+        assert line in told.out
+
+
 def test_a_tokenizer_is_trained_and_used_again_for_other_texts(main, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     text = tmp_path / "a.txt"
@@ -132,6 +152,9 @@ def test_a_line_that_is_nested_too_deeply_ends_with_2(main, tmp_path, capsys):
         ("--chat --tokenizer none", "none cannot be read"),
         ("--chat_template a.jinja", "give --chat too"),
         ("--date 2026-01-31", "give --chat too"),
+        ("--chat --clean space", "are for text, not for conversations"),
+        ("--near_threshold 0.5", "--near_threshold is of --duplicates near"),
+        ("--min_chars 5 --max_chars 4", "keep nothing"),
         ("", "no text under the key 'text'.* with --chat"),
     ],
 )

@@ -46,6 +46,8 @@ WITHOUT_JAX = (
     "jaxinfra.data.batches",
     "jaxinfra.data.chat",
     "jaxinfra.data.chat_template",
+    "jaxinfra.data.cleaning",
+    "jaxinfra.data.duplicates",
     "jaxinfra.data.examples",
     "jaxinfra.data.idx",
     "jaxinfra.data.order",
