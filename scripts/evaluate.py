@@ -112,12 +112,12 @@ def read(argv: list[str]) -> Asked:
     for option, value in (("length", args.length), ("new_tokens", args.new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} {value} must be 1 or more")
+    if args.include_path and not args.include_path.is_dir():
+        raise ConfigError(f"--include_path {args.include_path} is no folder of tasks")
     if args.harness and not importlib.util.find_spec("lm_eval"):
         raise ConfigError(
             "--harness needs the extra eval: pip install 'jaxinfra[eval]'"
         )
-    if args.include_path and not args.include_path.is_dir():
-        raise ConfigError(f"--include_path {args.include_path} is no folder of tasks")
     for option, path in (("logits", args.logits), ("out", args.out)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ConfigError(

@@ -8,6 +8,7 @@ from jaxinfra.checkpoint import integrity
 
 STEPS = 10
 OTHER_MESH = 1e-5  # float32 sums in another order, over five updates
+pytestmark = pytest.mark.slow
 KINDS = {
     "factored moments": {"optimizer.name": "adafactor"},
     "bfloat16 parameters": {"precision": "bfloat16_params"},
@@ -15,14 +16,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("factored moments", marks=pytest.mark.slow),
-        "bfloat16 parameters",
-        pytest.param("a loss scale", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_goes_on_bit_for_bit(cache, tmp_path, kind):
     settings = cache | KINDS[kind] | {"train.steps": STEPS, "train.microbatches": 2}
     settings |= {"model.tied": "false"}
@@ -50,7 +44,6 @@ def test_it_goes_on_bit_for_bit(cache, tmp_path, kind):
     assert ("train/loss_scale" in ours) == (kind == "a loss scale")
 
 
-@pytest.mark.slow
 def test_factored_moments_go_to_another_mesh(cache, tmp_path):
     """The vocabulary of 257 is padded there, and its moments are not."""
     settings = cache | KINDS["factored moments"] | {"train.steps": STEPS}

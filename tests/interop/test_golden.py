@@ -23,11 +23,16 @@ from jaxinfra.config import LayerConfig, RopeScaling
 from jaxinfra.generate import score
 from jaxinfra.interop import export, hf, hf_config, same_model, tensorfile
 
-MESHES = {"one device": {}, "fsdp 2 x tensor 2": {"fsdp": 2, "tensor": 2}}
+ONE, FOUR = {}, {"fsdp": 2, "tensor": 2}
+# On a mesh a family takes 1 s to compile, so all but those of most kinds are slow.
+QUICK = ("gpt2", "gemma2", "qwen3_moe")
+CASES = [(family, ONE) for family in FAMILIES] + [
+    pytest.param(f, FOUR, marks=[] if f in QUICK else pytest.mark.slow)
+    for f in FAMILIES
+]
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "sizes"), CASES)
 def test_logits_are_those_of_torch(family, sizes):
     published, layout = hf.open_folder(GOLDEN / family), layout_of(**sizes)
     with jax.set_mesh(layout.mesh):
