@@ -7,6 +7,7 @@ checkpoints and the meshes are the same. `interop.flax_bridge` makes one of a fl
 module.
 """
 
+import pathlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxinfra
 from jaxinfra import runfolder
 from jaxinfra.config import Config, ConfigError
-from jaxinfra.data import batches, packing, prepare, shards
+from jaxinfra.data import batches, packing, shards
 from jaxinfra.generate import decode
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, layers, loss, seam
@@ -166,16 +168,20 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
             f"config {config.name!r} has a task of its own, and this is for text; what "
             "it learns is in the file that scripts/train.py --config FILE was given"
         )
-    folder = prepare.prepared(
-        path or config.data.path,
-        cache_dir=runfolder.cache_dir(config) / "data",
-        tokenizer=config.data.tokenizer,
-        eod=config.data.eod,
-        bos=config.data.bos,
-        split=config.data.split,
-        held_out=config.data.held_out,
-        seed=config.run.seed,
-    )
+    path = path or config.data.path
+    folder = pathlib.Path(path).expanduser()
+    if not (folder / shards.MANIFEST).is_file():
+        # By its public name, which loads the module: prepared data need none of it.
+        folder = jaxinfra.prepared(
+            path,
+            cache_dir=runfolder.cache_dir(config) / "data",
+            tokenizer=config.data.tokenizer,
+            eod=config.data.eod,
+            bos=config.data.bos,
+            split=config.data.split,
+            held_out=config.data.held_out,
+            seed=config.run.seed,
+        )
     return shards.open_dataset(folder)
 
 

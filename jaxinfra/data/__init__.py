@@ -2,7 +2,8 @@
 
 The way of an item through the files:
 
-    sources    text and JSONL files -> documents, train and held-out
+    sources    files -> documents, train and held-out; `readers` opens tables and
+               compressed files
     prepare    documents -> shuffled once, encoded; a data set folder, written whole or
                not at all
     tokenizer  text <-> ids

@@ -1,4 +1,4 @@
-"""Documents read from text and JSONL files, and which of them are held out.
+"""Documents read from files, and which of them are held out.
 
 Errors name file and place.
 """
@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxinfra.config import DataError
+from jaxinfra.data import readers
 
-ACCEPTED = "a .txt or .jsonl file, a folder of them, or a glob"
-_SUFFIXES = (".txt", ".jsonl")
+ACCEPTED = (
+    "a .txt, .jsonl (also .gz, .zst), .csv, .tsv, .parquet or .arrow file, a folder of "
+    "them, or a glob"
+)
+_LINES = (".txt", ".jsonl")
 
 
 class Piece(NamedTuple):
@@ -35,7 +39,7 @@ Document = TypeVar("Document", bound=_Document)
 def find_files(sources: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
     """The files that the sources name, in order; a folder's and a glob's are sorted.
 
-    A folder gives the .txt and .jsonl files directly in it. Raises DataError for a
+    A folder gives the files of these kinds directly in it. Raises DataError for a
     source that names nothing, another kind of file, or a file named twice.
     """
     files: list[pathlib.Path] = []
@@ -46,8 +50,8 @@ def find_files(sources: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
         files.extend(found)
     seen: set[pathlib.Path] = set()
     for file in files:
-        if file.suffix not in _SUFFIXES or not file.is_file():
-            raise DataError(f"{file} is neither .txt nor .jsonl; give {ACCEPTED}")
+        if not _kind(file) or not file.is_file():
+            raise DataError(f"{file} is no file of texts; give {ACCEPTED}")
         if file.resolve() in seen:
             raise DataError(f"{file} is named twice; name every file once")
         seen.add(file.resolve())
@@ -63,8 +67,9 @@ def read_documents(
     """Every document of the files in order, its text unchanged; empty ones left out.
 
     A .txt file is one document, or several with `document_separator` between them; a
-    .jsonl file holds one object a line with the text under `text_key`. Raises DataError
-    for an empty file, text that is not UTF-8 and lines that are not such objects.
+    .jsonl file holds one object a line with the text under `text_key`, a table a column
+    of that name. Raises DataError for an empty file, text that is not UTF-8, lines that
+    are not such objects, and damaged files.
     """
     if document_separator == "":
         raise DataError("document_separator is empty; give some text or leave it out")
@@ -72,10 +77,13 @@ def read_documents(
         try:
             if file.stat().st_size == 0:
                 raise DataError(f"{file} is empty; remove it from the sources")
-            if file.suffix == ".jsonl":
-                texts = _jsonl_texts(file, text_key=text_key)
-            else:
-                texts = _txt_texts(file, document_separator)
+            match _kind(file):
+                case ".jsonl":
+                    texts = _jsonl_texts(file, text_key=text_key)
+                case ".txt":
+                    texts = _txt_texts(file, document_separator)
+                case _:
+                    texts = readers.table_texts(file, text_key=text_key)
             yield from (text for text in texts if text)
         except OSError as error:
             raise _unreadable(file, error) from error
@@ -88,7 +96,7 @@ def read_objects(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """
     offset = 0
     try:
-        with file.open("rb") as lines:
+        with readers.open_file(file) as lines:
             for number, line in enumerate(lines, start=1):
                 text = _decoded(file, line, offset)
                 offset += len(line)
@@ -159,11 +167,19 @@ def split_tail(
     return train, held
 
 
+def _kind(file: pathlib.Path) -> str:
+    """The suffix that says how the file is read; empty for one that is not."""
+    if file.suffix in (".gz", ".zst"):
+        inner = file.with_suffix("").suffix
+        return inner if inner in _LINES else ""
+    return file.suffix if file.suffix in (*_LINES, *readers.TABLES) else ""
+
+
 def _named_by(source: str) -> list[pathlib.Path]:
     path = pathlib.Path(source)
     try:
         if path.is_dir():
-            return sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+            return sorted(p for p in path.iterdir() if _kind(p))
         if path.exists():
             return [path]
         return sorted(pathlib.Path(p) for p in glob.glob(source))
@@ -179,7 +195,8 @@ def _unreadable(path: pathlib.Path, error: OSError) -> DataError:
 
 
 def _txt_texts(file: pathlib.Path, separator: str | None) -> list[str]:
-    text = _decoded(file, file.read_bytes(), 0)
+    with readers.open_file(file) as data:
+        text = _decoded(file, data.read(), 0)
     return [text] if separator is None else text.split(separator)
 
 

@@ -74,7 +74,7 @@ def test_sources_that_name_nothing_or_another_kind_or_twice_are_errors(tmp_path)
     for bad in (tmp_path / "none.txt", tmp_path / "*.csv"):
         with pytest.raises(DataError, match="names no file"):
             sources.find_files([bad])
-    with pytest.raises(DataError, match=r"a.png is neither .txt nor .jsonl"):
+    with pytest.raises(DataError, match=r"a.png is no file of texts"):
         sources.find_files([image])
     with pytest.raises(DataError, match="named twice"):
         sources.find_files([text, tmp_path])

@@ -48,6 +48,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.chat_template",
     "jaxinfra.data.cleaning",
     "jaxinfra.data.duplicates",
+    "jaxinfra.data.readers",
     "jaxinfra.data.examples",
     "jaxinfra.data.idx",
     "jaxinfra.data.order",
@@ -64,11 +65,10 @@ WITHOUT_JAX = (
     "jaxinfra.resilience.preemption",
 )
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore")
-EXTRAS = (
+EXTRAS = (  # but for zstandard, which jax's compile cache loads where it is there
     "transformers", "tokenizers", "torch", "tensorflow", "gguf", "lm_eval", "pyarrow",
-    "zstandard", "datasketch", "s3fs", "gcsfs", "tensorboard", "mlflow", "ray",
-    "sklearn",
-    "jinja2", "sentencepiece", "tiktoken",
+    "datasketch", "s3fs", "gcsfs", "tensorboard", "mlflow", "ray", "sklearn", "jinja2",
+    "sentencepiece", "tiktoken",
 )  # fmt: skip
 
 SOURCES = sorted([*(ROOT / "jaxinfra").rglob("*.py"), *(ROOT / "configs").glob("*.py")])

@@ -1,0 +1,121 @@
+"""Every kind of file gives the same texts; damaged ones are refused by name."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from jaxinfra.config import DataError
+from jaxinfra.data import readers, sources
+
+pa = pytest.importorskip("pyarrow")
+zstandard = pytest.importorskip("zstandard")
+from pyarrow import parquet  # noqa: E402
+
+TEXTS = ["plain", "two\nlines, and a comma", 'a "quote"', "caf\u00e9 \U0001f469", "\t"]
+
+
+def write_csv(file, texts, delimiter=","):
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        table = csv.writer(lines, delimiter=delimiter)
+        table.writerow(["id", "text"])
+        table.writerows(enumerate(texts))
+
+
+def table_of(texts):
+    return pa.table({"id": list(range(len(texts))), "text": texts})
+
+
+def write_arrow(file, texts):
+    table = table_of(texts)
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as w:
+        w.write_table(table, max_chunksize=2)
+
+
+def lines_of(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+WRITE = {
+    "a.jsonl": lambda f, t: f.write_bytes(lines_of(t)),
+    "a.jsonl.gz": lambda f, t: f.write_bytes(gzip.compress(lines_of(t))),
+    "a.jsonl.zst": lambda f, t: f.write_bytes(zstandard.compress(lines_of(t))),
+    "a.csv": write_csv,
+    "a.tsv": lambda f, t: write_csv(f, t, "\t"),
+    "a.parquet": lambda f, t: parquet.write_table(table_of(t), f, row_group_size=2),
+    "a.arrow": write_arrow,
+}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_every_kind_gives_the_same_texts(tmp_path, name):
+    WRITE[name](tmp_path / name, TEXTS)
+    [file] = sources.find_files([tmp_path])
+    assert list(sources.read_documents([file])) == TEXTS
+    with pytest.raises(DataError, match="'body'"):
+        list(sources.read_documents([file], text_key="body"))
+
+
+def test_compressed_text_is_one_document_or_parted(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one|two"))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"three"))
+    files = sources.find_files([tmp_path])
+    assert list(sources.read_documents(files)) == ["one|two", "three"]
+    found = sources.read_documents(files, document_separator="|")
+    assert list(found) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("name", [n for n in WRITE if n != "a.jsonl"])
+def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, name):
+    file = tmp_path / name
+    WRITE[name](file, [f"{text} {i}" for i in range(2000) for text in TEXTS])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 2 // 3 + 1])
+    if name.endswith(("csv", "tsv")):
+        file.write_bytes(whole[: whole.index(b'""quote') + 3])  # in open quotes
+    with pytest.raises(DataError, match=name):
+        list(sources.read_documents([file]))
+
+
+@pytest.mark.parametrize("name", [n for n in WRITE if n not in ("a.jsonl", "a.csv")])
+def test_bytes_of_another_format_are_refused_by_name(tmp_path, name):
+    if name == "a.tsv":
+        (tmp_path / name).write_bytes(b"text\n\xff\xfe\n")
+    else:
+        (tmp_path / name).write_bytes(b"no such format at all" * 9)
+    with pytest.raises(DataError, match=name):
+        list(sources.read_documents([tmp_path / name]))
+
+
+def test_a_null_is_left_out_and_a_number_is_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a", None, "", "b"]}), file)
+    assert list(sources.read_documents([file])) == ["a", "b"]
+    parquet.write_table(pa.table({"text": [1, 2]}), file)
+    with pytest.raises(DataError, match=r"a\.parquet row 1 has a int under 'text'"):
+        list(sources.read_documents([file]))
+
+
+def test_a_csv_row_of_another_width_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("text,id\na,1\n\nb\n")
+    with pytest.raises(DataError, match=r"a\.csv:4 has 1 fields and the first line 2"):
+        list(sources.read_documents([file]))
+    file.write_text("\ufefftext\n" + "x" * 300_000 + "\n", encoding="utf-8")
+    assert [len(text) for text in sources.read_documents([file])] == [300_000]
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(zstandard.compress(b"text"))
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(DataError, match=r"a.txt.zst needs the extra data: pip install"):
+        readers.open_file(file)
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.csv.gz", "a.png", "a"])
+def test_other_kinds_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=r"is no file of texts; give a \.txt, \.jsonl"):
+        sources.find_files([tmp_path / name])
