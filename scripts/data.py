@@ -1,0 +1,145 @@
+"""Looks into a data set, without jax.
+
+    python scripts/data.py verify DATASET     reads every byte
+    python scripts/data.py inspect DATASET [--split train] [--rows 4] [--length 256]
+
+`inspect` prints the rows that training would read as text, a colour for each document
+in a row and " ¦ " between them, with what counts as no target dimmed; then the lengths of documents, and how
+many are copies of another. Exit code 0: all is well; 1: one line for each bad file; 2:
+wrong input.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import rich.console
+import rich.text
+import xxhash
+
+from jaxinfra.config import DataError
+from jaxinfra.data import batches, packing, shards
+from jaxinfra.data.shards import Dataset, Split
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.resilience import exitcodes
+
+_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+_BETWEEN = " ¦ "  # documents of a row
+_BAR = 40  # signs of the longest bar
+_QUANTILES = (0, 0.1, 0.5, 0.9, 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("command", choices=("inspect", "verify"))
+    add("dataset", metavar="DATASET", help="a folder that prepare wrote")
+    add("--split", default="", help="default: all")
+    add("--rows", type=int, default=4, help="rows of text to show")
+    add("--length", type=int, default=256, help="tokens a row")
+    add("--seed", type=int, default=0, help="of the order: run.seed")
+    args = parser.parse_args(argv)
+    try:
+        data = shards.open_dataset(args.dataset, verify=False)
+        if args.command == "verify":
+            return verify(data)
+        names = [args.split] if args.split else [*data.splits]
+        inspect([data.split(name) for name in names], data, args)
+    except DataError as error:
+        print(f"data: {error}", file=sys.stderr)
+        return exitcodes.INPUT
+    return exitcodes.DONE
+
+
+def verify(data: Dataset) -> int:
+    """Reads every byte; prints a line for each file that is not as it was written."""
+    bad = shards.verify_dataset(data)
+    for line in bad:
+        print(line)
+    num_files = sum(len(s.checksums) for x in data.splits.values() for s in x.shards)
+    print(f"{data.folder}: {num_files} files, {len(bad)} findings")
+    return 1 if bad else exitcodes.DONE
+
+
+def inspect(splits: list[Split], data: Dataset, args: argparse.Namespace) -> None:
+    """Prints each split's figures, its first rows in training's order, its lengths."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    tokenizer = data.tokenizer
+    console.print(f"{data.folder}  {tokenizer.name}, {tokenizer.vocab_size} ids")
+    for split in splits:
+        console.rule(split.name)
+        console.print(
+            f"{split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+            f"{split.text_bytes:,} bytes, {len(split.shards)} shards"
+        )
+        if args.rows > 0:
+            stream = batches.make_stream(
+                split, length=args.length, batch_size=args.rows, seed=args.seed
+            )
+            for row in as_texts(stream.batch(0), tokenizer):
+                console.print(row)
+                console.print()
+        console.print("\n".join(length_lines(split)))
+        copies = num_copies(split)
+        share = copies / split.num_documents
+        console.print(f"{copies:,} documents ({share:.1%}) are copies of another")
+
+
+def as_texts(batch: packing.Batch, tokenizer: Tokenizer) -> list[rich.text.Text]:
+    """Each row as text: documents in turns of colour, targets that do not count
+    dimmed, padding left out."""
+    rows = []
+    for b, (tokens_T1, segments_T1) in enumerate(zip(*batch[:2], strict=True)):
+        counts_T1 = np.ones_like(segments_T1)
+        if batch.weights_BT1 is not None:
+            counts_T1 = batch.weights_BT1[b]
+        row = rich.text.Text()
+        key_T1 = 2 * segments_T1.astype(np.int64) + (counts_T1 > 0)
+        starts = np.flatnonzero(np.diff(key_T1, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(key_T1)], strict=True):
+            segment, counts = divmod(int(key_T1[start]), 2)
+            if segment:
+                if start and segments_T1[start - 1] != segment:
+                    row.append(_BETWEEN, "bold")
+                colour = _COLOURS[segment % len(_COLOURS)]
+                text = tokenizer.decode(tokens_T1[start:end])
+                row.append(text, colour if counts else f"dim {colour}")
+        rows.append(row)
+    return rows
+
+
+def length_lines(split: Split) -> list[str]:
+    """A histogram of tokens a document, by powers of two, and its quantiles."""
+    lengths = np.concatenate([shard.lengths for shard in split.shards])
+    powers, counts = np.unique(
+        np.floor(np.log2(lengths)).astype(int), return_counts=True
+    )
+    lines = []
+    for power in range(powers.min(), powers.max() + 1):
+        count = int(counts[powers == power].sum())
+        bar = "#" * round(_BAR * count / counts.max())
+        span = f"{2**power:,}..{2 ** (power + 1) - 1:,}"
+        lines.append(f"{span:>21} {count:>10,} {bar}".rstrip())
+    shown = np.quantile(lengths, _QUANTILES).round().astype(int)
+    named = zip(_QUANTILES, shown, strict=True)
+    told = ", ".join(f"{q:.0%} {length:,}" for q, length in named)
+    return ["tokens a document", *lines, f"quantiles: {told}"]
+
+
+def num_copies(split: Split) -> int:
+    """Documents whose tokens are those of one before them."""
+    seen: set[bytes] = set()
+    for shard in split.shards:
+        ends = np.cumsum(shard.lengths)
+        for start, end in zip(ends - shard.lengths, ends, strict=True):
+            seen.add(xxhash.xxh3_128_digest(shard.tokens[start:end].tobytes()))
+    return split.num_documents - len(seen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
