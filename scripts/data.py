@@ -4,9 +4,9 @@
     python scripts/data.py inspect DATASET [--split train] [--rows 4] [--length 256]
 
 `inspect` prints the rows that training would read as text, a colour for each document
-in a row and " ¦ " between them, with what counts as no target dimmed; then the lengths of documents, and how
-many are copies of another. Exit code 0: all is well; 1: one line for each bad file; 2:
-wrong input.
+in a row and " ¦ " between them, with what counts as no target dimmed; then the lengths
+of documents, and how many are copies of another. Exit code 0: all is well; 1: one line
+for each bad file; 2: wrong input.
 """
 
 import argparse
