@@ -9,6 +9,8 @@ Limits: `hf` would also write the EOS that some tokenizers put behind every text
 tidy spaces for those that ask for it; num_beams and penalties are refused.
 """
 
+# pyright: reportMissingImports=false
+
 import math
 import os
 import pathlib

@@ -45,6 +45,7 @@ def test_accepted_changes_that_alter_the_arrays_are_refused(cache, quiet, tmp_pa
     assert command.history(run_dir) == command.history(quiet)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_longer_on_another_mesh(cache, quiet, tmp_path):
     run_dir = command.copy_as_of(15, quiet, tmp_path / "run")
     done = command.train(

@@ -55,6 +55,7 @@ def steps_of(built, data, state, start, count):
         yield before, jax.device_get(metrics), state
 
 
+@pytest.mark.slow
 def test_an_overflow_is_survived_and_the_loss_is_that_of_float32(data):
     built = tiny_runs.build(config("float16", microbatches=2), data)
     found = []
