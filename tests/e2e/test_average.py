@@ -12,6 +12,7 @@ from jaxinfra import params as params_lib
 from jaxinfra.checkpoint import restore
 from jaxinfra.interop import pretrained
 
+pytestmark = pytest.mark.slow
 STEPS = 10
 FLOAT32 = 1e-6  # one rounding a step of a mean over ten
 
@@ -42,7 +43,6 @@ def build(settings, run_dir):
     return experiment.build(config, jax.devices()[:1])
 
 
-@pytest.mark.slow
 def test_training_does_not_see_it_and_evaluation_does(settings, averaged, tmp_path):
     plain = tmp_path / "run"
     done = command.train(settings | {"run.dir": plain, "optimizer.ema_decay": 0})

@@ -36,6 +36,7 @@ def quiet(cache, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_digits_are_learned_and_metrics_are_those_of_images(quiet):
     lines = command.metrics(quiet)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

@@ -131,13 +131,8 @@ def check_losses(found, alone):
         assert ours["data/digest"] == theirs["data/digest"]
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "fsdp 4 x tensor 2",
-        pytest.param("data 2 x fsdp 2 x tensor 2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp 4 x tensor 2", "data 2 x fsdp 2 x tensor 2"])
 def test_a_signal_to_one_stops_both_and_one_process_can_go_on(
     tmp_path, cache_dir, alone, mesh
 ):
