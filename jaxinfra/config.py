@@ -83,8 +83,9 @@ class ModelConfig:
 
     vocab_size 0 takes the tokenizer's. num_kv_heads below num_heads is grouped-query
     attention. head_dim 0 means width / num_heads. max_length: rows of a learned table
-    of positions. residual_scale_init: scale the initial output projections by
-    1/sqrt(2 layers). init_std 0 means 1/sqrt(fan in). document_mask: attention stays
+    of positions; of a rotary model, tokens a row that it was made for, which limit no
+    training, 0 if not known. residual_scale_init: scale the initial output projections
+    by 1/sqrt(2 layers). init_std 0 means 1/sqrt(fan in). document_mask: attention stays
     within a document of the row; without it a row is one document, which cuDNN covers.
 
     Norms: norm_placement before each part of a layer (pre), after it (post) or both;
@@ -159,10 +160,10 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it becomes rows.
 
-    path: a prepared folder, a text or JSONL file, a folder of them, or the shipped
-    corpus by the name 'shakespeare'. tokenizer, eod, bos, split, held_out: used when
-    path is text (a prepared folder has its own). tokenizer: byte, char, or a path: a
-    Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
+    path: a prepared folder, a file of texts (`data.sources`), a folder of them, or the
+    shipped corpus by the name 'shakespeare'. tokenizer, eod, bos, split, held_out: used
+    when path is text (a prepared folder has its own). tokenizer: byte, char, or a path:
+    a Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
     eod: its token that ends a document; empty takes its EOS. bos: whether documents
     start with its BOS. split: hold out whole documents, or the tail of the corpus.
     prefetch: batches made ahead of the step. cache_dir: where prepared text and

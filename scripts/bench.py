@@ -175,7 +175,7 @@ def shakespeare(args) -> dict:
     for seed in range(3):
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+            command = _script("train")
             command += ["--config", "shakespeare_char", "--run.seed", str(seed)]
             _run([*command, "--run.dir", folder, "--sample.tokens", "0"])
             secs = time.perf_counter() - begin
@@ -200,7 +200,7 @@ def images(args) -> dict:
     for name, settings in runs.items():
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+            command = _script("train")
             _run([*command, "--config", name, "--run.dir", folder, *settings])
             secs = time.perf_counter() - begin
             last = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()[-1]
@@ -250,11 +250,10 @@ def sft(args) -> dict:
         for (one, said), (other, answer) in itertools.pairwise(speeches)
         if one != other and 30 < len(said) < 240 and 30 < len(answer) < 240
     ]
-    script = lambda name: [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model, data, run_dir = (str(folder / n) for n in ("model", "data", "run"))
-        convert = [*script("convert"), "--from", args.model, "--to", model]
+        convert = [*_script("convert"), "--from", args.model, "--to", model]
         _run([*convert, "--format", "hf"])
         messages = [
             {"messages": [
@@ -265,10 +264,10 @@ def sft(args) -> dict:
         ]  # fmt: skip
         pairs = folder / "pairs.jsonl"
         pairs.write_text("".join(json.dumps(m) + "\n" for m in messages))
-        prepare = [*script("prepare"), str(pairs), "--chat", "--tokenizer", model]
+        prepare = [*_script("prepare"), str(pairs), "--chat", "--tokenizer", model]
         _run([*prepare, "--out", data, "--split", "documents", "--held_out", "0.05"])
         evaluate = [
-            *script("evaluate"),
+            *_script("evaluate"),
             "--data",
             data,
             "--out",
@@ -291,8 +290,8 @@ def sft(args) -> dict:
         secs = time.perf_counter() - begin
         losses |= {str(n): held_out(f"{run_dir}@{n}") for n in (10, 20, 30)}
         out = str(folder / "out")
-        _run([*script("convert"), "--from", run_dir, "--to", out])
-        generate = [*script("generate"), out, "--chat", "--prompt", asked[-1][0]]
+        _run([*_script("convert"), "--from", run_dir, "--to", out])
+        generate = [*_script("generate"), out, "--chat", "--prompt", asked[-1][0]]
         said = _run([*generate, "--tokens", "40", "--sample.temperature", "0"])
     return {
         "model": pathlib.Path(args.model).name,
@@ -306,7 +305,7 @@ def _train(settings: list[str], run_dir: str = "") -> dict:
     """The last metrics of a run without a sample at its end."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = run_dir or f"{folder}/run"
-        command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+        command = _script("train")
         _run([*command, "--run.dir", run_dir, "--sample.tokens", "0", *settings])
         lines = pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[-1])
@@ -334,13 +333,12 @@ def published(args) -> dict:
         raise SystemExit("bench.py published needs --model SOURCE")
     packages = ["torch==2.13.*", "transformers==5.*"]
     peer = [_peer_environment("published", packages), str(PEERS / "published.py")]
-    script = lambda name: [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
     length, tokens, source = 1024, 50, args.model
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         if source.endswith(".gguf"):
             source = str(folder / "model")
-            command = [*script("convert"), "--from", args.model, "--to", source]
+            command = [*_script("convert"), "--from", args.model, "--to", source]
             _run([*command, "--format", "hf"])
         corpus = ROOT / "jaxinfra" / "data" / "corpus" / "shakespeare.txt"
         (folder / "text.txt").write_bytes(corpus.read_bytes()[:100_000])
@@ -350,11 +348,11 @@ def published(args) -> dict:
             _run([*peer, source, *map(str, files), str(length), str(tokens)])
         )
         begin = time.perf_counter()
-        command = [*script("evaluate"), "--from", source, "--length", str(length)]
+        command = [*_script("evaluate"), "--from", source, "--length", str(length)]
         _run([*command, "--text", str(files[0]), "--out", str(folder / "out.json")])
         score_secs, begin = time.perf_counter() - begin, time.perf_counter()
         [ours] = json.loads((folder / "out.json").read_text())["results"]
-        command = [*script("generate"), source, "--tokens", str(tokens)]
+        command = [*_script("generate"), source, "--tokens", str(tokens)]
         command += [word for prompt in _PROMPTS for word in ("--prompt", prompt)]
         texts = _run([*command, "--sample.temperature", "0"]).rstrip("\n")
         same = [a == b for a, b in zip(texts.split("\n---\n"), theirs["texts"])]
@@ -439,7 +437,7 @@ def _null_step():
 def _to_first_step(cache: str, kind: str) -> float:
     """Seconds until metrics.jsonl has its first line."""
     run_dir = pathlib.Path(cache, f"run_{kind}")
-    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command = _script("train")
     command += ["--run.dir", str(run_dir), "--data.cache_dir", f"{cache}/cache"]
     command += ["--train.steps", "3", "--sample.tokens", "0", "--eval.batches", "1"]
     begin = time.perf_counter()
@@ -464,6 +462,10 @@ def _peer_environment(name: str, packages: list[str]) -> str:
         subprocess.run([str(python), "-m", "pip", "install", *packages], check=True)
         (folder / "complete").touch()
     return str(python)
+
+
+def _script(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
 
 
 def _run(command: list[str]) -> str:

@@ -62,11 +62,9 @@ class Stream:
     def rows(self, global_rows: np.ndarray) -> np.ndarray:
         """Row of the split, int64 [B], for each global row g, int64 [B]."""
         size = self.packing.num_rows
-        epoch, turn = np.divmod(global_rows, size)
-        if not self.shuffle:
-            return turn
-        place = order.permute(turn, size=size, seed=self.seed, epoch=epoch)
-        return place.astype(np.int64)
+        return order.rows(
+            global_rows, size=size, seed=self.seed, is_shuffled=self.shuffle
+        )
 
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """The rows of step `step`, or those at some positions of its global batch."""
@@ -80,7 +78,7 @@ class Stream:
             "packing": self.packing.name,
             "length": self.packing.length,
             "batch_size": self.batch_size,
-            "order": f"feistel-{order.VERSION}" if self.shuffle else "sequential",
+            "order": order.name(is_shuffled=self.shuffle),
             "seed": self.seed,
         }
 

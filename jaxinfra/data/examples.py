@@ -65,19 +65,20 @@ class Stream:
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Examples:
         """The rows of step `step`, or those at some positions of its global batch."""
         positions = np.arange(self.batch_size, dtype=np.int64)[positions]
-        epoch, turn = np.divmod(step * self.batch_size + positions, self.held.size)
-        if self.shuffle:
-            turn = order.permute(
-                turn, size=self.held.size, seed=self.seed, epoch=epoch
-            ).astype(np.int64)
-        return self.held.gather(turn, positions)
+        rows = order.rows(
+            step * self.batch_size + positions,
+            size=self.held.size,
+            seed=self.seed,
+            is_shuffled=self.shuffle,
+        )
+        return self.held.gather(rows, positions)
 
     def identity(self) -> dict[str, Any]:
         """What must not change for step k to stay the same batch: ints and strings."""
         return {
             "examples": self.held.digest(),
             "batch_size": self.batch_size,
-            "order": f"feistel-{order.VERSION}" if self.shuffle else "sequential",
+            "order": order.name(is_shuffled=self.shuffle),
             "seed": self.seed,
         }
 

@@ -28,6 +28,22 @@ _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
 
+def rows(
+    global_rows: np.ndarray, *, size: int, seed: int, is_shuffled: bool
+) -> np.ndarray:
+    """Row, int64 [B] below `size`, of each global row g, int64 [B]: every epoch has
+    each row once, in an order of its own if shuffled."""
+    epoch, turn = np.divmod(global_rows, size)
+    if not is_shuffled:
+        return turn
+    return permute(turn, size=size, seed=seed, epoch=epoch).astype(np.int64)
+
+
+def name(*, is_shuffled: bool) -> str:
+    """Of the order of `rows`: part of a stream's identity."""
+    return f"feistel-{VERSION}" if is_shuffled else "sequential"
+
+
 def permute(
     index: np.ndarray, *, size: int, seed: int, epoch: int | np.ndarray
 ) -> np.ndarray:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +59,11 @@ class Shard:
     lengths: np.ndarray  # [D] tokens of each document; they sum to N
     checksums: Mapping[pathlib.Path, str]
     mask: np.ndarray | None = None  # uint8 [N], None where every token counts
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """[start, stop) of every document in the tokens."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        yield from zip(ends - self.lengths, ends, strict=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -46,12 +46,8 @@ def train_bpe(texts: Sequence[str], *, vocab_size: int) -> HfTokenizer:
     return HfTokenizer(made.to_str(), vocab_size=size, eod_id=size - 1)
 
 
-def save(tokenizer: HfTokenizer, folder: str | pathlib.Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, which Hugging Face tools load.
-
-    Raises DataError if the disk refuses.
-    """
-    folder = pathlib.Path(folder)
+def published_files(tokenizer: HfTokenizer) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json as text."""
     made = parse_tokenizer_json(tokenizer.tokenizer_json, where="the tokenizer")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,11 +57,19 @@ def save(tokenizer: HfTokenizer, folder: str | pathlib.Path) -> None:
     }
     if tokenizer.bos_id is not None:
         settings["bos_token"] = made.id_to_token(tokenizer.bos_id)
-    files = {
+    return {
         "tokenizer.json": tokenizer.tokenizer_json,
-        "tokenizer_config.json": json.dumps(settings, indent=1) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
     }
-    for name, text in files.items():
+
+
+def save(tokenizer: HfTokenizer, folder: str | pathlib.Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which Hugging Face tools load.
+
+    Raises DataError if the disk refuses.
+    """
+    folder = pathlib.Path(folder)
+    for name, text in published_files(tokenizer).items():
         try:
             (folder / name).write_text(text, encoding="utf-8")
         except OSError as error:

@@ -89,8 +89,7 @@ def documents(split: Split, tokenizer: Tokenizer) -> list[Document]:
     tokens count."""
     found = []
     for shard in split.shards:
-        ends = np.cumsum(shard.lengths)
-        for start, end in zip(ends - shard.lengths, ends, strict=True):
+        for start, end in shard.spans():
             start += shard.tokens[start] == tokenizer.bos_id
             if shard.mask is None:
                 end -= end > start and shard.tokens[end - 1] == tokenizer.eod_id

@@ -139,6 +139,15 @@ def make_generate(
     )
 
 
+def as_rows(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts_BP, lengths_B) as `Generate` takes them, of one or more prompts."""
+    lengths_B = np.array([len(row) for row in prompts])
+    prompts_BP = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    for b, row in enumerate(prompts):
+        prompts_BP[b, : len(row)] = row
+    return prompts_BP, lengths_B
+
+
 def generate_text(
     params: Tree,
     prompts: Sequence[str | np.ndarray],
@@ -156,11 +165,7 @@ def generate_text(
     if not prompts:
         return []
     ids = [_ids(tokenizer, prompt) for prompt in prompts]
-    lengths_B = np.array([len(row) for row in ids])
-    prompts_BP = np.zeros((len(ids), lengths_B.max()), np.int32)
-    for b, row in enumerate(ids):
-        prompts_BP[b, : len(row)] = row
-    generated = generate(params, prompts_BP, lengths_B, key)
+    generated = generate(params, *as_rows(ids), key)
     texts = []
     for row, tokens_N, length in zip(ids, *generated, strict=True):
         # Together: a tokenizer may write no space before the first token of a text.

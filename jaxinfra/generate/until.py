@@ -169,11 +169,8 @@ def _generated(
     # ends when that does.
     count = 1 << (len(numbers) - 1).bit_length()
     filled = [*numbers, *[numbers[-1]] * (count - len(numbers))]
-    lengths_B = np.array([len(rows[i]) for i in filled])
-    prompts_BP = np.zeros((count, lengths_B.max()), np.int32)
-    for b, i in enumerate(filled):
-        prompts_BP[b, : len(rows[i])] = rows[i]
-    tokens_BN, counts_B = generate(params, prompts_BP, lengths_B, key, np.array(filled))
+    prompts = decode.as_rows([rows[i] for i in filled])
+    tokens_BN, counts_B = generate(params, *prompts, key, np.array(filled))
     return [tokens_BN[b, : counts_B[b]] for b in range(len(numbers))]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxinfra import options, params, runfolder
 from jaxinfra.checkpoint import lifecycle
 from jaxinfra.config import Config, ConfigError, DataError, ModelConfig
+from jaxinfra.data import tokenizer_training
 from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
 from jaxinfra.interop import families, hf, hf_config, tensorfile
 from jaxinfra.models.specs import param_specs
@@ -119,19 +120,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     ours alone."""
     if not isinstance(tokenizer, HfTokenizer):
         return {}
-    made = tokenizer.library_tokenizer(has_special_text=True)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": made.id_to_token(tokenizer.eod_id),
-        "add_bos_token": tokenizer.bos_id is not None,
-    }
-    if tokenizer.bos_id is not None:
-        settings["bos_token"] = made.id_to_token(tokenizer.bos_id)
-    return {
-        "tokenizer.json": tokenizer.tokenizer_json.encode(),
-        "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n",
-    }
+    texts = tokenizer_training.published_files(tokenizer)
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:

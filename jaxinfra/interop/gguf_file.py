@@ -6,6 +6,7 @@ tokenizer. Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -240,6 +241,17 @@ class _Stored:
 
 
 def _open(file: pathlib.Path) -> Any:
+    """A reader of the file. One is kept, since its lists of tokens take seconds to
+    read, and a model and its tokenizer are opened one after the other."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return _reader(file, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(file: pathlib.Path, *version: int) -> Any:
     try:
         import gguf
     except ImportError as error:
@@ -253,9 +265,11 @@ def _open(file: pathlib.Path) -> Any:
                 raise ValueError(f"{tensor.name} is cut off")
         return reader
     except Exception as error:  # the reader raises whatever damaged bytes lead to
-        raise DataError(
-            f"{file} cannot be read as GGUF ({error}); download it again"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: pathlib.Path, error: Exception) -> DataError:
+    return DataError(f"{file} cannot be read as GGUF ({error}); download it again")
 
 
 class _Metadata:
