@@ -30,6 +30,7 @@ from jaxinfra.data import (
     tiktoken_ranks,
     tokenizer_files,
     tokenizer_training,
+    writer,
 )
 from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 
@@ -238,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=["documents", "tail"], default="documents")
     add("--held_out", type=float, default=0.1, help="fraction")
     add("--seed", type=int, default=0, help="of what is held out, and of the order")
-    add("--shard_tokens", type=int, default=prepare.SHARD_TOKENS)
+    add("--shard_tokens", type=int, default=writer.SHARD_TOKENS)
     add("--text_key", help="key of the text in JSONL (default: text)")
     add("--document_separator", help="text between documents in .txt")
     add(

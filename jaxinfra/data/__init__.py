@@ -4,8 +4,8 @@ The way of an item through the files:
 
     sources    files -> documents, train and held-out; `readers` opens tables and
                compressed files
-    prepare    documents -> shuffled once, encoded; a data set folder, written whole or
-               not at all
+    prepare    documents -> shuffled once, encoded
+    writer     ids -> a data set folder, written whole or not at all
     tokenizer  text <-> ids
     shards     the folder, opened as memory maps, checked byte by byte
     packing    shards -> numbered rows of T + 1 tokens, with a segment beside each token

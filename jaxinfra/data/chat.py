@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards, sources
+from jaxinfra.data import prepare, shards, sources, writer
 from jaxinfra.data.chat_template import END, GUARD, START, ChatTemplate
 from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer, id_dtype
 
@@ -51,7 +51,7 @@ def prepare_chat(
     template: ChatTemplate | None,
     held_out: float,
     seed: int,
-    shard_tokens: int = prepare.SHARD_TOKENS,
+    shard_tokens: int = writer.SHARD_TOKENS,
 ) -> shards.Dataset:
     """Writes the data set `out`, with masks, from .jsonl files and opens it.
 
@@ -73,9 +73,9 @@ def prepare_chat(
     if not found:
         raise DataError(f"{inputs[0]} holds no conversation; give files with lines")
     train, held = sources.split_documents(found, held_out=held_out, seed=seed)
-    parts = {"train": prepare.shuffled(train, seed=seed)}
+    parts = {"train": writer.shuffled(train, seed=seed)}
     parts |= {"held_out": held} if held else {}
-    return prepare.write_dataset(
+    return writer.write_dataset(
         pathlib.Path(out),
         tokenizer=tokenizer,
         splits={name: encode(tokenizer, part) for name, part in parts.items()},
@@ -175,7 +175,7 @@ def answer_ends(
 
 def encode(
     tokenizer: Tokenizer, documents: Sequence[Conversation]
-) -> prepare.SplitContent:
+) -> writer.SplitContent:
     """Ids and masks of the documents, one of each for each."""
     dtype = id_dtype(tokenizer.vocab_size)
     eod, bos = tokenizer.eod_id, tokenizer.bos_id
@@ -193,7 +193,7 @@ def encode(
         ids_of.append(ids.astype(dtype))
         masks.append(mask.astype(shards.MASK_DTYPE))
     text = "".join(document.text for document in documents).replace(GUARD, "")
-    return prepare.SplitContent(
+    return writer.SplitContent(
         documents=ids_of, text_bytes=len(text.encode("utf-8")), masks=masks
     )
 

@@ -3,24 +3,19 @@
 Which documents are held out, and the order of the others, follow from the texts and the
 seed alone: the same input gives the same bytes on every machine. A folder is written
 whole or not at all; `shards` says what stands in it. `chat` makes the documents of
-conversations; both end in `write_dataset`.
+conversations; both end in `writer`.
 """
 
-import dataclasses
 import difflib
-import json
-import os
 import pathlib
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, assert_never
 
 import numpy as np
 
 import jaxinfra
 from jaxinfra.config import DataError
-from jaxinfra.data import order, shards, sources
+from jaxinfra.data import shards, sources, writer
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.sources import Piece
 from jaxinfra.data.tokenizer import BosRule
@@ -29,24 +24,9 @@ from jaxinfra.data.tokenizer import BosRule
 MakeTokenizer = Callable[[Sequence[str]], tokenizers.Tokenizer]
 SplitRule = Literal["documents", "tail"]
 
-SHARD_TOKENS = 2**27  # 256 MiB of uint16
 CORPORA = {"shakespeare": pathlib.Path(__file__).parent / "corpus" / "shakespeare.txt"}
 
 _VERSION = 1  # of the way from text to bytes: part of the name of a cached data set
-_LAYOUT_EPOCH = 2**64 - 1  # the shuffle on disk is not the shuffle of any real epoch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitContent:
-    """What a split is written from: the ids of its documents, in reading order.
-
-    masks: one for each document, uint8 and 1 where a token counts as a target; None
-    where all do, and in all splits alike.
-    """
-
-    documents: Sequence[np.ndarray]
-    text_bytes: int
-    masks: Sequence[np.ndarray] | None = None
 
 
 def prepare(
@@ -59,7 +39,7 @@ def prepare(
     seed: int,
     eod: str = "",
     bos: BosRule = "tokenizer",
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int = writer.SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
     clean: Callable[[list[str]], list[str]] = lambda texts: texts,
@@ -97,14 +77,14 @@ def prepare(
             parts = sources.split_tail(documents, held_out=held_out)
         case _:
             assert_never(split)
-    train, held = shuffled(parts[0], seed=seed), parts[1]
+    train, held = writer.shuffled(parts[0], seed=seed), parts[1]
     if isinstance(tokenizer, str):
         coder = own or tokenizers.CharTokenizer("".join(set().union(*texts)))
     else:
         coder = tokenizer([piece.text for piece in train])
     pieces = {"train": train, "held_out": held} if held else {"train": train}
     contents = {name: _encode(coder, split) for name, split in pieces.items()}
-    return write_dataset(
+    return writer.write_dataset(
         pathlib.Path(out), tokenizer=coder, splits=contents, shard_tokens=shard_tokens
     )
 
@@ -119,7 +99,7 @@ def prepared(
     seed: int,
     eod: str = "",
     bos: BosRule = "tokenizer",
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int = writer.SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
 ) -> pathlib.Path:
@@ -155,47 +135,6 @@ def prepared(
         options["tokenizer"] = (lambda texts: coder) if is_file else tokenizer
         prepare(files, folder, **options)
     return folder
-
-
-def shuffled(documents: Sequence[Any], *, seed: int) -> list[Any]:
-    """The documents in the order that they are laid on disk in."""
-    count = len(documents)
-    turns = order.permute(np.arange(count), size=count, seed=seed, epoch=_LAYOUT_EPOCH)
-    return [documents[i] for i in np.argsort(turns)]
-
-
-def write_dataset(
-    folder: pathlib.Path,
-    *,
-    tokenizer: tokenizers.Tokenizer,
-    splits: Mapping[str, SplitContent],
-    shard_tokens: int,
-) -> shards.Dataset:
-    """Writes a data set folder, or leaves nothing under its name.
-
-    A shard holds whole documents, together at most `shard_tokens` tokens unless one
-    document alone is longer. Everything is written and fsynced in a sibling folder
-    (`.NAME.*.tmp`, all that a killed process leaves behind), which is then renamed. A
-    folder that is there already, or that another process renamed first, is kept if it
-    is equal. Raises DataError if it is not, or if the disk refuses; refused after the
-    rename, the folder stands all the same, and whole.
-    """
-    folder = pathlib.Path(os.path.abspath(folder))
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        digest = _write_files(temporary, tokenizer, splits, shard_tokens)
-        _rename_or_accept(temporary, folder, digest)
-        _fsync(folder.parent)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {folder}: {error.strerror or error}; "
-            "free the disk or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return shards.open_dataset(folder, verify=False)
 
 
 def check_options(split: str, held_out: float, seed: int, shard_tokens: int) -> None:
@@ -234,7 +173,9 @@ def _named_tokenizer(
     return jaxinfra.load_tokenizer(name, eod=eod, bos=bos)
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> SplitContent:
+def _encode(
+    tokenizer: tokenizers.Tokenizer, pieces: list[Piece]
+) -> writer.SplitContent:
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     eod, none = np.array([tokenizer.eod_id], dtype), np.array([], dtype)
     bos = none if tokenizer.bos_id is None else np.array([tokenizer.bos_id], dtype)
@@ -244,7 +185,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> SplitConten
         for p, i in zip(pieces, ids, strict=True)
     ]
     text_bytes = sum(len(piece.text.encode("utf-8")) for piece in pieces)
-    return SplitContent(documents=documents, text_bytes=text_bytes)
+    return writer.SplitContent(documents=documents, text_bytes=text_bytes)
 
 
 def _not_found(path: str | pathlib.Path) -> str:
@@ -256,104 +197,3 @@ def _not_found(path: str | pathlib.Path) -> str:
         f"data.path={str(path)!r} does not exist; give a folder that prepare wrote, "
         f"{sources.ACCEPTED}, or a corpus that ships here ({', '.join(CORPORA)}){hint}"
     )
-
-
-def _write_files(
-    folder: pathlib.Path,
-    tokenizer: tokenizers.Tokenizer,
-    splits: Mapping[str, SplitContent],
-    shard_tokens: int,
-) -> str:
-    """Writes all files of a data set, `dataset.json` last; returns its digest."""
-    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    records = {}
-    for name, content in splits.items():
-        files = []
-        for number, here in enumerate(_grouped(content.documents, shard_tokens)):
-            group = content.documents[here]
-            tokens = np.concatenate(group).astype(dtype)
-            lengths = np.array([len(d) for d in group], shards.LENGTH_DTYPE)
-            start = f"{name}-{number:05d}"
-            file, lengths_file = f"{start}.tokens.npy", f"{start}.lengths.npy"
-            record = {
-                "file": file,
-                "checksum": _write_array(folder / file, tokens),
-                "lengths_file": lengths_file,
-                "lengths_checksum": _write_array(folder / lengths_file, lengths),
-                "tokens": len(tokens),
-                "documents": len(lengths),
-            }
-            if content.masks is not None:
-                mask = np.concatenate(content.masks[here]).astype(shards.MASK_DTYPE)
-                record["mask_file"] = f"{start}.mask.npy"
-                written = _write_array(folder / record["mask_file"], mask)
-                record["mask_checksum"] = written
-            files.append(record)
-        records[name] = {
-            "tokens": sum(s["tokens"] for s in files),
-            "documents": sum(s["documents"] for s in files),
-            "bytes": content.text_bytes,
-            "shards": files,
-        }
-    has_masks = any(content.masks is not None for content in splits.values())
-    manifest = {
-        "format_version": shards.MASKED_VERSION if has_masks else shards.FORMAT_VERSION,
-        "dtype": dtype.name,
-        "tokenizer": tokenizer.to_json(),
-        "tokenizer_digest": tokenizer.digest(),
-        "splits": records,
-    }
-    with (folder / shards.MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync(folder)
-    return tokenizers.json_sha256(manifest)
-
-
-def _grouped(documents: Sequence[np.ndarray], shard_tokens: int) -> Iterator[slice]:
-    """The documents of each shard."""
-    start = tokens = 0
-    for stop, document in enumerate(documents):
-        if stop > start and tokens + len(document) > shard_tokens:
-            yield slice(start, stop)
-            start, tokens = stop, 0
-        tokens += len(document)
-    if start < len(documents):
-        yield slice(start, len(documents))
-
-
-def _write_array(path: pathlib.Path, array: np.ndarray) -> str:
-    with path.open("wb") as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    return shards.file_xxh3_128(path)
-
-
-def _rename_or_accept(
-    temporary: pathlib.Path, folder: pathlib.Path, digest: str
-) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        if not (folder / shards.MANIFEST).exists():
-            raise DataError(
-                f"{folder} is there already and holds no data set; choose a folder "
-                "that does not exist yet"
-            ) from None
-        if shards.open_dataset(folder, verify=True).digest != digest:
-            raise DataError(
-                f"{folder} holds another data set; a data set is never overwritten: "
-                "delete the folder or choose another one"
-            ) from None
-
-
-def _fsync(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from jaxinfra.data import prepare, shards
+from jaxinfra.data import shards, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 
@@ -20,9 +20,9 @@ def make_split(tmp_path: pathlib.Path) -> Callable[..., shards.Split]:
             np.append(rng.integers(1, 256, n - 1), 256).astype(np.uint16)
             for n in lengths
         ]
-        content = prepare.SplitContent(documents=documents, text_bytes=sum(lengths))
+        content = writer.SplitContent(documents=documents, text_bytes=sum(lengths))
         folder = tmp_path / f"set-{len(list(tmp_path.iterdir()))}"
-        dataset = prepare.write_dataset(
+        dataset = writer.write_dataset(
             folder,
             tokenizer=ByteTokenizer(),
             splits={"train": content},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import device, prepare, shards
+from jaxinfra.data import device, shards, writer
 from jaxinfra.data.batches import make_evaluation, make_stream
 from jaxinfra.data.packing import ConcatRows
 from jaxinfra.data.tokenizer import ByteTokenizer
@@ -31,10 +31,10 @@ def write(tmp_path):
         ids, masks = documents()
         if flip is not None:
             masks[flip][0] ^= 1
-        content = prepare.SplitContent(
+        content = writer.SplitContent(
             documents=ids, text_bytes=9, masks=masks if has_masks else None
         )
-        return prepare.write_dataset(
+        return writer.write_dataset(
             tmp_path / name,
             tokenizer=ByteTokenizer(),
             splits={"train": content},
@@ -138,10 +138,10 @@ def test_a_mask_that_is_damaged_or_missing_is_found(write):
 
 
 def test_a_weight_is_0_or_1(tmp_path):
-    content = prepare.SplitContent(
+    content = writer.SplitContent(
         documents=[np.array([5, 256])], text_bytes=1, masks=[np.array([0, 2])]
     )
-    data = prepare.write_dataset(
+    data = writer.write_dataset(
         tmp_path / "a",
         tokenizer=ByteTokenizer(),
         splits={"train": content},

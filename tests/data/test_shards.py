@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards
+from jaxinfra.data import shards, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 LENGTHS = [7, 31, 3, 64, 1, 11]
@@ -147,8 +147,8 @@ def test_lengths_that_are_not_those_of_documents_are_refused(folder, lengths):
 
 
 def test_an_id_outside_the_vocabulary_is_found(tmp_path):
-    content = prepare.SplitContent(documents=[np.array([5, 257])], text_bytes=1)
-    dataset = prepare.write_dataset(
+    content = writer.SplitContent(documents=[np.array([5, 257])], text_bytes=1)
+    dataset = writer.write_dataset(
         tmp_path / "set",
         tokenizer=ByteTokenizer(),
         splits={"train": content},

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards
+from jaxinfra.data import shards, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 
 def write(folder, *, seed=0):
     rng = np.random.default_rng(seed)
     documents = [np.append(rng.integers(0, 256, n), 256) for n in (9, 4, 30)]
-    content = prepare.SplitContent(documents=documents, text_bytes=43)
-    return prepare.write_dataset(
+    content = writer.SplitContent(documents=documents, text_bytes=43)
+    return writer.write_dataset(
         folder, tokenizer=ByteTokenizer(), splits={"train": content}, shard_tokens=20
     )
 

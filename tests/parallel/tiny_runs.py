@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxinfra import experiment, options
 from jaxinfra.config import Config, MeshConfig, OptimizerConfig
-from jaxinfra.data import batches, device, prepare, shards
+from jaxinfra.data import batches, device, prepare, shards, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.train import state as states
 
@@ -41,8 +41,8 @@ def write_documents(folder: pathlib.Path) -> shards.Dataset:
         ids = np.frombuffer(text[at : at + size], np.uint8).astype(np.uint16)
         documents.append(np.append(ids, np.uint16(256)))
         at += size
-    content = prepare.SplitContent(documents=documents, text_bytes=at)
-    return prepare.write_dataset(
+    content = writer.SplitContent(documents=documents, text_bytes=at)
+    return writer.write_dataset(
         folder,
         tokenizer=ByteTokenizer(),
         splits={"train": content},

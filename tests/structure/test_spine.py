@@ -55,6 +55,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.packing",
     "jaxinfra.data.prepare",
     "jaxinfra.data.shards",
+    "jaxinfra.data.writer",
     "jaxinfra.data.sources",
     "jaxinfra.data.tiktoken_ranks",
     "jaxinfra.data.tokenizer",

@@ -10,7 +10,7 @@ import pytest
 from parallel import tiny_runs
 
 from jaxinfra import experiment
-from jaxinfra.data import device, prepare
+from jaxinfra.data import device, writer
 from jaxinfra.data.batches import make_evaluation, make_stream
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.train import evaluate
@@ -23,10 +23,10 @@ LENGTH, ROWS = 6, 4
 def split(tmp_path):
     """77 tokens, each another id, so that one read twice shows: 13 rows of 6."""
     ids = np.arange(1, 78, dtype=np.uint16)
-    content = prepare.SplitContent(
+    content = writer.SplitContent(
         documents=[ids[:30], ids[30:61], ids[61:]], text_bytes=154
     )
-    dataset = prepare.write_dataset(
+    dataset = writer.write_dataset(
         tmp_path / "set",
         tokenizer=ByteTokenizer(),
         splits={"held_out": content},
