@@ -10,7 +10,15 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from jaxinfra.config import AXES, REMAT_NAMES, Config, ConfigError, did_you_mean
+from jaxinfra import stages
+from jaxinfra.config import (
+    AXES,
+    REMAT_NAMES,
+    Config,
+    ConfigError,
+    DataConfig,
+    did_you_mean,
+)
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
 SHIPPED_TEXT = "shakespeare"
@@ -41,6 +49,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
             "eval.batches", "eval.batch_size", "runtime.cpu_devices",
             "runtime.process_id", "data.prefetch", "runtime.devices",
+            "data.shuffle_block",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
         ),
@@ -218,12 +227,25 @@ def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
 
 
 def _check_training(config: Config) -> None:
-    train = config.train
-    if train.batch_size % train.microbatches:
+    train, data = config.train, config.data
+    for size in stages.BatchSizes(train.batch_size, train.batch_ramp).sizes[::-1]:
+        if size % train.microbatches:
+            key = "batch_size" if size == train.batch_size else "batch_ramp"
+            raise ConfigError(
+                f"train.microbatches={train.microbatches} does not divide train.{key}="
+                f"{size}; set train.microbatches to {_divisors(size)}"
+            )
+    for name, text in data.weights.items():
+        stages.parse(text, key=f"data.weights.{name}")
+    if data.weights and data.weights.keys() != data.sets.keys():
         raise ConfigError(
-            f"train.microbatches={train.microbatches} does not divide train.batch_size="
-            f"{train.batch_size}; set train.microbatches to"
-            f" {_divisors(train.batch_size)}"
+            f"data.weights are of {_names(data.weights)} and data.sets of"
+            f" {_names(data.sets)}; give each set a weight, or none at all"
+        )
+    if data.sets and data.path != DataConfig().path:
+        raise ConfigError(
+            f"data.path={data.path!r} and data.sets are both given; name it in"
+            " data.sets too, or leave one of them out"
         )
     if config.optimizer.schedule == "exponential" and not (
         config.optimizer.final_fraction
@@ -328,7 +350,6 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
     train, slices = config.train, config.mesh.slices
-    rows = train.batch_size // train.microbatches
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
     axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
@@ -338,13 +359,15 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f" {parts} parts of mesh axes {axes}; set eval.batch_size to a multiple of"
             f" {parts}, or to 0 for train.batch_size"
         )
-    if rows % parts:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} in train.microbatches="
-            f"{train.microbatches} gives {rows} rows, which do not divide over the"
-            f" {parts} parts of mesh axes {axes}; set train.batch_size to a multiple of"
-            f" {parts * train.microbatches}, or a smaller mesh"
-        )
+    for size in stages.BatchSizes(train.batch_size, train.batch_ramp).sizes[::-1]:
+        if (rows := size // train.microbatches) % parts:
+            key = "batch_size" if size == train.batch_size else "batch_ramp"
+            raise ConfigError(
+                f"train.{key}={size} in train.microbatches={train.microbatches} gives"
+                f" {rows} rows, which do not divide over the {parts} parts of mesh axes"
+                f" {axes}; set train.{key} to a multiple of"
+                f" {parts * train.microbatches}, or a smaller mesh"
+            )
     across = [axis for axis in ("data", "pipeline") if axis in sizes]
     if len(across) == 2 and all(sizes[axis] % slices for axis in across):
         raise ConfigError(
@@ -379,18 +402,19 @@ def _check_paths(config: Config) -> None:
                 f"{key}={path!r} cannot be made a folder: {file!r} is a file; set {key}"
                 " to another path"
             )
-    for name, path in config.eval.sets.items():
-        key = f"eval.sets.{name}"
-        if not re.fullmatch(r"[a-z0-9_]+", name):
+    sets = {f"data.sets.{name}": path for name, path in data.sets.items()}
+    sets |= {f"eval.sets.{name}": path for name, path in config.eval.sets.items()}
+    for key, path in sets.items():
+        _check_exists(key, path)
+        if not re.fullmatch(r"[a-z0-9_]+", name := key.split(".", 2)[2]):
             raise ConfigError(
                 f"{key}: {name!r} names a metric; use a-z, 0-9 and _, as in"
                 " --eval.sets.bible PATH"
             )
-        if name == "held_out":
+        if name.startswith("held_out"):
             raise ConfigError(
                 f"{key}: held_out is the data's own held-out split; take another name"
             )
-        _check_exists(key, path)
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
@@ -440,6 +464,10 @@ def _not_here(setting: str, what: str, fix: str) -> ConfigError:
 
 def _listed(settings: dict[str, int]) -> str:
     return " x ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _names(settings: Iterable[str]) -> str:
+    return ", ".join(sorted(settings)) or "no set"
 
 
 def _divisors(n: int) -> str:

@@ -166,6 +166,11 @@ class DataConfig:
     a Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
     eod: its token that ends a document; empty takes its EOS. bos: whether documents
     start with its BOS. split: hold out whole documents, or the tail of the corpus.
+    sets: name -> path of several data sets, which take the place of path and are mixed
+    by weights: name -> stages, as in "0.7 0.3@2000", which is 0.7, and 0.3 from step
+    2000 on; none: by their numbers of rows. shuffle_block: rows that stay near each
+    other, for storage that is read by ranges; 0: none. damaged: end the run where a
+    block of bytes is not what was written, or count its rows as padding and log it.
     prefetch: batches made ahead of the step. cache_dir: where prepared text and
     compiled programs are kept; empty means ~/.cache/jaxinfra.
     """
@@ -176,7 +181,11 @@ class DataConfig:
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     split: Literal["documents", "tail"] = "tail"
     held_out: float = 0.1
+    sets: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
     shuffle: bool = True
+    shuffle_block: int = 0
+    damaged: Literal["stop", "quarantine"] = "stop"
     prefetch: int = 2
     cache_dir: str = ""
 
@@ -185,7 +194,8 @@ class DataConfig:
 class TrainConfig:
     """The length and shape of training.
 
-    batch_size: global rows a step. length: tokens a row. microbatches: parts of a batch
+    batch_size: global rows a step. batch_ramp: stages that it rises by, as in
+    "8 16@200" for batch_size 16. length: tokens a row. microbatches: parts of a batch
     whose gradients are summed one after another. remat: none, full, dots, or
     save:NAME+NAME of named activations. unroll: layers as a flat program and not a
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
@@ -197,6 +207,7 @@ class TrainConfig:
 
     steps: int = 300
     batch_size: int = 16
+    batch_ramp: str = ""
     length: int = 256
     microbatches: int = 1
     remat: str = "none"
@@ -374,9 +385,8 @@ FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
     "check", "run.dir", "run.accept_changes", "run.log_every", "runtime", "mesh",
-    "zero",
-    "parallel", "profile", "eval", "sample", "checkpoint", "data.cache_dir",
-    "data.prefetch", "train.steps", "train.microbatches", "train.remat",
+    "zero", "parallel", "profile", "eval", "sample", "checkpoint", "data.cache_dir",
+    "data.prefetch", "data.damaged", "train.steps", "train.microbatches", "train.remat",
     "train.unroll", "train.save_every", "train.max_secs", "train.log_batch_digest",
     "train.loss_chunk",
 )  # fmt: skip
@@ -385,8 +395,9 @@ RESUMABLE = (
 # those that it reads too in TASK_KEYS.
 TEXT_KEYS = (
     "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
-    "data.split", "data.held_out", "data.shuffle", "train.length", "train.remat",
-    "train.unroll", "train.loss_chunk", "train.z_loss",
+    "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
+    "data.shuffle_block", "data.damaged", "train.batch_ramp", "train.length",
+    "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
     "train.label_smoothing", "eval.sets",
 )  # fmt: skip
 

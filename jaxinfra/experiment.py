@@ -176,8 +176,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
     """
     started_secs = time.monotonic()
     if get_task is None:
-        data = tasks.open_text(config)
-        config = resolve(config, data.tokenizer.vocab_size)
+        data = tasks.open_sets(config)
+        config = resolve(config, next(iter(data.values())).tokenizer.vocab_size)
         get_task = functools.partial(tasks.text, data=data)
     else:
         config = dataclasses.replace(config, task="own")
@@ -232,12 +232,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         for passed_over, why in saver.rejected:
             journal.say(f"step {passed_over} is passed over: {why}")
         fetched = device.prefetch(
-            functools.partial(
-                device.to_device,
-                stream.batch,
-                batch_size=config.train.batch_size,
-                sharding=rows,
-            ),
+            tasks.make_fetch(config, task, rows, journal.damage),
             start,
             config.train.steps,
             depth=config.data.prefetch,

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinfra
-from jaxinfra import runfolder
+from jaxinfra import runfolder, stages
 from jaxinfra.config import Config, ConfigError
-from jaxinfra.data import batches, packing, shards
-from jaxinfra.generate import decode
+from jaxinfra.data import batches, device, packing, shards
+from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, layers, loss, seam
 from jaxinfra.params import Tree
@@ -57,7 +57,8 @@ class Task(NamedTuple):
     flops_per_row: forward and backward; 0: not known, and no MFU is shown.
     ending(params) -> text that a finished run ends with; None: nothing.
     notes: what --check prints under the parameters. model: for a caller's own use.
-    files: name -> JSON value of files that the run folder is to hold.
+    files: name -> JSON value of files that the run folder is to hold. damage() ->
+      lines on data that was found damaged since the last call.
     """
 
     specs: Tree
@@ -74,6 +75,7 @@ class Task(NamedTuple):
     notes: str = ""
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
+    damage: Callable[[], list[str]] = list
 
 
 class GetTask(Protocol):
@@ -88,10 +90,10 @@ def text(
     config: Config,
     layout: Layout,
     policy: Policy,
-    data: shards.Dataset | None = None,
+    data: Mapping[str, shards.Dataset] | None = None,
 ) -> Task:
     """The next token of packed text, by a transformer; `config` is resolved. Without
-    `data` there is neither stream nor evaluation."""
+    `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
     ops = seam.Ops(
         seam.make_einsum(policy, rules),
@@ -138,24 +140,41 @@ def text(
     )
     if data is None:
         return task
-    prompt = config.sample.prompt
+    prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
-        data.tokenizer.encode(prompt)  # else the run would end in an error
+        tokenizer.encode(prompt)  # else the run would end in an error
     ending = lambda weights: "--- sample ---\n{}".format(
-        *continued(config, layout, policy, data, weights, [prompt])
+        *continued(config, layout, policy, tokenizer, weights, [prompt])
     )
     return task._replace(
         stream=batches.make_stream(
-            data.split("train"),
+            {name: opened.split("train") for name, opened in data.items()},
             length=train.length,
             batch_size=train.batch_size,
             seed=config.run.seed,
             shuffle=config.data.shuffle,
+            block=config.data.shuffle_block,
+            ramp=train.batch_ramp,
+            weights=_weights(config) or None,
         ),
         eval_sets=_eval_sets(config, data),
         ending=ending if config.sample.tokens else None,
-        files={runfolder.TOKENIZER: data.tokenizer.to_json()},
+        files={runfolder.TOKENIZER: tokenizer.to_json()},
+        damage=lambda: [line for opened in data.values() for line in _taken(opened)],
     )
+
+
+def open_sets(config: Config) -> dict[str, shards.Dataset]:
+    """The data sets of data.sets, or that of data.path with an empty name.
+
+    Raises ConfigError if their tokenizers differ.
+    """
+    named = config.data.sets or {"": config.data.path}
+    data = {name: open_text(config, path) for name, path in named.items()}
+    (first, opened), *others = data.items()
+    for name, other in others:
+        _check_tokenizer(f"data.sets.{name}", other, f"data.sets.{first}", opened)
+    return data
 
 
 def open_text(config: Config, path: str = "") -> shards.Dataset:
@@ -182,23 +201,46 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
             held_out=config.data.held_out,
             seed=config.run.seed,
         )
-    return shards.open_dataset(folder)
+    return shards.open_dataset(folder, damaged=config.data.damaged)
+
+
+def make_fetch(
+    config: Config,
+    task: Task,
+    sharding: jax.NamedSharding,
+    tell_damage: Callable[[int, str], None],
+) -> Callable[[int], tuple]:
+    """step -> the rows of the task's stream, on the devices."""
+    sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
+    assert task.stream is not None
+    host_rows = task.stream.batch
+
+    def fetch(step: int) -> tuple:
+        batch = device.to_device(
+            host_rows, step, batch_size=sizes.of(step), sharding=sharding
+        )
+        for line in task.damage():
+            tell_damage(step, line)
+        return batch
+
+    return fetch
 
 
 def continued(
     config: Config,
     layout: Layout,
     policy: Policy,
-    data: shards.Dataset,
+    tokenizer: Tokenizer,
     weights: Tree,
     prompts: list[str],
 ) -> list[str]:
     """Prompts with their continuations by parameters `weights`, as config.sample
     says."""
-    texts = decode.continue_prompts(
+    # By its public name, which loads the module: training needs none of it.
+    texts = jaxinfra.continue_prompts(
         weights,
         prompts,
-        data.tokenizer,
+        tokenizer,
         config.sample,
         model=config.model,
         policy=policy,
@@ -208,16 +250,41 @@ def continued(
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def _eval_sets(config: Config, data: shards.Dataset) -> dict[str, batches.Evaluation]:
-    """The data's own held-out split, if it has one, and the sets of eval.sets."""
-    splits = {"held_out": data.splits.get("held_out")}
+def _weights(config: Config) -> dict[str, tuple[stages.Stage, ...]]:
+    """Stages of the weight of each set."""
+    return {
+        name: stages.parse(text, key=f"data.weights.{name}")
+        for name, text in config.data.weights.items()
+    }
+
+
+def _taken(data: shards.Dataset) -> list[str]:
+    return [data.damage.pop(0) for _ in range(len(data.damage))]
+
+
+def _check_tokenizer(
+    key: str, other: shards.Dataset, first_key: str, first: shards.Dataset
+) -> None:
+    if other.tokenizer.digest() != first.tokenizer.digest():
+        raise ConfigError(
+            f"{key}={other.folder} has another tokenizer than {first_key}="
+            f"{first.folder}; prepare both with the same one"
+        )
+
+
+def _eval_sets(
+    config: Config, data: Mapping[str, shards.Dataset]
+) -> dict[str, batches.Evaluation]:
+    """The held-out splits of the data, where there are any, and the sets of
+    eval.sets."""
+    splits = {
+        f"held_out_{name}".rstrip("_"): opened.splits.get("held_out")
+        for name, opened in data.items()
+    }
+    first = next(iter(data.values()))
     for name, path in config.eval.sets.items():
         other = open_text(config, path)
-        if other.tokenizer.digest() != data.tokenizer.digest():
-            raise ConfigError(
-                f"eval.sets.{name}={path} has another tokenizer than data.path="
-                f"{config.data.path}; prepare both with the same one"
-            )
+        _check_tokenizer(f"eval.sets.{name}", other, "the data", first)
         splits[name] = other.splits.get("held_out") or other.split("train")
     return {
         name: batches.make_evaluation(
@@ -231,4 +298,6 @@ def _eval_sets(config: Config, data: shards.Dataset) -> dict[str, batches.Evalua
 
 
 def _padding(batch: packing.Batch) -> dict[str, jax.Array]:
-    return {"padding_frac": jnp.mean((batch.segments_BT1 == 0).astype(jnp.float32))}
+    width = batch.tokens_BT1.shape[1]
+    empty_B = width - batch.cuts_BC[:, 0].astype(jnp.int32)
+    return {"padding_frac": jnp.mean(empty_B.astype(jnp.float32)) / width}

@@ -134,7 +134,7 @@ def loop(args) -> dict:
         save_every=steps,
         eval_every=steps,
         max_bad_steps=10,
-        flops_per_step=1.0,
+        flops_of=lambda step: 1.0,
         peak_flops=1.0,
     )
     hooks = loops.Hooks(
@@ -397,7 +397,7 @@ def _our_step(naive, tokens):
     place = experiment.batch_sharding(ours.layout)
     batch = packing.Batch(
         jax.device_put(tokens.astype(np.uint16), place),
-        jax.device_put(np.ones(tokens.shape, np.uint16), place),
+        jax.device_put(np.full((len(tokens), 1), tokens.shape[1], np.uint16), place),
     )
     return ours.train_step, ours.init(), batch
 

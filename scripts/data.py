@@ -79,7 +79,10 @@ def inspect(splits: list[Split], data: Dataset, args: argparse.Namespace) -> Non
         )
         if args.rows > 0:
             stream = batches.make_stream(
-                split, length=args.length, batch_size=args.rows, seed=args.seed
+                split,
+                length=split.layout.length or args.length,
+                batch_size=args.rows,
+                seed=args.seed,
             )
             for row in as_texts(stream.batch(0), tokenizer):
                 console.print(row)
@@ -94,7 +97,8 @@ def as_texts(batch: packing.Batch, tokenizer: Tokenizer) -> list[rich.text.Text]
     """Each row as text: documents in turns of colour, targets that do not count
     dimmed, padding left out."""
     rows = []
-    for b, (tokens_T1, segments_T1) in enumerate(zip(*batch[:2], strict=True)):
+    tokens_BT1, segments_BT1, _ = batch.per_token
+    for b, (tokens_T1, segments_T1) in enumerate(zip(tokens_BT1, segments_BT1)):
         counts_T1 = np.ones_like(segments_T1)
         if batch.weights_BT1 is not None:
             counts_T1 = batch.weights_BT1[b]

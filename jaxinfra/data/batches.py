@@ -1,11 +1,11 @@
-"""The batch of step k as a pure function of (seed, data set, packing, k).
+"""The batch of step k as a pure function of (seed, data sets, packing, k).
 
     step k              counts from 0
-    position p          0 .. batch_size - 1, the row within the global batch
-    global row g        k * batch_size + p: counts every row ever trained on
-    epoch e, turn i     divmod(g, num_rows): pass over the split, and turn within it
-    row r               the i-th row of epoch e: `order.permute(i; seed, e)`, or i
-                        itself where rows are not shuffled
+    position p          0 .. rows of step k - 1, the row within the global batch
+    global row g        rows of all steps before k, + p: counts every row trained on
+    set, turn n         of a mixture: `stages` says whose row g is; of one set n is g
+    epoch e, turn i     divmod(n, num_rows): pass over the split, and turn within it
+    row r               the i-th row of epoch e: `order` computes it
     shard s, offset     where row r is cut from: `packing` finds it
 
 Nothing here depends on the number of hosts, on the mesh or on what was read before: a
@@ -15,91 +15,128 @@ checkpoint.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+import jaxinfra
 from jaxinfra.config import DataError
-from jaxinfra.data import order
-from jaxinfra.data.packing import Batch, ConcatRows
+from jaxinfra.data.order import Order
+from jaxinfra.data.packing import Batch, Plan, Rows, Sources
 from jaxinfra.data.shards import Split
+from jaxinfra.stages import BatchSizes, Weights
 
 _ALL = slice(None)
+_ROWS_AHEAD, _STEPS_AHEAD = 4_096, 64  # planned at once: small calls of numpy cost most
 
 
 def make_stream(
-    split: Split, *, length: int, batch_size: int, seed: int, shuffle: bool = True
+    splits: Split | Mapping[str, Split],
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    block: int = 0,
+    ramp: str = "",
+    weights: Weights | None = None,
 ) -> "Stream":
     """An endless stream of batches of `batch_size` rows of `length` + 1 tokens.
 
-    Raises DataError if the split has no row, or a number is out of range.
+    Several splits are mixed by `weights`, of `stages.parse`; None: by their numbers of
+    rows. `ramp`: stages of the batch size that end with `batch_size`. `block`: as
+    `order.Order`. Raises DataError if a split has no row, and ConfigError.
     """
     if not 0 <= seed < 2**64:
         raise DataError(f"run.seed={seed} must be in 0 .. 2**64 - 1")
-    return Stream(
-        packing=_pack(split, length=length, batch_size=batch_size),
-        batch_size=batch_size,
+    named = {"": splits} if isinstance(splits, Split) else splits
+    rows = {name: Rows(split, length=length) for name, split in named.items()}
+    num_rows = {name: r.num_rows for name, r in rows.items()}
+    sizes = BatchSizes(batch_size, ramp)
+    # By its public name, which loads the module: one set needs none of it.
+    is_one = len(rows) == 1
+    order = Order(
+        num_rows=tuple(num_rows.values()),
+        mixture=None if is_one else jaxinfra.Mixture(num_rows, weights, sizes),
         seed=seed,
-        shuffle=shuffle,
+        is_shuffled=shuffle,
+        block=block,
     )
+    return Stream(sources=Sources([*rows.values()]), order=order, sizes=sizes)
 
 
 def make_evaluation(split: Split, *, length: int, batch_size: int) -> "Evaluation":
-    """All rows of a split once, in order; raises as `make_stream`."""
-    packing = _pack(split, length=length, batch_size=batch_size)
-    return Evaluation(packing=packing, batch_size=batch_size)
+    """All rows of a split once, in order, however it is laid out; raises as
+    `make_stream`."""
+    size = BatchSizes(batch_size).of(0)
+    return Evaluation(Rows(split, length=length, as_laid_out=False), size)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:
     """Batches for training, one for every step k >= 0."""
 
-    packing: ConcatRows
-    batch_size: int
-    seed: int
-    shuffle: bool
-
-    def rows(self, global_rows: np.ndarray) -> np.ndarray:
-        """Row of the split, int64 [B], for each global row g, int64 [B]."""
-        size = self.packing.num_rows
-        return order.rows(
-            global_rows, size=size, seed=self.seed, is_shuffled=self.shuffle
-        )
+    sources: Sources
+    order: Order
+    sizes: BatchSizes
 
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """The rows of step `step`, or those at some positions of its global batch."""
-        positions = np.arange(self.batch_size, dtype=np.int64)[positions]
-        return self.packing.gather(self.rows(step * self.batch_size + positions))
+        positions = np.arange(self.sizes.of(step), dtype=np.int64)[positions]
+        count = min(max(_ROWS_AHEAD // max(positions.size, 1), 1), _STEPS_AHEAD)
+        part, number = divmod(step, count)
+        if self.sizes.of(part * count) != self.sizes.of((part + 1) * count - 1):
+            part, number, count = step, 0, 1
+        plan = self._plan(part, count, positions.tobytes())
+        here = slice(number * positions.size, (number + 1) * positions.size)
+        return self.sources.read(plan.at(here))
 
     def identity(self) -> dict[str, Any]:
-        """What must not change for step k to stay the same batch: ints and strings."""
+        """What must not change for step k to stay the same batch: JSON."""
+        rows, mixture, ramp = self.sources.rows, self.order.mixture, self.sizes.ramp
+        one_or_all = lambda values: values[0] if mixture is None else values
         return {
-            "data": self.packing.split.digest,
-            "packing": self.packing.name,
-            "length": self.packing.length,
-            "batch_size": self.batch_size,
-            "order": order.name(is_shuffled=self.shuffle),
-            "seed": self.seed,
+            "data": one_or_all([r.split.digest for r in rows]),
+            "packing": one_or_all([r.name for r in rows]),
+            "length": rows[0].length,
+            "batch_size": self.sizes.sizes[-1],
+            "order": self.order.name(),
+            "seed": self.order.seed,
+            **({} if mixture is None else {"mixture": mixture.identity()}),
+            **({"batch_ramp": ramp} if ramp else {}),
         }
 
+    @functools.cached_property
+    def _plan(self) -> Callable[[int, int, bytes], Plan]:
+        @functools.lru_cache(maxsize=2)
+        def plan(part: int, count: int, positions: bytes) -> Plan:
+            """Of the positions, int64, of `count` steps from step part * count."""
+            firsts = [self.sizes.rows_before(part * count + i) for i in range(count)]
+            here = np.frombuffer(positions, np.int64)
+            global_rows = np.add.outer(np.array(firsts, np.int64), here).reshape(-1)
+            return self.sources.plan(*self.order.locate(global_rows))
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+        return plan
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Batches that read every row once; the last one is filled up with padding."""
 
-    packing: ConcatRows
+    rows: Rows
     batch_size: int
 
     @property
     def bytes_per_token(self) -> float | None:
         """Of the split's text; None where masks leave out some of it."""
-        split = self.packing.split
-        has_masks = any(shard.mask is not None for shard in split.shards)
-        return None if has_masks else split.text_bytes / split.num_tokens
+        split = self.rows.split
+        return None if split.has_mask else split.text_bytes / split.num_tokens
 
     @property
     def num_batches(self) -> int:
-        return -(-self.packing.num_rows // self.batch_size)
+        return -(-self.rows.num_rows // self.batch_size)
 
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """As `Stream.batch`, for steps 0 .. num_batches - 1; padding has segment 0."""
@@ -107,15 +144,4 @@ class Evaluation:
             raise IndexError(f"batch {step} is not in 0 .. {self.num_batches - 1}")
         positions = np.arange(self.batch_size, dtype=np.int64)[positions]
         rows = step * self.batch_size + positions
-        is_row = rows < self.packing.num_rows
-        if is_row.all():
-            return self.packing.gather(rows)
-        batch = self.packing.padding(rows.size)
-        batch.put(is_row, self.packing.gather(rows[is_row]))
-        return batch
-
-
-def _pack(split: Split, *, length: int, batch_size: int) -> ConcatRows:
-    if batch_size < 1:
-        raise DataError(f"train.batch_size={batch_size} must be 1 or more")
-    return ConcatRows(split, length=length)
+        return self.rows.gather(np.where(rows < self.rows.num_rows, rows, -1))

@@ -105,7 +105,7 @@ def digest(batch: tuple) -> jax.Array:
     exchanged, changes it. Wraps modulo 2**32, so equal on every mesh.
     """
     by_shape: dict[tuple[int, ...], list[jax.Array]] = {}
-    for array in batch:
+    for array in getattr(batch, "per_token", batch):
         if array is not None:
             by_shape.setdefault(array.shape, []).append(array)
     total = jnp.uint32(0)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import order
+from jaxinfra.data.order import Order
 
 _ALL = slice(None)
 
@@ -65,12 +65,7 @@ class Stream:
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Examples:
         """The rows of step `step`, or those at some positions of its global batch."""
         positions = np.arange(self.batch_size, dtype=np.int64)[positions]
-        rows = order.rows(
-            step * self.batch_size + positions,
-            size=self.held.size,
-            seed=self.seed,
-            is_shuffled=self.shuffle,
-        )
+        _, rows = self._order.locate(step * self.batch_size + positions)
         return self.held.gather(rows, positions)
 
     def identity(self) -> dict[str, Any]:
@@ -78,9 +73,15 @@ class Stream:
         return {
             "examples": self.held.digest(),
             "batch_size": self.batch_size,
-            "order": order.name(is_shuffled=self.shuffle),
+            "order": self._order.name(),
             "seed": self.seed,
         }
+
+    @property
+    def _order(self) -> Order:
+        return Order(
+            num_rows=(self.held.size,), seed=self.seed, is_shuffled=self.shuffle
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,12 +14,15 @@ The hash is the output function of SplitMix64: G. Steele, D. Lea and C. Flood, "
 Splittable Pseudorandom Number Generators", OOPSLA 2014.
 """
 
+import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 
 VERSION = 1  # of the numbers themselves: part of a stream's identity
 MAX_SIZE = 2**48
+WINDOW_BLOCKS = 64
 
 # By chi-square over the epochs, in sigmas off even: all 5,040 orders of 7 points, 11
 # with 12 rounds, under 3 with 16; joint places of two of 64 rows, 8 with 6, 2 with 8.
@@ -28,20 +31,77 @@ _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
 
-def rows(
-    global_rows: np.ndarray, *, size: int, seed: int, is_shuffled: bool
+class Mixed(Protocol):
+    """What `mixture.Mixture` is to an order."""
+
+    def locate(self, global_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def identity(self) -> list[list[int]]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """Which row of which set each global row is.
+
+    Every epoch of a set has each of its rows once, in an order of its own if shuffled.
+    `block` above 0 keeps rows that lie together near each other, for storage that is
+    read by ranges: blocks of so many rows are shuffled, then the rows of each
+    `WINDOW_BLOCKS` blocks among themselves.
+    """
+
+    num_rows: tuple[int, ...]  # of each set
+    mixture: Mixed | None = None  # None: there is one set
+    seed: int
+    is_shuffled: bool = True
+    block: int = 0
+
+    def locate(self, global_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(set, row of it), int64 [B] each, of global rows, int64 [B]."""
+        set_B, turn_B = np.zeros_like(global_rows), global_rows
+        if self.mixture is not None:
+            set_B, turn_B = self.mixture.locate(global_rows)
+        row_B = np.empty_like(global_rows)
+        for number, size in enumerate(self.num_rows):
+            chosen = set_B == number
+            row_B[chosen] = self._rows(turn_B[chosen], number, size)
+        return set_B, row_B
+
+    def name(self) -> str:
+        """Part of a stream's identity."""
+        if not self.is_shuffled:
+            return "sequential"
+        by_block = f"-blocks-{self.block}x{WINDOW_BLOCKS}" if self.block else ""
+        return f"feistel-{VERSION}{by_block}"
+
+    def _rows(self, turn_B: np.ndarray, number: int, size: int) -> np.ndarray:
+        epoch, turn = np.divmod(turn_B, size)
+        if not self.is_shuffled:
+            return turn
+        seed = (self.seed + number * _GAMMA) & _MASK
+        if not 0 < self.block < size:
+            return permute(turn, size=size, seed=seed, epoch=epoch).astype(np.int64)
+        return _by_blocks(turn, epoch, size=size, seed=seed, block=self.block)
+
+
+def _by_blocks(
+    turn: np.ndarray, epoch: np.ndarray, *, size: int, seed: int, block: int
 ) -> np.ndarray:
-    """Row, int64 [B] below `size`, of each global row g, int64 [B]: every epoch has
-    each row once, in an order of its own if shuffled."""
-    epoch, turn = np.divmod(global_rows, size)
-    if not is_shuffled:
-        return turn
-    return permute(turn, size=size, seed=seed, epoch=epoch).astype(np.int64)
-
-
-def name(*, is_shuffled: bool) -> str:
-    """Of the order of `rows`: part of a stream's identity."""
-    return f"feistel-{VERSION}" if is_shuffled else "sequential"
+    """As `Order`. A last block that is short stays last, so that places are known."""
+    room = block * WINDOW_BLOCKS
+    window, place = np.divmod(turn, room)
+    num_windows, rest = -(-size // room), size % room
+    # Another order in every window of every epoch: its number is the epoch here.
+    key = epoch * num_windows + window
+    within = (seed + _GAMMA) & _MASK
+    is_last = (window == num_windows - 1) & (rest > 0)
+    for here, count in ((~is_last, room), (is_last, rest)):
+        if here.any():
+            place[here] = permute(place[here], size=count, seed=within, epoch=key[here])
+    slot, offset = np.divmod(window * room + place, block)
+    is_whole = slot < size // block
+    slot[is_whole] = permute(
+        slot[is_whole], size=size // block, seed=seed, epoch=epoch[is_whole]
+    )
+    return slot * block + offset
 
 
 def permute(

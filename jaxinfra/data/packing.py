@@ -1,25 +1,30 @@
-"""Rows of a fixed length cut out of the shards of a split: `concat` packing.
+"""Rows of a fixed length cut out of the shards of a split.
 
-Row i of a shard, for row length T, is `tokens[i * T : i * T + T + 1]`: rows start T
-apart and hold T + 1 tokens, so that inputs are columns 0 .. T - 1, targets columns
-1 .. T, and every token of a shard but the first is a target in exactly one row. The
-last row of a shard may be short: it is filled up with token 0.
+`concat`, for row length T: row i of a shard is `tokens[i * T : i * T + T + 1]`. Rows
+start T apart and hold T + 1 tokens, so that inputs are columns 0 .. T - 1, targets
+columns 1 .. T, and every token of a shard but the first is a target in exactly one row.
+The last row of a shard may be short.
 
-Beside each token stands its segment: 1 for the first document in the row (which may
-have begun in an earlier row), 2 for the next, and so on; 0 is padding. In a data set
-with masks, its weight stands there too: 1 if it counts as a target.
+A split that was laid out for rows of this T (`fitting`) has a table of them instead:
+row i is `tokens[rows[i, 0] : rows[i, 1]]`, whole documents as far as they fit.
 
-Letters: B rows, T row length, N tokens and D documents of a shard, C document starts
-(cuts) and R runs of one segment in a call.
+Short rows are filled up with token 0. Beside the tokens of a row stand its cuts: how
+many tokens it has, and the columns where documents begin. `Batch.segments_BT1` makes of
+them 1 for the first document in the row (which may have begun in an earlier row), 2 for
+the next, and so on; 0 for padding. In a data set with masks, the weight of each token
+stands there too: 1 if it counts as a target.
+
+Letters: B rows, T row length, C cuts of a row.
 """
 
-import dataclasses
+import bisect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data.shards import MASK_DTYPE, Shard, Split
+from jaxinfra.data.shards import CONCAT, MASK_DTYPE, Shard, Split
 
 
 class Batch(NamedTuple):
@@ -29,34 +34,59 @@ class Batch(NamedTuple):
     """
 
     tokens_BT1: Any  # uint16 or uint32 [B, T + 1], 0 where padded
-    segments_BT1: Any  # uint8, uint16 or uint32 [B, T + 1], 0 where padded
+    cuts_BC: Any  # uint16 or uint32 [B, C]: tokens in the row, then where documents
+    #   after the first begin, T + 1 where there are no more
     weights_BT1: Any = None  # uint8 [B, T + 1], 1 where the token counts as a target
 
-    def put(self, here: np.ndarray, rows: "Batch") -> None:
-        """Writes `rows` in place over those at `here`, int or bool [B]."""
-        for array, part in zip(self, rows, strict=True):
-            if array is not None:
-                array[here] = part
+    @property
+    def segments_BT1(self) -> Any:
+        """Which document of its row each token is of, from 1; 0 where padded. int32."""
+        columns = np.arange(self.tokens_BT1.shape[1], dtype=np.int32)
+        cuts_BC = self.cuts_BC.astype(np.int32)
+        num_before = (cuts_BC[:, 1:, None] <= columns).sum(1, dtype=np.int32)
+        return (num_before + 1) * (cuts_BC[:, :1] > columns)
+
+    @property
+    def per_token(self) -> tuple:
+        """Tokens, segments and weights or None, [B, T + 1] each: what a loss sees."""
+        return self.tokens_BT1, self.segments_BT1, self.weights_BT1
 
 
-class ConcatRows:
+class Plan(NamedTuple):
+    """Where rows are cut from, and how: what is known before any token is read."""
+
+    source_B: np.ndarray  # number of the shard
+    start_B: np.ndarray  # of the row in its tokens
+    filled_B: np.ndarray  # tokens that are the row's
+    cuts_BC: np.ndarray  # as in Batch
+
+    def at(self, here: slice | np.ndarray) -> "Plan":
+        return Plan(*(array[here] for array in self))
+
+
+class Rows:
     """The rows of a split, numbered 0 .. num_rows - 1 shard after shard."""
 
-    name = "concat-1"  # of the row definition: part of a stream's identity
-
-    def __init__(self, split: Split, *, length: int):
-        """Makes the table of rows; 8 bytes of memory a document.
-
-        Raises DataError if the split has no token to predict.
-        """
+    def __init__(self, split: Split, *, length: int, as_laid_out: bool = True):
+        """`as_laid_out`: keep to the layout of the split, if it has one. Raises
+        DataError if that is for another length, or there is no token to predict."""
         if length < 1:
             raise DataError(f"train.length={length} must be 1 or more")
-        self.split = split
-        self.length = length
-        self._shards = [_ShardRows.make(s, length=length) for s in split.shards]
-        rows_after = np.cumsum([s.num_rows for s in self._shards], dtype=np.int64)
-        self._first_rows = np.concatenate([[0], rows_after]).astype(np.int64)
+        layout = split.layout if as_laid_out else CONCAT
+        if layout.length not in (0, length):
+            raise DataError(
+                f"{split.folder} is laid out by {layout.name} for rows of "
+                f"{layout.length} tokens, and train.length={length}; set train.length="
+                f"{layout.length}, or prepare it with --length {length}"
+            )
+        self.split, self.length = split, length
+        self._is_laid_out = layout.length > 0
+        self.name = f"{layout.name}-1"  # of what a row is
+        num_rows_S = -(-(split.tokens_S - 1) // length)
+        num_rows_S = split.rows_S if self._is_laid_out else num_rows_S
+        self._first_rows = np.concatenate([[0], np.cumsum(num_rows_S)]).astype(np.int64)
         self.num_rows = int(self._first_rows[-1])
+        self.num_cuts = 1 + split.most_starts(length)
         if self.num_rows == 0:
             raise DataError(
                 f"split {split.name!r} has {split.num_tokens} tokens, too few for one "
@@ -64,104 +94,129 @@ class ConcatRows:
             )
 
     def gather(self, rows_B: np.ndarray) -> Batch:
-        """Reads rows by number, int64 [B], any order, repeats allowed."""
-        rows_B = np.asarray(rows_B, np.int64)
-        if rows_B.size and not 0 <= rows_B.min() <= rows_B.max() < self.num_rows:
-            raise IndexError(f"rows must be in 0 .. {self.num_rows - 1}: {rows_B}")
+        """Reads rows by number, int64 [B], any order, repeats allowed; -1 is a
+        row of padding."""
+        return Sources([self]).read(self.plan(rows_B))
+
+    def plan(self, rows_B: np.ndarray) -> Plan:
+        """Where rows are, by number, as `gather` takes them."""
+        if rows_B.size and not -1 <= rows_B.min() <= rows_B.max() < self.num_rows:
+            raise IndexError(f"rows must be in -1 .. {self.num_rows - 1}: {rows_B}")
         shard_B = np.searchsorted(self._first_rows, rows_B, side="right") - 1
-        if rows_B.size and (shard_B == shard_B[0]).all():
-            return self._gather_shard(shard_B[0], rows_B)
-        batch = self.padding(rows_B.size)
-        for shard in np.unique(shard_B):
-            here = np.flatnonzero(shard_B == shard)
-            batch.put(here, self._gather_shard(shard, rows_B[here]))
-        return batch
-
-    def padding(self, num_rows: int) -> Batch:
-        """Rows of nothing but padding."""
-        shape = (num_rows, self.length + 1)
-        has_mask = self.split.shards[0].mask is not None
-        return Batch(
-            np.zeros(shape, self.split.dtype),
-            np.zeros(shape, segment_dtype(shape[1])),
-            np.zeros(shape, MASK_DTYPE) if has_mask else None,
+        plan = Plan(
+            np.maximum(shard_B, 0),
+            *(np.zeros(rows_B.size, np.int64) for _ in range(2)),
+            np.full(
+                (rows_B.size, self.num_cuts),
+                self.length + 1,
+                _cut_dtype(self.length + 1),
+            ),
         )
+        plan.cuts_BC[:, 0] = 0
+        for number in set(shard_B.tolist()) - {-1}:
+            here = np.flatnonzero(shard_B == number)
+            shard = self.split.shards[number]
+            start_B, filled_B = self._bounds(
+                shard, rows_B[here] - self._first_rows[number]
+            )
+            plan.start_B[here], plan.filled_B[here] = start_B, filled_B
+            plan.cuts_BC[here] = self._cuts(shard, start_B, filled_B)
+        return plan
 
-    def _gather_shard(self, number: int, rows_B: np.ndarray) -> Batch:
-        shard = self._shards[number]
-        rows_B = rows_B - self._first_rows[number]
-        segments_BT1 = _segments(
-            shard.ends_D, rows_B * self.length, width=self.length + 1
+    def _bounds(
+        self, shard: Shard, rows_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(start, tokens) of rows by their number in the shard."""
+        if self._is_laid_out:
+            assert shard.rows is not None
+            bounds_B2 = shard.rows[rows_B]
+            return bounds_B2[:, 0], bounds_B2[:, 1] - bounds_B2[:, 0]
+        start_B = rows_B * self.length
+        return start_B, np.minimum(shard.tokens_size - start_B, self.length + 1)
+
+    def _cuts(
+        self, shard: Shard, start_B: np.ndarray, filled_B: np.ndarray
+    ) -> np.ndarray:
+        width = self.length + 1
+        first_B = np.searchsorted(shard.ends_D, start_B, side="right")
+        index_BC = first_B[:, None] + np.arange(self.num_cuts)
+        begin_BC = shard.ends_D.take(index_BC, mode="clip") - start_B[:, None]
+        begin_BC = np.where(begin_BC < filled_B[:, None], begin_BC, width)
+        if (begin_BC[:, -1] < width).any():
+            raise DataError(
+                f"{self.split.folder} has more documents in a row than dataset.json "
+                "says; prepare it again"
+            )
+        cuts_BC = np.empty(begin_BC.shape, _cut_dtype(width))
+        cuts_BC[:, 0], cuts_BC[:, 1:] = filled_B, begin_BC[:, :-1]
+        return cuts_BC
+
+
+class Sources:
+    """The rows of one or more splits of one tokenizer, by the number of each."""
+
+    def __init__(self, rows: Sequence[Rows]):
+        """`rows` of each split, all of one length."""
+        self.rows = rows
+        counts = [len(r.split.shards) for r in rows]
+        self._first_shards = [sum(counts[:number]) for number in range(len(counts))]
+        self._width, self._dtype = rows[0].length + 1, rows[0].split.dtype
+        self._has_mask = any(r.split.has_mask for r in rows)
+
+    def plan(self, set_B: np.ndarray, row_B: np.ndarray) -> Plan:
+        """Where rows are, by split and number, int64 [B] each."""
+        if len(self.rows) == 1:
+            return self.rows[0].plan(row_B)
+        num_cuts = max(r.num_cuts for r in self.rows)
+        whole = Plan(
+            *(np.zeros(len(row_B), np.int64) for _ in range(3)),
+            np.full((len(row_B), num_cuts), self._width, _cut_dtype(self._width)),
         )
-        is_short_B = rows_B >= shard.num_whole
-        segments_BT1[is_short_B, shard.num_last :] = 0
-        cut = (_cut(a_N, rows_B, length=self.length) for a_N in shard.arrays)
-        tokens_BT1, *weights = cut
-        return Batch(tokens_BT1, segments_BT1, *weights)
+        for number, rows in enumerate(self.rows):
+            here = np.flatnonzero(set_B == number)
+            plan = rows.plan(row_B[here])
+            whole.source_B[here] = plan.source_B + self._first_shards[number]
+            whole.start_B[here], whole.filled_B[here] = plan.start_B, plan.filled_B
+            whole.cuts_BC[here, : rows.num_cuts] = plan.cuts_BC
+        return whole
+
+    def read(self, plan: Plan) -> Batch:
+        """The rows of a plan."""
+        num_rows, width = len(plan.source_B), self._width
+        tokens_BT1 = np.empty((num_rows, width), self._dtype)
+        weights_BT1 = None
+        if self._has_mask:  # a split without masks counts every token
+            weights_BT1 = np.ones((num_rows, width), MASK_DTYPE)
+        arrays = [array for array in (tokens_BT1, weights_BT1) if array is not None]
+        filled_B, cuts_BC = plan.filled_B, plan.cuts_BC
+        for source in set(plan.source_B.tolist()):
+            here = np.flatnonzero(plan.source_B == source)
+            for into, windows in zip(arrays, self._shard(source).arrays, strict=False):
+                taken = windows.take(plan.start_B[here], width)
+                into[here] = taken.items
+                if taken.is_damaged is not None:
+                    filled_B, cuts_BC = filled_B.copy(), cuts_BC.copy()
+                    bad = here[taken.is_damaged]
+                    filled_B[bad], cuts_BC[bad, 0], cuts_BC[bad, 1:] = 0, 0, width
+        for array in arrays:
+            _clear(array, filled_B)
+        return Batch(tokens_BT1, cuts_BC, weights_BT1)
+
+    def _shard(self, source: int) -> Shard:
+        number = bisect.bisect_right(self._first_shards, source) - 1
+        return self.rows[number].split.shards[source - self._first_shards[number]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _ShardRows:
-    arrays: tuple[np.ndarray, ...]  # [N] tokens, and weights where there are any
-    ends_D: np.ndarray  # position just after each document
-    num_whole: int  # rows of T + 1 tokens
-    num_last: int  # tokens left for a short row, of which the first is no target
-    num_rows: int  # whole rows, and a short one if a target is left
-
-    @classmethod
-    def make(cls, shard: Shard, *, length: int) -> "_ShardRows":
-        num_targets = shard.tokens.size - 1
-        num_whole = num_targets // length
-        return cls(
-            arrays=tuple(a for a in (shard.tokens, shard.mask) if a is not None),
-            ends_D=np.cumsum(shard.lengths, dtype=np.int64),
-            num_whole=num_whole,
-            num_last=shard.tokens.size - num_whole * length,
-            num_rows=-(-num_targets // length),
-        )
+def _clear(items_BT1: np.ndarray, filled_B: np.ndarray) -> None:
+    """Writes 0, in place, behind the first `filled` items of each row."""
+    empty_B = items_BT1.shape[1] - filled_B
+    total = int(empty_B.sum())
+    if total:
+        rows_P = np.repeat(np.arange(len(empty_B)), empty_B)
+        before_P = np.repeat(np.cumsum(empty_B) - empty_B, empty_B)
+        columns_P = np.arange(total) - before_P + filled_B[rows_P]
+        items_BT1[rows_P, columns_P] = 0
 
 
-def _cut(array_N: np.ndarray, rows_B: np.ndarray, *, length: int) -> np.ndarray:
-    """Rows [B, T + 1] of an array with an item for each token; 0 after its end."""
-    num_whole = (array_N.size - 1) // length
-    windows = np.lib.stride_tricks.as_strided(  # a view, without a copy
-        array_N,
-        shape=(num_whole, length + 1),
-        strides=(length * array_N.itemsize, array_N.itemsize),
-        writeable=False,
-    )
-    is_short_B = rows_B >= num_whole
-    if not is_short_B.any():
-        return windows[rows_B]
-    cut_BT1 = np.zeros((rows_B.size, length + 1), array_N.dtype)
-    cut_BT1[~is_short_B] = windows[rows_B[~is_short_B]]
-    rest = array_N[num_whole * length :]
-    cut_BT1[is_short_B, : rest.size] = rest
-    return cut_BT1
-
-
-def segment_dtype(width: int) -> np.dtype:
-    """The smallest that counts a document at every column, so it never wraps."""
+def _cut_dtype(width: int) -> np.dtype:
     return np.min_scalar_type(width)
-
-
-def _segments(ends_D: np.ndarray, starts_B: np.ndarray, *, width: int) -> np.ndarray:
-    """Segments [B, width] of rows that start at `starts_B`, padding not yet cleared.
-
-    Lists the runs of one segment in all rows, then repeats each segment number by its
-    run's length: work by documents in small arrays, by tokens in one call.
-    """
-    num_rows = starts_B.size
-    first_B = np.searchsorted(ends_D, starts_B, side="right")
-    last_B = np.searchsorted(ends_D, starts_B + (width - 1), side="right")
-    cuts_B = last_B - first_B
-    runs_B = cuts_B + 1
-    row_R = np.repeat(np.arange(num_rows), runs_B)
-    segment_R = np.arange(row_R.size) - (np.cumsum(runs_B) - runs_B)[row_R] + 1
-    # Run 1 of a row begins at its column 0, run s + 1 where the document of run s ends.
-    document_R = np.maximum(first_B[row_R] + segment_R - 2, 0)
-    column_R = np.where(segment_R == 1, 0, ends_D[document_R] - starts_B[row_R])
-    begin_R = row_R * width + column_R
-    length_R = np.diff(begin_R, append=num_rows * width)
-    segment_R = segment_R.astype(segment_dtype(width))
-    return np.repeat(segment_R, length_R).reshape(num_rows, width)

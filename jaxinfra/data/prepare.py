@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, sources, writer
+from jaxinfra.data import shards, sources, windows, writer
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.sources import Piece
 from jaxinfra.data.tokenizer import BosRule
@@ -128,7 +128,7 @@ def prepared(
         "text_key": text_key,
         "document_separator": document_separator,
     }
-    inputs = [[file.suffix, shards.file_sha256(file)] for file in files]
+    inputs = [[file.suffix, windows.file_sha256(file)] for file in files]
     key = {"version": [_VERSION, shards.FORMAT_VERSION], "inputs": inputs, **options}
     folder = pathlib.Path(cache_dir) / tokenizers.json_sha256(key)
     if not (folder / shards.MANIFEST).is_file():

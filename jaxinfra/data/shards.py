@@ -3,41 +3,50 @@
     dataset.json             what stands below, as JSON
     train-00000.tokens.npy   uint16 or uint32 [tokens]: documents one after the other
     train-00000.lengths.npy  int64 [documents]: tokens of each, BOS and EOD included
+    train-00000.ends.npy     int64 [documents]: position after each, summed for speed
+    train-00000.sums.npy     uint64 [blocks]: xxh3 of every MiB of the tokens' file,
+                             then of the mask's; bytes are checked as they are read
     train-00000.mask.npy     uint8 [tokens]: 1 where a token counts as a target, in
                              data sets where not all do
+    train-00000.rows.npy     int64 [rows, 2]: where rows begin and end in the tokens, in
+                             data sets laid out for one row length (`fitting`)
     held_out-00000. ...      the other split, where there is one
 
 `dataset.json` holds `format_version`, `dtype`, `tokenizer` (its JSON),
 `tokenizer_digest` and `splits`: for each split `tokens`, `documents`, `bytes` (UTF-8
-bytes of its text) and `shards`, for each shard `file`, `checksum` (xxh3_128 of the
-whole file), `lengths_file`, `lengths_checksum`, `tokens` and `documents`; in format 2,
-which has masks, also `mask_file` and `mask_checksum`. Plain numpy reads all of it;
-nothing is ever unpickled. `prepare` writes it.
+bytes of its text), `has_mask`, `layout` (its `name`, and the `length` of rows that it
+is for, 0 for any), `most_starts` (entry k: the most documents that begin in 2**k
+tokens) and `shards`, for each shard `file`, `tokens`, `documents`, `rows` where laid
+out, and the xxh3_128 of whole files: `checksum` of the tokens, `lengths_checksum`,
+`ends_checksum`, `sums_checksum`, `mask_checksum`, `rows_checksum`. Plain numpy reads
+all of it; nothing is ever unpickled. `writer` writes it.
 """
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import xxhash
 
 from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer as tokenizers
+from jaxinfra.data import windows
+from jaxinfra.data.windows import Report, Windows
 
-FORMAT_VERSION = 1  # of a data set in which every token counts as a target
-MASKED_VERSION = 2  # of one with masks
+FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
 AUTO_VERIFY_BYTES = 256 * 2**20  # below it, a check of every byte costs under 0.1 s
+EAGER_SHARDS = 1_000  # up to so many are opened at once, and stay open
+OPEN_SHARDS = 8_192  # of more; Linux lets a process map 65,530 files
 
-LENGTH_DTYPE = np.dtype("<i8")
+LENGTH_DTYPE = ROWS_DTYPE = np.dtype("<i8")
 MASK_DTYPE = np.dtype("u1")
-_READ_BYTES = 4 * 2**20
-_FILE_NAME = re.compile(r"[A-Za-z0-9_]+-[0-9]{5,}\.(tokens|lengths|mask)\.npy")
+SUMS_DTYPE = np.dtype("<u8")
 _MANIFEST_KEYS = {
     "format_version": int,
     "dtype": str,
@@ -45,25 +54,62 @@ _MANIFEST_KEYS = {
     "tokenizer_digest": str,
     "splits": dict,
 }
-_SPLIT_KEYS = {"tokens": int, "documents": int, "bytes": int, "shards": list}
-_SHARD_FILE_KEYS = ("file", "checksum", "lengths_file", "lengths_checksum")
-_SHARD_KEYS = dict.fromkeys(_SHARD_FILE_KEYS, str) | {"tokens": int, "documents": int}
-_MASK_KEYS = {"mask_file": str, "mask_checksum": str}
+_SPLIT_KEYS = {
+    "tokens": int,
+    "documents": int,
+    "bytes": int,
+    "has_mask": bool,
+    "layout": dict,
+    "most_starts": list,
+    "shards": list,
+}
+_SHARD_KEYS = {"file": str, "tokens": int, "documents": int, "checksum": str}
+_SHARD_KEYS |= dict.fromkeys(
+    ("lengths_checksum", "ends_checksum", "sums_checksum"), str
+)
+
+
+class Layout(NamedTuple):
+    """By what, and for rows of how many tokens, a split was laid out (`fitting`)."""
+
+    name: str = "concat"
+    length: int = 0  # any
+
+
+CONCAT = Layout()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
-    """Memory-mapped arrays and what `dataset.json` says of their files."""
+    """The arrays of a shard, and what `dataset.json` says of their files."""
 
-    tokens: np.ndarray  # [N] ids
-    lengths: np.ndarray  # [D] tokens of each document; they sum to N
+    arrays: tuple[Windows, ...]  # [N] ids, and weights where not every token counts
+    ends_D: np.ndarray  # int64 [D] position just after each document; the last is N
     checksums: Mapping[pathlib.Path, str]
-    mask: np.ndarray | None = None  # uint8 [N], None where every token counts
+    rows: np.ndarray | None = None  # int64 [R, 2], None where not laid out
+
+    @property
+    def tokens_size(self) -> int:
+        return self.arrays[0].size
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids [N]."""
+        return self.arrays[0].whole()
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """All weights, uint8 [N]; None where every token counts."""
+        return self.arrays[1].whole() if len(self.arrays) > 1 else None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [D]."""
+        return np.diff(self.ends_D, prepend=0)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """[start, stop) of every document in the tokens."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        yield from zip(ends - self.lengths, ends, strict=True)
+        yield from zip(self.ends_D - self.lengths, self.ends_D, strict=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,12 +118,23 @@ class Split:
 
     name: str
     digest: str  # of the data set, "/", the name
+    folder: str
     dtype: np.dtype
     vocab_size: int
     num_tokens: int
     num_documents: int
     text_bytes: int  # of the text as UTF-8: what bits per byte divide by
-    shards: tuple[Shard, ...]
+    has_mask: bool
+    layout: Layout
+    shards: Sequence[Shard]
+    tokens_S: np.ndarray  # int64 [S] tokens of each shard
+    rows_S: np.ndarray  # int64 [S] rows of each shard, 0 where not laid out
+    starts_K: np.ndarray  # entry k: the most documents that begin in 2**k tokens
+
+    def most_starts(self, length: int) -> int:
+        """A bound on the documents that begin among any `length` tokens."""
+        k = min((length - 1).bit_length(), len(self.starts_K) - 1)
+        return min(int(self.starts_K[k]), length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +145,7 @@ class Dataset:
     digest: str  # sha256 of dataset.json, and through its checksums of every byte
     tokenizer: tokenizers.Tokenizer
     splits: Mapping[str, Split]
+    damage: list[str]  # lines on what was found damaged since the last look
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -99,57 +157,59 @@ class Dataset:
 
 
 def open_dataset(
-    folder: str | pathlib.Path, *, verify: bool | Literal["auto"] = "auto"
+    folder: str | pathlib.Path,
+    *,
+    verify: bool | Literal["auto"] = "auto",
+    damaged: Literal["stop", "quarantine"] = "stop",
 ) -> Dataset:
     """Memory-maps a data set folder after checking all that `dataset.json` says of it.
 
-    `verify` also checks every byte; "auto" does so below `AUTO_VERIFY_BYTES`. Raises
-    DataError, naming the file.
+    Bytes of tokens are checked when they are first read: `damaged` stop makes of damage
+    a DataError; quarantine a line in `Dataset.damage`, and padding of its rows.
+    `verify` checks every byte now; "auto" does so below `AUTO_VERIFY_BYTES`, unless
+    damage goes to quarantine. Of more than `EAGER_SHARDS` shards the files are opened,
+    and missed, when they are first used. Raises DataError, naming the file.
     """
     folder = pathlib.Path(folder)
     where = folder / MANIFEST
     try:
-        manifest = json.loads(where.read_text(encoding="utf-8"))
+        text = where.read_bytes()
+        manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{where} cannot be read ({error}); name a folder that prepare wrote"
         ) from error
     _check_keys(manifest, _MANIFEST_KEYS, where)
-    if (version := manifest["format_version"]) not in (FORMAT_VERSION, MASKED_VERSION):
+    if (version := manifest["format_version"]) != FORMAT_VERSION:
         raise DataError(
-            f"{where}: format_version {version} is not {FORMAT_VERSION} or "
-            f"{MASKED_VERSION}, which this release reads; prepare it again or use the "
-            "release that wrote it"
+            f"{where}: format_version {version} is not {FORMAT_VERSION}, which this "
+            "release reads; prepare it again or use the release that wrote it"
         )
     tokenizer = tokenizers.from_json(manifest["tokenizer"])
     _check_equal(where, "tokenizer_digest", manifest, tokenizer.digest())
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
     _check_equal(where, "dtype", manifest, dtype.name)
-    digest = tokenizers.json_sha256(manifest)
+    digest = hashlib.sha256(text).hexdigest()
+    damage: list[str] = []
+    report = damage.append if damaged == "quarantine" else None
     splits = {}
     for name, record in manifest["splits"].items():
-        _check_keys(record, _SPLIT_KEYS, f"{where}: split {name!r}")
-        shards = tuple(
-            _open_shard(folder, s, dtype, has_mask=version == MASKED_VERSION)
-            for s in record["shards"]
-        )
-        for key in ("tokens", "documents"):
-            total = sum(s[key] for s in record["shards"])
-            _check_equal(f"{where}: split {name!r}", key, record, total)
-        splits[name] = Split(
-            name=name,
+        splits[name] = _open_split(
+            folder,
+            name,
+            record,
             digest=f"{digest}/{name}",
             dtype=dtype,
             vocab_size=tokenizer.vocab_size,
-            num_tokens=record["tokens"],
-            num_documents=record["documents"],
-            text_bytes=record["bytes"],
-            shards=shards,
+            report=report,
         )
-    dataset = Dataset(folder=folder, digest=digest, tokenizer=tokenizer, splits=splits)
-    is_small = _num_bytes(dataset) < AUTO_VERIFY_BYTES
-    to_verify = is_small if verify == "auto" else verify
-    if to_verify and (bad := verify_dataset(dataset)):
+    dataset = Dataset(
+        folder=folder, digest=digest, tokenizer=tokenizer, splits=splits, damage=damage
+    )
+    if verify == "auto":
+        sizes = [s.num_tokens * s.dtype.itemsize for s in splits.values()]
+        verify = sum(sizes) < AUTO_VERIFY_BYTES and report is None
+    if verify and (bad := verify_dataset(dataset)):
         raise DataError(f"{folder} is damaged: {'; '.join(bad)}; prepare it again")
     return dataset
 
@@ -160,84 +220,161 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     for split in dataset.splits.values():
         for shard in split.shards:
             for path, checksum in shard.checksums.items():
-                if (found := file_xxh3_128(path)) != checksum:
+                if (found := windows.file_xxh3_128(path)) != checksum:
                     bad.append(f"{path.name} has checksum {found}, not {checksum}")
+                elif ".lengths." in path.name:
+                    lengths = _open_array(path, LENGTH_DTYPE, shard.ends_D.shape)
+                    if not np.array_equal(lengths, shard.lengths):
+                        bad.append(f"{path.name} has other lengths than its ends")
+            paths = {path.name.split(".")[1]: path for path in shard.checksums}
             if shard.tokens.max() >= split.vocab_size:
-                path = next(iter(shard.checksums))
+                path = paths["tokens"]
                 bad.append(f"{path.name} has ids above {split.vocab_size - 1}")
             if shard.mask is not None and shard.mask.max() > 1:
-                path = [*shard.checksums][-1]
+                path = paths["mask"]
                 bad.append(f"{path.name} has weights that are not 0 or 1")
     return bad
 
 
-def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of the bytes of a file: what names a text. Raises DataError."""
-    return _file_hex(path, hashlib.sha256())
+class _Shards(collections.abc.Sequence):
+    """Shards that are opened when they are asked for; some stay open."""
+
+    def __init__(self, count: int, open_shard: Any):
+        self._count = count
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Shard:
+        if not 0 <= number < self._count:  # ends iteration, too
+            raise IndexError(number)
+        return self._open(number)
 
 
-def file_xxh3_128(path: pathlib.Path) -> str:
-    """Hex xxh3_128 of the bytes of a file: notices damage, at 16 GB/s a core. Raises
-    DataError."""
-    return _file_hex(path, xxhash.xxh3_128())
+def _open_split(
+    folder: pathlib.Path,
+    name: str,
+    record: dict[str, Any],
+    *,
+    digest: str,
+    dtype: np.dtype,
+    vocab_size: int,
+    report: Report | None,
+) -> Split:
+    where = f"{folder / MANIFEST}: split {name!r}"
+    _check_keys(record, _SPLIT_KEYS, where)
+    _check_keys(record["layout"], {"name": str, "length": int}, f"{where}: layout")
+    layout = Layout(**record["layout"])
+    keys = _SHARD_KEYS | ({"mask_checksum": str} if record["has_mask"] else {})
+    keys |= {"rows": int, "rows_checksum": str} if layout.length else {}
+    for number, shard in enumerate(record["shards"]):
+        _check_keys(shard, keys, f"{folder / MANIFEST}: a shard")
+        if shard["file"] != f"{name}-{number:05d}.tokens.npy":
+            raise DataError(
+                f"{folder / MANIFEST}: file name {shard['file']!r} must be "
+                f"{name}-{number:05d}.tokens.npy; prepare it again"
+            )
+        if shard["tokens"] < 1 or shard["documents"] < 1:
+            raise DataError(f"{where}: {shard['file']} is empty; prepare it again")
+    for key in ("tokens", "documents"):
+        total = sum(shard[key] for shard in record["shards"])
+        _check_equal(where, key, record, total)
+    open_shard = functools.partial(
+        _open_shard, folder, record["shards"], dtype=dtype, report=report
+    )
+    shards: Sequence[Shard] = _Shards(len(record["shards"]), open_shard)
+    if len(shards) <= EAGER_SHARDS:
+        shards = tuple(shards)
+    starts = record["most_starts"]
+    if not starts or not all(type(n) is int and n > 0 for n in starts):
+        raise DataError(
+            f"{where}: most_starts must be numbers from 1; prepare it again"
+        )
+    return Split(
+        name=name,
+        digest=digest,
+        folder=str(folder),
+        dtype=dtype,
+        vocab_size=vocab_size,
+        num_tokens=record["tokens"],
+        num_documents=record["documents"],
+        text_bytes=record["bytes"],
+        has_mask=record["has_mask"],
+        layout=layout,
+        shards=shards,
+        tokens_S=np.array([s["tokens"] for s in record["shards"]], np.int64),
+        rows_S=np.array([s.get("rows", 0) for s in record["shards"]], np.int64),
+        starts_K=np.array(starts, np.int64),
+    )
 
 
 def _open_shard(
-    folder: pathlib.Path, record: Any, dtype: np.dtype, *, has_mask: bool
+    folder: pathlib.Path,
+    records: Sequence[dict[str, Any]],
+    number: int,
+    *,
+    dtype: np.dtype,
+    report: Report | None,
 ) -> Shard:
-    where = folder / MANIFEST
-    keys = _SHARD_KEYS | (_MASK_KEYS if has_mask else {})
-    _check_keys(record, keys, f"{where}: a shard")
-    tokens_path = _inside(folder, record["file"])
-    lengths_path = _inside(folder, record["lengths_file"])
-    tokens = _open_array(tokens_path, dtype, record["tokens"])
-    lengths = _open_array(lengths_path, LENGTH_DTYPE, record["documents"])
-    if lengths.min() < 1 or lengths.sum() != record["tokens"]:
+    record = records[number]
+    path_of = lambda kind: folder / record["file"].replace(".tokens.", f".{kind}.")
+    names = [key.removesuffix("_checksum") for key in record if key[-9:] == "_checksum"]
+    checksums = {path_of("tokens"): record["checksum"]}
+    checksums |= {path_of(name): record[f"{name}_checksum"] for name in names}
+    kinds = {"tokens": dtype} | ({"mask": MASK_DTYPE} if "mask" in names else {})
+    maps = {
+        path_of(kind): _open_array(path_of(kind), kind_dtype, (record["tokens"],))
+        for kind, kind_dtype in kinds.items()
+    }
+    sizes = [path.stat().st_size for path in maps]
+
+    def read(kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """A small file: all of its bytes are checked now."""
+        array = _open_array(path := path_of(kind), dtype, shape)
+        if (found := windows.file_xxh3_128(path)) != checksums[path]:
+            raise DataError(
+                f"{path.name} has checksum {found}, not {checksums[path]}; restore "
+                f"{path} or prepare the data set again"
+            )
+        return array
+
+    counts = [-(-size // windows.BLOCK_BYTES) for size in sizes]
+    sums = np.split(read("sums", SUMS_DTYPE, (sum(counts),)), np.cumsum(counts)[:-1])
+    ends_D = read("ends", LENGTH_DTYPE, (record["documents"],))
+    if ends_D[-1] != record["tokens"]:
         raise DataError(
-            f"{lengths_path}: document lengths must be 1 or more and sum to "
-            f"{record['tokens']}, the tokens of {tokens_path.name}; prepare it again"
+            f"{path_of('ends')} ends at {ends_D[-1]}, and {record['file']} has "
+            f"{record['tokens']} tokens; prepare it again"
         )
-    checksums = {tokens_path: record["checksum"]}
-    checksums[lengths_path] = record["lengths_checksum"]
-    if not has_mask:
-        return Shard(tokens=tokens, lengths=lengths, checksums=checksums)
-    mask_path = _inside(folder, record["mask_file"])
-    mask = _open_array(mask_path, MASK_DTYPE, record["tokens"])
-    checksums[mask_path] = record["mask_checksum"]
-    return Shard(tokens=tokens, lengths=lengths, checksums=checksums, mask=mask)
+    arrays = tuple(
+        windows.LocalWindows(array, sums_K=of_file, path=path, report=report)
+        for (path, array), of_file in zip(maps.items(), sums, strict=True)
+    )
+    has_rows = "rows" in names
+    rows = read("rows", ROWS_DTYPE, (record["rows"], 2)) if has_rows else None
+    return Shard(arrays=arrays, ends_D=ends_D, checksums=checksums, rows=rows)
 
 
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    if not _FILE_NAME.fullmatch(name):
-        raise DataError(
-            f"{folder / MANIFEST}: file name {name!r} must look like "
-            "train-00000.tokens.npy, without any folder; prepare it again"
-        )
-    return folder / name
-
-
-def _open_array(path: pathlib.Path, dtype: np.dtype, size: int) -> np.ndarray:
-    """Memory-maps a .npy file that must hold exactly `size` items of `dtype`."""
+def _open_array(
+    path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Memory-maps a .npy file that must hold exactly `shape` items of `dtype`."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header raises anything, TokenError too
         raise DataError(f"{path} cannot be read ({error}); restore the file") from error
     is_whole = path.stat().st_size == array.offset + array.nbytes
-    if array.dtype != dtype or array.shape != (size,) or size < 1 or not is_whole:
+    if array.dtype != dtype or array.shape != shape or not is_whole:
         raise DataError(
             f"{path} holds {array.dtype.name}{list(array.shape)} in "
-            f"{path.stat().st_size} bytes; dataset.json says {dtype.name}[{size}]: "
-            "restore the file or prepare it again"
+            f"{path.stat().st_size} bytes; dataset.json says "
+            f"{dtype.name}{list(shape)}: restore the file or prepare it again"
         )
     return np.asarray(array)
 
 
-def _num_bytes(dataset: Dataset) -> int:
-    shards = [s for split in dataset.splits.values() for s in split.shards]
-    return sum(s.tokens.nbytes + s.lengths.nbytes for s in shards)
-
-
-def _check_keys(value: Any, keys: dict[str, type], where: Any) -> None:
+def _check_keys(value: Any, keys: Mapping[str, type], where: Any) -> None:
     """Raises unless `value` is a dict of just these keys, its values of these types."""
     if not isinstance(value, dict) or value.keys() != keys.keys():
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -259,16 +396,3 @@ def _check_equal(where: Any, key: str, record: dict[str, Any], rule: Any) -> Non
             f"{where}: {key} is {record[key]!r}, but what it describes says {rule!r}; "
             "prepare it again"
         )
-
-
-def _file_hex(path: pathlib.Path, state: Any) -> str:
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_READ_BYTES):
-                state.update(piece)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; "
-            "check the file, its permissions and its disk"
-        ) from error
-    return state.hexdigest()

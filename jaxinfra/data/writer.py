@@ -4,19 +4,21 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import order, shards
+from jaxinfra.data import fitting, order, shards, windows
 from jaxinfra.data import tokenizer as tokenizers
+from jaxinfra.data.shards import Layout
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 _LAYOUT_EPOCH = 2**64 - 1  # the shuffle on disk is not the shuffle of any real epoch
@@ -26,13 +28,17 @@ _LAYOUT_EPOCH = 2**64 - 1  # the shuffle on disk is not the shuffle of any real 
 class SplitContent:
     """What a split is written from: the ids of its documents, in reading order.
 
-    masks: one for each document, uint8 and 1 where a token counts as a target; None
-    where all do, and in all splits alike.
+    documents may be read from elsewhere when they are asked for, one by one or by a
+    slice; lengths: tokens of each, int64 [D], None: they are asked. masks: one for each
+    document, uint8 and 1 where a token counts as a target; None where all do. layout:
+    what rows are laid out by, which may change the order.
     """
 
     documents: Sequence[np.ndarray]
     text_bytes: int
+    lengths: np.ndarray | None = None
     masks: Sequence[np.ndarray] | None = None
+    layout: Layout = shards.CONCAT
 
 
 def shuffled(documents: Sequence[Any], *, seed: int) -> list[Any]:
@@ -84,69 +90,109 @@ def _write_files(
 ) -> str:
     """Writes all files of a data set, `dataset.json` last; returns its digest."""
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    records = {}
-    for name, content in splits.items():
-        files = []
-        for number, here in enumerate(_grouped(content.documents, shard_tokens)):
-            group = content.documents[here]
-            tokens = np.concatenate(group).astype(dtype)
-            lengths = np.array([len(d) for d in group], shards.LENGTH_DTYPE)
-            start = f"{name}-{number:05d}"
-            file, lengths_file = f"{start}.tokens.npy", f"{start}.lengths.npy"
-            record = {
-                "file": file,
-                "checksum": _write_array(folder / file, tokens),
-                "lengths_file": lengths_file,
-                "lengths_checksum": _write_array(folder / lengths_file, lengths),
-                "tokens": len(tokens),
-                "documents": len(lengths),
-            }
-            if content.masks is not None:
-                mask = np.concatenate(content.masks[here]).astype(shards.MASK_DTYPE)
-                record["mask_file"] = f"{start}.mask.npy"
-                written = _write_array(folder / record["mask_file"], mask)
-                record["mask_checksum"] = written
-            files.append(record)
-        records[name] = {
-            "tokens": sum(s["tokens"] for s in files),
-            "documents": sum(s["documents"] for s in files),
-            "bytes": content.text_bytes,
-            "shards": files,
-        }
-    has_masks = any(content.masks is not None for content in splits.values())
     manifest = {
-        "format_version": shards.MASKED_VERSION if has_masks else shards.FORMAT_VERSION,
+        "format_version": shards.FORMAT_VERSION,
         "dtype": dtype.name,
         "tokenizer": tokenizer.to_json(),
         "tokenizer_digest": tokenizer.digest(),
-        "splits": records,
+        "splits": {
+            name: _write_split(folder, name, content, dtype, shard_tokens)
+            for name, content in splits.items()
+        },
     }
-    with (folder / shards.MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
+    text = json.dumps(manifest, indent=1).encode() + b"\n"
+    with (folder / shards.MANIFEST).open("wb") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     _fsync(folder)
-    return tokenizers.json_sha256(manifest)
+    return hashlib.sha256(text).hexdigest()
 
 
-def _grouped(documents: Sequence[np.ndarray], shard_tokens: int) -> Iterator[slice]:
-    """The documents of each shard."""
-    start = tokens = 0
-    for stop, document in enumerate(documents):
-        if stop > start and tokens + len(document) > shard_tokens:
-            yield slice(start, stop)
-            start, tokens = stop, 0
-        tokens += len(document)
-    if start < len(documents):
-        yield slice(start, len(documents))
+def _write_split(
+    folder: pathlib.Path,
+    name: str,
+    content: SplitContent,
+    dtype: np.dtype,
+    shard_tokens: int,
+) -> dict[str, Any]:
+    """Writes the shards of a split; returns its record."""
+    documents, masks, layout = content.documents, content.masks, content.layout
+    lengths_D = content.lengths
+    if lengths_D is None:
+        lengths_D = np.fromiter(map(len, documents), np.int64, len(documents))
+    plan = fitting.plan(lengths_D, name=layout.name, length=layout.length)
+    records, starts = [], []
+    for number, units in enumerate(plan.cut(shard_tokens)):
+        here, rows = plan.part(units)
+        tokens = _joined([documents[d] for d in here], dtype)
+        ends_D = np.cumsum(lengths_D[here])
+        starts.append(_most_starts(ends_D))
+        arrays = {
+            "tokens": tokens,
+            "lengths": lengths_D[here].astype(shards.LENGTH_DTYPE),
+            "ends": ends_D.astype(shards.LENGTH_DTYPE),
+        }
+        if masks is not None:
+            arrays["mask"] = _joined([masks[d] for d in here], shards.MASK_DTYPE)
+        if rows is not None:
+            arrays["rows"] = rows.astype(shards.ROWS_DTYPE)
+        start, checksums, sums = f"{name}-{number:05d}", {}, []
+        for kind, array in arrays.items():
+            path = folder / f"{start}.{kind}.npy"
+            _write_array(path, array)
+            checksums[kind] = windows.file_xxh3_128(path)
+            if kind in ("tokens", "mask"):
+                sums.append(windows.block_sums(path))
+        path = folder / f"{start}.sums.npy"
+        _write_array(path, np.concatenate(sums).astype(shards.SUMS_DTYPE))
+        checksums["sums"] = windows.file_xxh3_128(path)
+        record = {
+            "file": f"{start}.tokens.npy",
+            "tokens": len(tokens),
+            "documents": len(here),
+            "checksum": checksums.pop("tokens"),
+        }
+        record |= {} if rows is None else {"rows": len(rows)}
+        record |= {f"{kind}_checksum": value for kind, value in checksums.items()}
+        records.append(record)
+    return {
+        "tokens": sum(s["tokens"] for s in records),
+        "documents": sum(s["documents"] for s in records),
+        "bytes": content.text_bytes,
+        "has_mask": masks is not None,
+        "layout": layout._asdict(),
+        "most_starts": _most_of_all(starts),
+        "shards": records,
+    }
 
 
-def _write_array(path: pathlib.Path, array: np.ndarray) -> str:
+def _joined(documents: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate(documents).astype(dtype, copy=False)
+
+
+def _most_starts(ends_D: np.ndarray) -> list[int]:
+    """Entry k: the most documents that begin in any 2**k consecutive tokens, for k up
+    to all tokens of a shard; `ends_D` is the position after each document."""
+    starts_D = np.concatenate([[0], ends_D[:-1]])
+    counts = []
+    for k in range(int(ends_D[-1] - 1).bit_length() + 1):
+        stop_D = np.searchsorted(starts_D, starts_D + 2**k)
+        counts.append(int((stop_D - np.arange(starts_D.size)).max()))
+    return counts
+
+
+def _most_of_all(counts: list[list[int]]) -> list[int]:
+    """Entrywise the most of the lists of `_most_starts`, whose last entries go on."""
+    longest = max(map(len, counts))
+    return [max(c[min(k, len(c) - 1)] for c in counts) for k in range(longest)]
+
+
+def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-    return shards.file_xxh3_128(path)
 
 
 def _rename_or_accept(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import params, sharding
+from jaxinfra import params, sharding, stages
 from jaxinfra.config import Config, ModelConfig
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
@@ -64,13 +64,14 @@ def loop_schedule(
 ) -> loop.Schedule:
     """When the loop does what, and what MFU is measured against, if FLOPs are known."""
     train = config.train
+    sizes = stages.BatchSizes(train.batch_size, train.batch_ramp)
     peak = peak_flops(mesh.devices.flat[0]) if flops_per_row else None
     return loop.Schedule(
         steps=train.steps,
         save_every=train.save_every,
         eval_every=config.eval.every,
         max_bad_steps=train.max_bad_steps,
-        flops_per_step=flops_per_row * train.batch_size,
+        flops_of=lambda step: flops_per_row * sizes.of(step),
         peak_flops=peak and peak * mesh.size,
     )
 

@@ -92,6 +92,11 @@ class Journal:
         if self._events:
             self._events.event(kind, **{k: _plain(v) for k, v in fields.items()})
 
+    def damage(self, step: int, line: str) -> None:
+        """Data of step `step` that is not what was written, and counts as padding."""
+        self.event("quarantine", step=step, reason=line)
+        self.say(line)
+
     def say(self, text: str) -> None:
         """Text for the person watching."""
         if self._progress:
@@ -128,12 +133,12 @@ class Reader:
         *,
         lr: Callable[[int], float],
         max_bad_steps: int,
-        flops_per_step: float,
+        flops_of: Callable[[int], float],
         peak_flops: float | None,
     ):
         self._journal, self._lr = journal, lr
         self._max_bad_steps = max_bad_steps
-        self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
+        self._flops_of, self._peak_flops = flops_of, peak_flops
         self._pending: tuple[int, Any, Any, float] | None = None
         self._bad_steps = 0
         self._settled_secs: float | None = None
@@ -161,8 +166,7 @@ class Reader:
         # A small step on CPU runs while it is dispatched: then the two share the time.
         num_ended = 1 + _has_ended(following)
         record = self._record(step, values, wait_secs, num_ended) | extra
-        if "eval/held_out/loss" in extra:
-            record["eval/loss"] = extra["eval/held_out/loss"]
+        record |= _main_loss(extra)
         self._journal.step(record)
         if values["is_finite"]:
             self._bad_steps = 0
@@ -196,7 +200,7 @@ class Reader:
             record["perf/step_secs"] = secs
             record["perf/tokens_per_sec"] = values["tokens"] / secs
             if self._peak_flops:
-                rate = self._flops_per_step / secs
+                rate = self._flops_of(step - 1) / secs
                 record["perf/mfu"] = rate / self._peak_flops
         self._clock = now
         return record
@@ -248,6 +252,16 @@ class Progress:
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _main_loss(extra: dict[str, float]) -> dict[str, float]:
+    """The loss on all that is held out of what is trained on."""
+    if "eval/held_out/loss" in extra:
+        return {"eval/loss": extra["eval/held_out/loss"]}
+    names = {key.split("/")[1] for key in extra if key.startswith("eval/held_out_")}
+    total = sum(extra[f"eval/{n}/loss"] * extra[f"eval/{n}/tokens"] for n in names)
+    tokens = sum(extra[f"eval/{n}/tokens"] for n in names)
+    return {"eval/loss": total / max(tokens, 1.0)} if names else {}
 
 
 def _has_ended(metrics: Any) -> bool:

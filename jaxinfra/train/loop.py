@@ -54,7 +54,7 @@ class Schedule:
     save_every: int
     eval_every: int
     max_bad_steps: int
-    flops_per_step: float
+    flops_of: Callable[[int], float]  # of step k, counted from 0
     peak_flops: float | None  # of all devices together; None: not known
 
     def is_save(self, step: int) -> bool:
@@ -86,7 +86,7 @@ def run(
         journal,
         lr=lr,
         max_bad_steps=schedule.max_bad_steps,
-        flops_per_step=schedule.flops_per_step,
+        flops_of=schedule.flops_of,
         peak_flops=schedule.peak_flops,
     )
     step, code = start, exitcodes.DONE

@@ -270,11 +270,12 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:
-    """`batch` (tokens, segments, and weights or None) with the ids of its rows."""
+    """A `data.packing.Batch`, or (tokens, segments), with the ids of its rows."""
+    tokens_BT1, segments_BT1, *weights = getattr(batch, "per_token", batch)
     rows_B = jax.lax.broadcasted_iota(
-        jnp.uint32, batch[0].shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
+        jnp.uint32, tokens_BT1.shape[:1], 0, out_sharding=sharding.spec(rules, "batch")
     )
-    return Rows(*batch[:2], rows_B, *batch[2:])
+    return Rows(tokens_BT1, segments_BT1, rows_B, *weights)
 
 
 def with_row_ids(function: Any, rules: Rules, *, is_random: bool = True) -> Any:

@@ -109,7 +109,13 @@ def test_json_gives_back_every_config(config):
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_every_difference_can_be_given_on_the_command_line(old, new):
     new = dataclasses.replace(
-        new, eval=dataclasses.replace(new.eval, sets=old.eval.sets | new.eval.sets)
+        new,
+        eval=dataclasses.replace(new.eval, sets=old.eval.sets | new.eval.sets),
+        data=dataclasses.replace(
+            new.data,
+            sets=old.data.sets | new.data.sets,
+            weights=old.data.weights | new.data.weights,
+        ),
     )
     argv = [f"--{key}={spelled(value)}" for key, _, value in options.diff(old, new)]
     assert options.parse(argv, old) == new
@@ -188,6 +194,9 @@ def test_every_key_that_may_change_on_resume_exists():
         assert any(key.startswith(f"{prefix}.") for key in keys), prefix
 
 
+NAMED = ("eval.sets.", "data.sets.", "data.weights.")
+
+
 def test_five_typos_of_every_option_are_refused_with_a_hint():
     for key, _ in options._options(Config):
         section, dot, name = key.rpartition(".")
@@ -199,7 +208,7 @@ def test_five_typos_of_every_option_are_refused_with_a_hint():
             key.replace(".", "-").replace("_", "-") + "-",
         ]
         for typo in typos:
-            if typo == key or typo.startswith("eval.sets."):
+            if typo == key or typo.startswith(NAMED):
                 continue  # ffn with its letters swapped; any name of a set
             with pytest.raises(ConfigError) as error:
                 options.parse([f"--{typo}", "1"], CONFIG)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from jaxinfra.config import DataError
+from jaxinfra.config import ConfigError, DataError
 from jaxinfra.data.batches import make_evaluation, make_stream
-from jaxinfra.data.packing import ConcatRows
+from jaxinfra.data.packing import Rows
 
 LENGTHS = [7, 31, 3, 19, 64, 1, 11, 40, 25]
 
@@ -14,22 +14,26 @@ def split(make_split):
 
 
 def equal(a, b):
-    """Of tokens and segments."""
+    """Of tokens and cuts."""
     return all(np.array_equal(x, y) for x, y in zip(a[:2], b[:2], strict=True))
+
+
+def rows_of(stream, count):
+    return stream.order.locate(np.arange(count))[1]
 
 
 def test_an_epoch_reads_every_row_once_and_epochs_differ(split):
     stream = make_stream(split, length=6, batch_size=4, seed=1)
-    num_rows = stream.packing.num_rows
-    epochs = stream.rows(np.arange(3 * num_rows)).reshape(3, num_rows)
+    num_rows = stream.sources.rows[0].num_rows
+    epochs = rows_of(stream, 3 * num_rows).reshape(3, num_rows)
     assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_rows), (3, 1)))
     assert len({e.tobytes() for e in epochs}) == 3
 
 
 def test_batches_are_the_rows_in_the_order_of_the_global_row(split):
     stream = make_stream(split, length=6, batch_size=4, seed=1)
-    rows = stream.rows(np.arange(40))
-    expected = ConcatRows(split, length=6).gather(rows)
+    rows = rows_of(stream, 40)
+    expected = Rows(split, length=6).gather(rows)
     for step in range(10):
         here = slice(4 * step, 4 * step + 4)
         assert equal(stream.batch(step), [x[here] for x in expected[:2]])
@@ -37,8 +41,8 @@ def test_batches_are_the_rows_in_the_order_of_the_global_row(split):
 
 def test_without_shuffle_rows_come_in_reading_order_again_and_again(split):
     stream = make_stream(split, length=6, batch_size=4, seed=1, shuffle=False)
-    num_rows = stream.packing.num_rows
-    rows = stream.rows(np.arange(2 * num_rows))
+    num_rows = stream.sources.rows[0].num_rows
+    rows = rows_of(stream, 2 * num_rows)
     assert rows.tolist() == [*range(num_rows), *range(num_rows)]
 
 
@@ -95,14 +99,14 @@ def test_evaluation_reads_every_row_once_and_pads_the_last_batch(split, batch_si
     evaluation = make_evaluation(split, length=6, batch_size=batch_size)
     batches = [evaluation.batch(k) for k in range(evaluation.num_batches)]
     assert all(b.tokens_BT1.shape == (batch_size, 7) for b in batches)
-    tokens, segments = (np.concatenate([b[i] for b in batches]) for i in range(2))
-    num_rows = evaluation.packing.num_rows
+    tokens, cuts = (np.concatenate([b[i] for b in batches]) for i in range(2))
+    num_rows = evaluation.rows.num_rows
     assert equal(
-        (tokens[:num_rows], segments[:num_rows]),
-        evaluation.packing.gather(np.arange(num_rows)),
+        (tokens[:num_rows], cuts[:num_rows]),
+        evaluation.rows.gather(np.arange(num_rows)),
     )
     assert not tokens[num_rows:].any()
-    assert not segments[num_rows:].any()
+    assert not cuts[num_rows:, 0].any()
     assert len(tokens) - num_rows < batch_size
 
 
@@ -122,5 +126,5 @@ def test_hosts_may_read_only_padding_of_the_last_evaluation_batch(split):
     ],
 )
 def test_numbers_out_of_range_are_errors_that_name_the_key(split, change, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         make_stream(split, **({"length": 6, "batch_size": 4, "seed": 1} | change))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import chat, chat_template, shards, sources, tokenizer_training
+from jaxinfra.data import chat, chat_template, sources, tokenizer_training
 from jaxinfra.data import prepare as preparation
 from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer
 
@@ -444,7 +444,7 @@ def test_a_data_set_of_conversations_has_a_mask_beside_the_tokens(tmp_path, code
     assert data.split("held_out").num_documents == 8
     assert len(data.split("train").shards) > 2
     manifest = json.loads((tmp_path / "set" / "dataset.json").read_text())
-    assert manifest["format_version"] == shards.MASKED_VERSION
+    assert manifest["splits"]["train"]["has_mask"] is True
     for split in data.splits.values():
         for number, shard in enumerate(split.shards):
             mask = np.load(tmp_path / "set" / f"{split.name}-{number:05d}.mask.npy")

@@ -47,9 +47,9 @@ def test_it_shows_rows_lengths_and_copies(script, dataset, capsys):
 
 def test_documents_have_colours_of_their_own_and_padding_none(script):
     tokens = np.frombuffer(b"aabbb\0\0", np.uint8).astype(np.uint16)[None]
-    segments = np.array([[1, 1, 2, 2, 2, 0, 0]], np.uint8)
+    cuts = np.array([[5, 2]], np.uint8)
     weights = np.array([[1, 1, 0, 1, 1, 0, 0]], np.uint8)
-    batch = packing.Batch(tokens, segments, weights)
+    batch = packing.Batch(tokens, cuts, weights)
     [row] = script.as_texts(batch, ByteTokenizer())
     assert row.plain == "aa ¦ bbb"
     styles = [(row.plain[s.start : s.end], str(s.style)) for s in row.spans]
@@ -71,7 +71,7 @@ def test_masks_of_conversations_are_seen(script, tmp_path, capsys):
 
 def test_verify_tells_damage_by_its_exit_code(script, dataset, capsys):
     assert script.main(["verify", str(dataset.folder)]) == 0
-    assert "2 files, 0 findings" in capsys.readouterr().out
+    assert "4 files, 0 findings" in capsys.readouterr().out
     file = dataset.folder / "train-00000.tokens.npy"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

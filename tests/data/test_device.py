@@ -77,21 +77,21 @@ def test_the_digest_is_that_of_the_definition_on_every_mesh(stream, sizes):
         found = jax.jit(device.digest)(batch)
     assert found.dtype == np.uint32
     assert found.shape == ()
-    assert int(found) == digest_numpy(*host[:2])
+    assert int(found) == digest_numpy(*host.per_token[:2])
 
 
 def test_the_digest_needs_no_mesh(stream):
     host = stream.batch(0)
-    assert int(jax.jit(device.digest)(host)) == digest_numpy(*host[:2])
+    assert int(jax.jit(device.digest)(host)) == digest_numpy(*host.per_token[:2])
 
 
 def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
-    tokens, segments, _ = stream.batch(0)
+    tokens, segments, _ = stream.batch(0).per_token
     token, segment = tokens.copy(), segments.copy()
     token[2, 3] ^= 1
     segment[2, 3] ^= 1
     digests = {
-        int(jax.jit(device.digest)(Batch(t, s)))
+        int(jax.jit(device.digest)((t, s)))
         for t, s in [
             (tokens, segments),
             (tokens[SWAPPED], segments[SWAPPED]),
@@ -199,7 +199,7 @@ def test_each_host_reads_its_own_rows_and_together_they_read_all(
 
 def test_evaluation_batches_go_to_devices_too(stream):
     evaluation = make_evaluation(
-        stream.packing.split, length=LENGTH, batch_size=BATCH_SIZE
+        stream.sources.rows[0].split, length=LENGTH, batch_size=BATCH_SIZE
     )
     last = evaluation.num_batches - 1
     batch = put(evaluation.batch, last, rows_over(2, 4, 1))

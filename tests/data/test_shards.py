@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, writer
+from jaxinfra.data import shards, windows, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 LENGTHS = [7, 31, 3, 64, 1, 11]
@@ -27,7 +27,10 @@ def edit_manifest(folder, edit):
 def test_anyone_reads_the_folder_with_json_and_numpy(folder):
     manifest = json.loads((folder / "dataset.json").read_text())
     train = manifest["splits"]["train"]
-    lengths = [np.load(folder / s["lengths_file"]) for s in train["shards"]]
+    lengths = [
+        np.load(folder / s["file"].replace("tokens", "lengths"))
+        for s in train["shards"]
+    ]
     tokens = [np.load(folder / s["file"]) for s in train["shards"]]
     assert np.concatenate(lengths).tolist() == LENGTHS
     assert [len(t) for t in tokens] == [38, 3, 64, 12]
@@ -78,8 +81,13 @@ def test_checksums_may_be_skipped_and_checked_later(folder):
 
 def test_large_data_sets_are_not_read_whole_at_open(folder, monkeypatch):
     monkeypatch.setattr(shards, "AUTO_VERIFY_BYTES", 0)
-    monkeypatch.setattr(shards, "file_xxh3_128", lambda path: "read")
+    whole, read = windows.file_xxh3_128, []
+    monkeypatch.setattr(
+        windows, "file_xxh3_128", lambda path: read.append(path.name) or whole(path)
+    )
     shards.open_dataset(folder)
+    assert {name.split(".")[1] for name in read} == {"ends", "sums"}
+    monkeypatch.setattr(windows, "file_xxh3_128", lambda path: "read")
     with pytest.raises(DataError, match="checksum read"):
         shards.open_dataset(folder, verify=True)
 
@@ -107,7 +115,7 @@ def shard(manifest):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(format_version=3), "format_version 3 is not 1 or 2"),
+        (lambda m: m.update(format_version=2), "format_version 2 is not 3"),
         (lambda m: m.update(extra=1), "exactly the keys"),
         (lambda m: m.pop("dtype"), "exactly the keys"),
         (lambda m: m.update(dtype="uint32"), "dtype is 'uint32'"),
@@ -117,11 +125,11 @@ def shard(manifest):
         (lambda m: m["splits"]["train"].update(tokens=1), "tokens is 1"),
         (lambda m: m["splits"]["train"].update(documents=True), "must be int"),
         (lambda m: shard(m).pop("checksum"), "exactly the keys"),
-        (lambda m: shard(m).update(tokens=37), "dataset.json says uint16"),
-        (lambda m: shard(m).update(documents=1), "dataset.json says int64"),
+        (lambda m: shard(m).update(tokens=37), "tokens is 117, but what it"),
+        (lambda m: shard(m).update(documents=1), "documents is 6, but what it"),
         (lambda m: shard(m).update(file="../train-00000.tokens.npy"), "file name"),
         (lambda m: shard(m).update(file="/etc/passwd"), "file name"),
-        (lambda m: shard(m).update(file="train-00009.tokens.npy"), "cannot be read"),
+        (lambda m: shard(m).update(file="train-00009.tokens.npy"), "file name"),
         (lambda m: m["splits"]["train"]["shards"].append([]), "exactly the keys"),
     ],
 )
@@ -138,12 +146,27 @@ def test_a_manifest_that_is_no_object_is_refused(folder, text):
         shards.open_dataset(folder)
 
 
-@pytest.mark.parametrize("lengths", [[8, 31], [38, 0], [39, -1]])
-def test_lengths_that_are_not_those_of_documents_are_refused(folder, lengths):
-    path = folder / "train-00000.lengths.npy"
-    np.save(path, np.array(lengths))
-    with pytest.raises(DataError, match=r"train-00000.lengths.npy: document lengths"):
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [([8, 38], "has checksum"), ([7, 39], "ends at 39"), ([7, 38, 39], "says int64")],
+)
+def test_ends_that_are_not_those_of_documents_are_refused(folder, ends, message):
+    path = folder / "train-00000.ends.npy"
+    np.save(path, np.array(ends))
+    if message == "ends at 39":
+        checksum = windows.file_xxh3_128(path)
+        edit_manifest(folder, lambda m: shard(m).update(ends_checksum=checksum))
+    with pytest.raises(DataError, match=f"train-00000.ends.npy.*{message}"):
         shards.open_dataset(folder, verify=False)
+
+
+def test_lengths_that_are_not_those_of_the_ends_are_found(folder):
+    path = folder / "train-00000.lengths.npy"
+    np.save(path, np.array([8, 30]))
+    checksum = windows.file_xxh3_128(path)
+    edit_manifest(folder, lambda m: shard(m).update(lengths_checksum=checksum))
+    with pytest.raises(DataError, match=r"train-00000.lengths.npy has other lengths"):
+        shards.open_dataset(folder)
 
 
 def test_an_id_outside_the_vocabulary_is_found(tmp_path):

@@ -67,8 +67,8 @@ def test_the_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "set").stat().st_mode & 0o777 == 0o755
 
 
-# 2 shards of 2 files, dataset.json and the folder before the rename; its parent after.
-NUM_FSYNCS = 7
+# 2 shards of 4 files, dataset.json and the folder before the rename; its parent after.
+NUM_FSYNCS = 11
 
 
 @pytest.mark.parametrize("call", range(1, NUM_FSYNCS + 1))
@@ -97,7 +97,7 @@ sys.path.insert(0, sys.argv[2])
 import test_writer
 root = pathlib.Path(sys.argv[1])
 fsync = os.fsync
-for call in range(1, 8):
+for call in range(1, 12):
     if not os.fork():
         count = 0
         def counted(descriptor):

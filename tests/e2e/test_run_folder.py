@@ -79,7 +79,7 @@ def test_steps_that_run_while_they_are_dispatched_share_their_time(monkeypatch):
         journal,
         lr=lambda step: 0.0,
         max_bad_steps=1,
-        flops_per_step=1.0,
+        flops_of=lambda step: 1.0,
         peak_flops=None,
     )
     values = {"tokens": jnp.float32(8), "is_finite": jnp.bool_(True)}

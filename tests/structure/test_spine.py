@@ -29,6 +29,7 @@ MAX_CLOSURE_LINES = 10_000
 MAX_FILE_LINES = 400
 # Longer files, and why one subject there does not fall into two.
 LONG = {
+    "jaxinfra/config.py": "every setting of a run, with its meaning",
     "jaxinfra/checks.py": "every rule between settings, in the order it is checked",
     "jaxinfra/options.py": "command line, JSON and files to a Config and back",
 }
@@ -43,7 +44,11 @@ WITHOUT_JAX = (
     "jaxinfra.command",
     "jaxinfra.launcher",
     "jaxinfra.data",
+    "jaxinfra.stages",
     "jaxinfra.data.batches",
+    "jaxinfra.data.fitting",
+    "jaxinfra.data.mixture",
+    "jaxinfra.data.windows",
     "jaxinfra.data.chat",
     "jaxinfra.data.chat_template",
     "jaxinfra.data.cleaning",

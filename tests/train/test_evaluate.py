@@ -48,7 +48,7 @@ def sums(loss_sum, weight_sum, **metrics):
 
 
 def targets(batch):
-    tokens, segments = map(np.asarray, batch[:2])
+    tokens, segments = map(np.asarray, batch.per_token[:2])
     is_target = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return tokens[:, 1:][is_target].tolist()
 

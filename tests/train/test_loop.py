@@ -97,7 +97,7 @@ def run(world, *, steps=4, start=0, save_every=100, eval_every=0, max_bad_steps=
         save_every=save_every,
         eval_every=eval_every,
         max_bad_steps=max_bad_steps,
-        flops_per_step=1.0,
+        flops_of=lambda step: 1.0,
         peak_flops=None,
     )
     return loop.run(
