@@ -4,6 +4,8 @@
                                                and against compiled PyTorch with --peers
     python scripts/bench.py start              command to first step, cold and warm
     python scripts/bench.py loop               host time a step that the loop costs
+    python scripts/bench.py data [--peers]     the stream on one core, and Grain and
+                                               torch's DataLoader on the same file
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
-    verbs |= {"rounding": rounding, "sft": sft}
+    verbs |= {"rounding": rounding, "sft": sft, "data": data}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -167,6 +169,26 @@ def loop(args) -> dict:
         "bare_ms": 1e3 * bare_secs / steps,
         "overhead_ms": 1e3 * (secs - bare_secs) / steps,
     }
+
+
+def data(args) -> dict:
+    """Tokens a second to the host batch: rows of one file, a mixture of three data
+    sets, the rows of a distant step; with --peers those of Grain and DataLoader."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = [sys.executable, str(PEERS / "stream_ours.py"), folder]
+        _run(ours)
+        result = json.loads(_run([*ours, "measure"]))
+        if args.peers:
+            peers = {"grain": "grain==0.2.18", "torch": "torch==2.13.0"}
+            for name, package in peers.items():
+                python = _peer_environment(f"stream_{name}", [package, "numpy"])
+                command = [python, str(PEERS / f"stream_{name}.py"), f"{folder}/whole"]
+                rates = json.loads(_run(command))
+                ours_rate = result["concat_from_row_1e+07_m_tokens_per_sec"]
+                for kind, rate in rates.items():
+                    result[f"{name}_{kind}_m_tokens_per_sec"] = rate
+                    result[f"ours_over_{name}_{kind}"] = round(ours_rate / rate, 1)
+    return result
 
 
 def shakespeare(args) -> dict:

@@ -9,7 +9,8 @@ Planned when a data set is prepared, for rows of T tokens, which hold T + 1:
 A document longer than a row fills rows of its own, T apart as in `concat`, so that each
 of its tokens but the first is a target once; what is left of it may begin a row with
 others. A unit is what must lie together on disk: such a document and those that share
-its last row, or the documents of one row.
+its last row, or the documents of one row: at most one for every 32 tokens of a row, or
+16, since what tells documents apart has room for as many in every row.
 
 Source of best fit: H. Ding et al., "Fewer Truncations Improve Language Modeling", ICML
 2024, which finds fewer made-up facts where documents are not cut.
@@ -87,6 +88,7 @@ def _documents(rest_D: np.ndarray, is_long_D: np.ndarray, room: int) -> list[lis
 
 def _first_fit(rest_D: np.ndarray, is_long_D: np.ndarray, room: int) -> list[list[int]]:
     units: list[list[int]] = []
+    most = _most_documents(room)
     # Trees of the most room in any unit below each node: of all, and of those that a
     # long document may still begin.
     leaves = 1 << max(len(rest_D) - 1, 1).bit_length()
@@ -103,6 +105,7 @@ def _first_fit(rest_D: np.ndarray, is_long_D: np.ndarray, room: int) -> list[lis
             left = any_tree[leaves + unit] - size
             head = is_long or new_tree[leaves + unit] == 0
         units[unit] = [d, *units[unit]] if is_long else [*units[unit], d]
+        left = left if len(units[unit]) < most else 0
         _set(any_tree, leaves + unit, left)
         _set(new_tree, leaves + unit, 0 if head else left)
     return units
@@ -131,6 +134,7 @@ def _set(tree: list[int], node: int, value: int) -> None:
 
 def _best_fit(rest_D: np.ndarray, is_long_D: np.ndarray, room: int) -> list[list[int]]:
     units: list[list[int]] = []
+    most = _most_documents(room)
     # By whether a long document begins them: units by the room left, and a bit for each
     # room that some unit has.
     by_room = [[[] for _ in range(room + 1)] for _ in range(2)]
@@ -154,10 +158,14 @@ def _best_fit(rest_D: np.ndarray, is_long_D: np.ndarray, room: int) -> list[list
                 has_room[best] &= ~(1 << at)
             left, head = at - size, is_long or best == 1
             units[unit] = [d, *units[unit]] if is_long else [*units[unit], d]
-        if left:
+        if left and len(units[unit]) < most:
             by_room[head][left].append(unit)
             has_room[head] |= 1 << left
     return units
+
+
+def _most_documents(room: int) -> int:
+    return max(room // 32, 16)
 
 
 PACKINGS: dict[str, Callable[[np.ndarray, np.ndarray, int], list[list[int]]]] = {

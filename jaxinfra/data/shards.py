@@ -14,10 +14,10 @@
 
 `dataset.json` holds `format_version`, `dtype`, `tokenizer` (its JSON),
 `tokenizer_digest` and `splits`: for each split `tokens`, `documents`, `bytes` (UTF-8
-bytes of its text), `has_mask`, `layout` (its `name`, and the `length` of rows that it
-is for, 0 for any), `most_starts` (entry k: the most documents that begin in 2**k
-tokens) and `shards`, for each shard `file`, `tokens`, `documents`, `rows` where laid
-out, and the xxh3_128 of whole files: `checksum` of the tokens, `lengths_checksum`,
+bytes of its text), `has_mask`, `layout` (its `name`, the `length` of rows that it is
+for, 0 for any, and how many documents begin in one at most), `most_starts` (entry k:
+how many begin in any 2**k tokens at most) and `shards`, for each shard `file`,
+`tokens`, `documents`, `rows` where laid out, and the xxh3_128 of whole files: `checksum` of the tokens, `lengths_checksum`,
 `ends_checksum`, `sums_checksum`, `mask_checksum`, `rows_checksum`. Plain numpy reads
 all of it; nothing is ever unpickled. `writer` writes it.
 """
@@ -63,6 +63,7 @@ _SPLIT_KEYS = {
     "most_starts": list,
     "shards": list,
 }
+_LAYOUT_KEYS = {"name": str, "length": int, "most_starts": int}
 _SHARD_KEYS = {"file": str, "tokens": int, "documents": int, "checksum": str}
 _SHARD_KEYS |= dict.fromkeys(
     ("lengths_checksum", "ends_checksum", "sums_checksum"), str
@@ -74,6 +75,7 @@ class Layout(NamedTuple):
 
     name: str = "concat"
     length: int = 0  # any
+    most_starts: int = 0  # documents that begin in a row after its first token
 
 
 CONCAT = Layout()
@@ -264,7 +266,7 @@ def _open_split(
 ) -> Split:
     where = f"{folder / MANIFEST}: split {name!r}"
     _check_keys(record, _SPLIT_KEYS, where)
-    _check_keys(record["layout"], {"name": str, "length": int}, f"{where}: layout")
+    _check_keys(record["layout"], _LAYOUT_KEYS, f"{where}: layout")
     layout = Layout(**record["layout"])
     keys = _SHARD_KEYS | ({"mask_checksum": str} if record["has_mask"] else {})
     keys |= {"rows": int, "rows_checksum": str} if layout.length else {}

@@ -122,7 +122,7 @@ def _write_split(
     if lengths_D is None:
         lengths_D = np.fromiter(map(len, documents), np.int64, len(documents))
     plan = fitting.plan(lengths_D, name=layout.name, length=layout.length)
-    records, starts = [], []
+    records, starts, in_rows = [], [], [0]
     for number, units in enumerate(plan.cut(shard_tokens)):
         here, rows = plan.part(units)
         tokens = _joined([documents[d] for d in here], dtype)
@@ -137,6 +137,8 @@ def _write_split(
             arrays["mask"] = _joined([masks[d] for d in here], shards.MASK_DTYPE)
         if rows is not None:
             arrays["rows"] = rows.astype(shards.ROWS_DTYPE)
+            before, after = np.searchsorted(ends_D, [rows[:, 0] + 1, rows[:, 1]])
+            in_rows.append(int((after - before).max(initial=0)))
         start, checksums, sums = f"{name}-{number:05d}", {}, []
         for kind, array in arrays.items():
             path = folder / f"{start}.{kind}.npy"
@@ -161,7 +163,7 @@ def _write_split(
         "documents": sum(s["documents"] for s in records),
         "bytes": content.text_bytes,
         "has_mask": masks is not None,
-        "layout": layout._asdict(),
+        "layout": layout._replace(most_starts=max(in_rows))._asdict(),
         "most_starts": _most_of_all(starts),
         "shards": records,
     }
