@@ -2,22 +2,29 @@
 
     python scripts/data.py verify DATASET     reads every byte
     python scripts/data.py inspect DATASET [--split train] [--rows 4] [--length 256]
+    python scripts/data.py mixture NAME=DATASET ... [--weights NAME=STAGES ...]
+        [--steps 1000] [--batch_size 64] [--batch_ramp STAGES] [--length 2048]
 
 `inspect` prints the rows that training would read as text, a colour for each document
 in a row and " ¦ " between them, with what counts as no target dimmed; then the lengths
-of documents, and how many are copies of another. Exit code 0: all is well; 1: one line
+of documents, and how many are copies of another. `mixture` prints the share and the
+rows of each set in each stage of its weights, as data.sets and data.weights would have
+them, and how often its rows are read in all. Exit code 0: all is well; 1: one line
 for each bad file; 2: wrong input.
 """
 
 import argparse
+import itertools
 import sys
 
 import numpy as np
 import rich.console
+import rich.table
 import rich.text
 import xxhash
 
-from jaxinfra.config import DataError
+from jaxinfra import stages
+from jaxinfra.config import ConfigError, DataError
 from jaxinfra.data import batches, packing, shards
 from jaxinfra.data.shards import Dataset, Split
 from jaxinfra.data.tokenizer import Tokenizer
@@ -37,20 +44,29 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("command", choices=("inspect", "verify"))
-    add("dataset", metavar="DATASET", help="a folder that prepare wrote")
+    add("command", choices=("inspect", "verify", "mixture"))
+    add("datasets", nargs="+", metavar="DATASET", help="a folder that prepare wrote")
     add("--split", default="", help="default: all")
     add("--rows", type=int, default=4, help="rows of text to show")
-    add("--length", type=int, default=256, help="tokens a row")
+    add("--length", type=int, default=256, help="tokens a row, where not laid out")
     add("--seed", type=int, default=0, help="of the order: run.seed")
+    add("--weights", nargs="+", default=[], metavar="NAME=STAGES")
+    add("--steps", type=int, default=1000)
+    add("--batch_size", type=int, default=64)
+    add("--batch_ramp", default="")
     args = parser.parse_args(argv)
     try:
-        data = shards.open_dataset(args.dataset, verify=False)
+        if args.command == "mixture":
+            mixture(args)
+            return exitcodes.DONE
+        if len(args.datasets) > 1:
+            raise DataError(f"{args.command} is of one data set; name one")
+        data = shards.open_dataset(args.datasets[0], verify=False)
         if args.command == "verify":
             return verify(data)
         names = [args.split] if args.split else [*data.splits]
         inspect([data.split(name) for name in names], data, args)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"data: {error}", file=sys.stderr)
         return exitcodes.INPUT
     return exitcodes.DONE
@@ -91,6 +107,44 @@ def inspect(splits: list[Split], data: Dataset, args: argparse.Namespace) -> Non
         copies = num_copies(split)
         share = copies / split.num_documents
         console.print(f"{copies:,} documents ({share:.1%}) are copies of another")
+
+
+def mixture(args: argparse.Namespace) -> None:
+    """Prints what each set gives in each stage of a mixture."""
+    sets, weights = (_named(words) for words in (args.datasets, args.weights))
+    splits = {
+        name: shards.open_dataset(path, verify=False).split("train")
+        for name, path in sets.items()
+    }
+    laid_out = {split.layout.length for split in splits.values()} - {0}
+    stream = batches.make_stream(
+        splits,
+        length=max(laid_out, default=args.length),
+        batch_size=args.batch_size,
+        ramp=args.batch_ramp,
+        seed=args.seed,
+        weights={name: stages.parse(text, key=name) for name, text in weights.items()}
+        or None,
+    )
+    table = rich.table.Table("set", "from row", "share", "rows", "epochs at its end")
+    total = stream.sizes.rows_before(args.steps)
+    parts = [] if stream.order.mixture is None else stream.order.mixture.identity()
+    firsts = [first for first, *_ in parts or [[0]] if first < total]
+    for first, stop in itertools.pairwise([*firsts, total]):
+        for number, (name, rows) in enumerate(zip(splits, stream.sources.rows)):
+            begin, end = (stream.order.rows_of(number, row) for row in (first, stop))
+            share = (end - begin) / max(stop - first, 1)
+            figures = f"{share:.3%}", f"{end - begin:,}", f"{end / rows.num_rows:.2f}"
+            table.add_row(name, f"{first:,}", *figures)
+        table.add_section()
+    rich.console.Console(soft_wrap=True).print(table)
+
+
+def _named(words: list[str]) -> dict[str, str]:
+    named = {name: value for name, _, value in (w.partition("=") for w in words)}
+    if "" in named or not all(named.values()) or len(named) < len(words):
+        raise DataError(f"{' '.join(words)} must be NAME=VALUE words, each name once")
+    return named
 
 
 def as_texts(batch: packing.Batch, tokenizer: Tokenizer) -> list[rich.text.Text]:

@@ -63,10 +63,11 @@ class Mixture:
         firsts = self._first_rows.tolist()
         return [[row, *parts] for row, parts in zip(firsts, self.parts, strict=True)]
 
-    def share(self, global_row: int) -> list[float]:
-        """Of each set, at a global row."""
+    def rows_of(self, number: int, global_row: int) -> int:
+        """Rows of set `number` before a global row."""
         stage = int(np.searchsorted(self._first_rows, global_row, side="right")) - 1
-        return [part / sum(self.parts[stage]) for part in self.parts[stage]]
+        more = _counts(self.parts[stage], global_row - int(self._first_rows[stage]))
+        return int(self._taken[stage, number]) + more[number]
 
     def locate(self, global_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(set, turn in that set), int64 [B] each, of global rows, int64 [B]."""

@@ -35,6 +35,7 @@ class Mixed(Protocol):
     """What `mixture.Mixture` is to an order."""
 
     def locate(self, global_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def rows_of(self, number: int, global_row: int) -> int: ...
     def identity(self) -> list[list[int]]: ...
 
 
@@ -64,6 +65,12 @@ class Order:
             chosen = set_B == number
             row_B[chosen] = self._rows(turn_B[chosen], number, size)
         return set_B, row_B
+
+    def rows_of(self, number: int, global_row: int) -> int:
+        """Rows of set `number` before a global row."""
+        if self.mixture is None:
+            return global_row
+        return self.mixture.rows_of(number, global_row)
 
     def name(self) -> str:
         """Part of a stream's identity."""

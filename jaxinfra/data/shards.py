@@ -17,9 +17,9 @@
 bytes of its text), `has_mask`, `layout` (its `name`, the `length` of rows that it is
 for, 0 for any, and how many documents begin in one at most), `most_starts` (entry k:
 how many begin in any 2**k tokens at most) and `shards`, for each shard `file`,
-`tokens`, `documents`, `rows` where laid out, and the xxh3_128 of whole files: `checksum` of the tokens, `lengths_checksum`,
-`ends_checksum`, `sums_checksum`, `mask_checksum`, `rows_checksum`. Plain numpy reads
-all of it; nothing is ever unpickled. `writer` writes it.
+`tokens`, `documents`, `rows` where laid out, and the xxh3_128 of whole files:
+`checksum` of the tokens, `lengths_checksum`, `ends_checksum`, `sums_checksum`,
+`mask_checksum`, `rows_checksum`. Nothing is ever unpickled. `writer` writes it.
 """
 
 import collections

@@ -95,3 +95,23 @@ def test_wrong_input_ends_with_2(script, dataset, capsys, argv, message):
     told = capsys.readouterr().err
     assert message in told
     assert len(told.splitlines()) == 1
+
+
+def test_it_shows_what_each_set_gives_in_each_stage(script, dataset, capsys):
+    words = ["mixture", f"a={dataset.folder}", f"b={dataset.folder}", "--length", "8"]
+    words += ["--weights", "a=0.75 0.5@10", "b=0.25 0.5@10", "--batch_size", "4"]
+    assert script.main([*words, "--steps", "30"]) == 0
+    out = capsys.readouterr().out.replace("│", " ").replace("┃", " ")
+    rows = [line.split() for line in out.splitlines() if "%" in line]
+    assert [row[:4] for row in rows] == [
+        ["a", "0", "75.000%", "30"],
+        ["b", "0", "25.000%", "10"],
+        ["a", "40", "50.000%", "40"],
+        ["b", "40", "50.000%", "40"],
+    ]
+    num_rows = 17  # of 136 tokens
+    assert rows[2][4] == f"{70 / num_rows:.2f}"
+    assert script.main([*words[:5], "--weights", "a=1", "c=1"]) == 2
+    assert "give each set a weight" in capsys.readouterr().err
+    assert script.main(["mixture", str(dataset.folder)]) == 2
+    assert "must be NAME=VALUE words" in capsys.readouterr().err
