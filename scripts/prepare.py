@@ -1,4 +1,4 @@
-"""Turns text and JSONL files into a data set folder.
+"""Turns text, JSONL files, conversations and ids into a data set folder.
 
     python scripts/prepare.py books/*.txt --out data/books --tokenizer byte
     python scripts/prepare.py books/*.txt --out data/books --tokenizer models/smollm2
@@ -8,6 +8,7 @@
         --clean unicode space gopher_quality gopher_repetition --duplicates near
     python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
         --chat
+    python scripts/prepare.py old_text.bin --out data/old --tokenizer models/gpt2
 
 Prints a summary. Ends with 2 and one sentence if an option or a file is wrong.
 """
@@ -27,6 +28,7 @@ from jaxinfra.data import (
     chat_template,
     cleaning,
     duplicates,
+    megatron,
     prepare,
     shards,
     tiktoken_ranks,
@@ -44,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_secs = time.perf_counter()
     try:
         _check(options)
-        dataset = _prepare_chat(options) if options.chat else _prepare_text(options)
+        if options.chat:
+            dataset = _prepare_chat(options)
+        elif _indexed(options):
+            dataset = _prepare_megatron(options)
+        else:
+            dataset = _prepare_text(options)
         if options.train_tokenizer and isinstance(dataset.tokenizer, HfTokenizer):
             tokenizer_training.save(dataset.tokenizer, dataset.folder)
     except DataError as error:
@@ -60,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises DataError for options that do not go together."""
+    indexed = _indexed(options)
     is_cleaned = bool(cleaning.steps(_rules(options)) or options.duplicates)
     for is_wrong, message in (
         (
@@ -93,6 +101,29 @@ def _check(options: argparse.Namespace) -> None:
             options.chat and is_cleaned,
             "--clean, --min_chars, --max_chars and --duplicates are for text, not for "
             "conversations; leave them out",
+        ),
+        (
+            len({name[: -len(".bin")] for name in indexed}) > 1
+            or (indexed and indexed != set(options.sources)),
+            "a Megatron data set is prepared by itself; name its .bin alone",
+        ),
+        (
+            indexed and not options.tokenizer,
+            "a Megatron data set holds ids; give the --tokenizer that made them",
+        ),
+        (
+            indexed
+            and (
+                options.chat
+                or options.train_tokenizer
+                or is_cleaned
+                or options.text_key
+                or options.document_separator
+                or options.split != "documents"
+            ),
+            "a Megatron data set is taken as it is; leave --chat, --train_tokenizer, "
+            "--clean, --min_chars, --max_chars, --duplicates, --text_key, "
+            "--document_separator and --split out",
         ),
         (
             options.near_threshold is not None and options.duplicates != "near",
@@ -185,6 +216,22 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _indexed(options: argparse.Namespace) -> set[str]:
+    """The sources that are one of the two files of a Megatron data set."""
+    return {name for name in options.sources if name.endswith(megatron.SUFFIXES)}
+
+
+def _prepare_megatron(options: argparse.Namespace) -> shards.Dataset:
+    return megatron.prepare_megatron(
+        options.sources[0],
+        options.out,
+        tokenizer=_tokenizer(options),
+        held_out=options.held_out,
+        seed=options.seed,
+        shard_tokens=options.shard_tokens,
+    )
+
+
 def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
     tokenizer = _tokenizer(options)
     template = chat_template.load(
@@ -254,7 +301,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="file, folder, glob; NAME.bin of Megatron",
+    )
     add("--out", required=True, help="data set folder to make")
     add("--split", choices=["documents", "tail"], default="documents")
     add("--held_out", type=float, default=0.1, help="fraction")

@@ -15,7 +15,8 @@ The way of an item through the files:
 
 Beside the way: `cleaning` and `duplicates` leave documents out; `tokenizer_files` reads
 the tokenizers of others, `tokenizer_training` makes one of a corpus; `chat` and
-`chat_template` make documents of conversations, with answers alone as targets.
+`chat_template` make documents of conversations, with answers alone as targets;
+`megatron` takes the ids of a Megatron data set.
 
 Not text: `examples` makes batches of labelled arrays, in the same words and by the same
 `order`, for a task of one's own (`jaxinfra.tasks`); `idx` reads the files of MNIST and

@@ -51,6 +51,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.readers",
     "jaxinfra.data.examples",
     "jaxinfra.data.idx",
+    "jaxinfra.data.megatron",
     "jaxinfra.data.order",
     "jaxinfra.data.packing",
     "jaxinfra.data.parts",
