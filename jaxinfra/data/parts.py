@@ -163,7 +163,7 @@ def encode(
 
 
 def _name(part: spans.Part, recipe: Recipe) -> str:
-    places = [[str(span.file.resolve()), *span[1:]] for span in part]
+    places = [[span.start, span.stop, *span.state] for span in part]
     return tokenizers.json_sha256([_VERSION, recipe.digest, places])[:32]
 
 

@@ -16,7 +16,7 @@ from jaxinfra.data import sources
 
 PART_BYTES = 8 * 2**20  # seconds of work: beside it, a process starts quickly
 MAX_PARTS = 200  # all of them are open at last, and a process may open 256 files
-_MAX_LINE_BYTES = 256 * 2**20  # a file with longer lines is not cut
+_MAX_LINE_BYTES = 256 * 2**20
 
 
 class Span(NamedTuple):
@@ -25,7 +25,7 @@ class Span(NamedTuple):
     file: pathlib.Path
     start: int
     stop: int
-    state: tuple[int, ...]  # what changes with the file: `_state`
+    state: tuple[int | str, ...]  # of the file: its bytes, and what else names them
 
     @property
     def num_bytes(self) -> int:
@@ -76,16 +76,19 @@ def read(part: Part, *, text_key: str, document_separator: str | None) -> Iterat
             )
 
 
-def _state(file: pathlib.Path) -> tuple[int, ...]:
-    """Size in bytes, and what else changes when anyone writes to the file."""
+def _state(file: pathlib.Path) -> tuple[int | str, ...]:
+    """Size in bytes, place, and what changes when anyone writes to the file."""
     try:
         found = file.stat()
     except OSError as error:
         raise _unreadable(file, error) from error
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    place = str(file.resolve())
+    return found.st_size, place, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _cut(file: pathlib.Path, state: tuple[int, ...], part_bytes: int) -> list[Span]:
+def _cut(
+    file: pathlib.Path, state: tuple[int | str, ...], part_bytes: int
+) -> list[Span]:
     size, ends = state[0], []
     if file.suffix == ".jsonl" and size > part_bytes:
         try:
@@ -95,13 +98,11 @@ def _cut(file: pathlib.Path, state: tuple[int, ...], part_bytes: int) -> list[Sp
                         continue
                     # From the byte before, with which a line may end.
                     lines.seek(place - 1)
-                    line = lines.readline(_MAX_LINE_BYTES)
-                    if len(line) == _MAX_LINE_BYTES:
-                        return [Span(file, 0, size, state)]
+                    lines.readline(_MAX_LINE_BYTES + 1)  # longer: told when it is read
                     ends.append(lines.tell())
         except OSError as error:
             raise _unreadable(file, error) from error
-    places = sorted({0, size, *ends})
+    places = sorted({0, size, *ends}) if size else [0, 0]
     return [Span(file, a, b, state) for a, b in itertools.pairwise(places)]
 
 
@@ -110,8 +111,13 @@ def _lines(span: Span, text_key: str) -> Iterator[str]:
     try:
         with span.file.open("rb") as lines:
             offset = lines.seek(span.start)
-            while offset < span.stop and (line := lines.readline()):
+            while offset < span.stop and (line := lines.readline(_MAX_LINE_BYTES + 1)):
                 offset += len(line)
+                if len(line) > _MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{span.file} has a line of more than {_MAX_LINE_BYTES} bytes, "
+                        "the most that one may have; cut it"
+                    )
                 text = _text(line, text_key)
                 if text:
                     yield text

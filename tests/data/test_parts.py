@@ -216,6 +216,12 @@ def test_a_compressed_file_that_is_cut_off_is_an_error(corpus, num_workers):
     assert not (corpus.parent / "set").exists()
 
 
+def test_an_empty_file_among_the_others_is_an_error(corpus):
+    (corpus / "d.txt").touch()
+    with pytest.raises(DataError, match=r"d.txt is empty; remove it from the sources"):
+        run(corpus)
+
+
 def test_texts_of_which_the_rules_leave_nothing_are_an_error(corpus):
     with pytest.raises(DataError, match=r"a.jsonl and 2 more files hold no document"):
         run(corpus, rules=cleaning.Rules(min_chars=10_000))

@@ -93,6 +93,18 @@ def test_a_line_that_ends_at_the_cut_is_not_read_twice(tmp_path, monkeypatch):
     ]
 
 
+def test_a_line_without_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(spans, "PART_BYTES", 100)
+    monkeypatch.setattr(spans, "_MAX_LINE_BYTES", 500)
+    file = write_lines(
+        tmp_path / "a.jsonl", ["abc"] * 20 + ["long" * 200] + ["abc"] * 9
+    )
+    plan = spans.plan([file])
+    assert len(plan) > 3
+    with pytest.raises(DataError, match=r"a.jsonl has a line of more than 500 bytes"):
+        read(plan)
+
+
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", ["a", "b"])
     plan = spans.plan([file])
