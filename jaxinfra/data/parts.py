@@ -101,9 +101,10 @@ def make_parts(
     sizes = [sum(span.num_bytes for span in part) for part in plan]
     done, total = 0, sum(sizes)
     tell(done, total)
+    run = secrets.token_hex(8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number in _made(plan, paths, recipe, min(num_workers, len(plan))):
+        for number in _made(plan, paths, recipe, run, min(num_workers, len(plan))):
             done += sizes[number]
             tell(done, total)
         return [_opened(path, recipe.ids_dtype) for path in paths]
@@ -112,6 +113,9 @@ def make_parts(
             f"cannot write {folder}: {error.strerror or error}; free the disk or "
             "choose another folder, and start again: finished parts are kept"
         ) from error
+    finally:
+        for file in folder.glob(f".*.{run}.tmp"):  # of workers that were ended
+            file.unlink(missing_ok=True)
 
 
 class Documents(Sequence[np.ndarray]):
@@ -171,12 +175,16 @@ def _made(
     plan: Sequence[spans.Part],
     paths: Sequence[pathlib.Path],
     recipe: Recipe,
+    run: str,
     num_workers: int,
 ) -> Iterator[int]:
-    """Makes the parts; the number of each as soon as it is whole."""
+    """Makes the parts; the number of each as soon as it is whole.
+
+    run: in the names of files that are not whole yet.
+    """
     if num_workers == 1:
         for number, (part, path) in enumerate(zip(plan, paths, strict=True)):
-            _make(part, path, recipe)
+            _make(part, path, recipe, run)
             yield number
         return
     threads = max(1, (os.cpu_count() or 1) // num_workers)
@@ -190,7 +198,7 @@ def _made(
     )
     try:
         waiting = {
-            pool.submit(_make, part, path, recipe): number
+            pool.submit(_make, part, path, recipe, run): number
             for number, (part, path) in enumerate(zip(plan, paths, strict=True))
         }
         for future in futures.as_completed(waiting):
@@ -221,7 +229,7 @@ def _end_with(life: connection.Connection) -> None:
     os._exit(1)
 
 
-def _make(part: spans.Part, path: pathlib.Path, recipe: Recipe) -> None:
+def _make(part: spans.Part, path: pathlib.Path, recipe: Recipe, run: str) -> None:
     """Writes a part, unless it is there and whole."""
     if _is_whole(path, recipe.ids_dtype):
         return
@@ -232,7 +240,7 @@ def _make(part: spans.Part, path: pathlib.Path, recipe: Recipe) -> None:
     texts = spans.read(
         part, text_key=recipe.text_key, document_separator=recipe.document_separator
     )
-    with _written(_ids_file(path)) as file:
+    with _written(_ids_file(path), run) as file:
         for chunk in _chunks(texts):
             left, counts = cleaning.clean(chunk, steps)
             counts_C2 += [(c.documents, c.characters) for c in counts] or 0
@@ -245,7 +253,7 @@ def _make(part: spans.Part, path: pathlib.Path, recipe: Recipe) -> None:
     packed = io.BytesIO()
     for array in (np.concatenate(facts), counts_C2, sum_16):
         np.lib.format.write_array(packed, array, allow_pickle=False)
-    with _written(_facts_file(path)) as file:
+    with _written(_facts_file(path), run) as file:
         file.write(packed.getbuffer())
         file.write(xxhash.xxh3_128_digest(packed.getbuffer()))
 
@@ -334,9 +342,9 @@ def _facts_file(path: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _written(path: pathlib.Path) -> Iterator[BinaryIO]:
+def _written(path: pathlib.Path, run: str) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{run}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

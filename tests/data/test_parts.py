@@ -66,9 +66,9 @@ def noted_writes(monkeypatch):
     """The files of parts that are written from now on."""
     found, real = [], parts._written
 
-    def written(path):
+    def written(path, run):
         found.append(path)
-        return real(path)
+        return real(path, run)
 
     monkeypatch.setattr(parts, "_written", written)
     return found
@@ -183,6 +183,7 @@ def test_a_worker_that_is_killed_ends_in_an_error_and_the_next_try_goes_on(
         with pytest.raises(DataError, match="a worker process was killed"):
             run(corpus, num_workers=2)
     assert not (corpus.parent / "set").exists()
+    assert not list(work(corpus).glob(".*.tmp"))
     assert bytes_of(run(corpus, num_workers=2).folder) == bytes_of(expected.folder)
 
 
