@@ -1,4 +1,4 @@
-"""Turns text and JSONL files into a data set folder.
+"""Turns text, JSONL files, conversations and ids into a data set folder.
 
     python scripts/prepare.py books/*.txt --out data/books --tokenizer byte
     python scripts/prepare.py books/*.txt --out data/books --tokenizer models/smollm2
@@ -8,16 +8,19 @@
         --clean unicode space gopher_quality gopher_repetition --duplicates near
     python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
         --chat
+    python scripts/prepare.py old_text.bin --out data/old --tokenizer models/gpt2
 
 Prints a summary. Ends with 2 and one sentence if an option or a file is wrong.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxinfra.config import DataError
 from jaxinfra.data import (
@@ -25,6 +28,7 @@ from jaxinfra.data import (
     chat_template,
     cleaning,
     duplicates,
+    megatron,
     prepare,
     shards,
     tiktoken_ranks,
@@ -34,18 +38,28 @@ from jaxinfra.data import (
 )
 from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 
+_LINE_SECS = 30  # between lines that say how far it is
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     start_secs = time.perf_counter()
     try:
         _check(options)
-        dataset = _prepare_chat(options) if options.chat else _prepare_text(options)
+        if options.chat:
+            dataset = _prepare_chat(options)
+        elif _indexed(options):
+            dataset = _prepare_megatron(options)
+        else:
+            dataset = _prepare_text(options)
         if options.train_tokenizer and isinstance(dataset.tokenizer, HfTokenizer):
             tokenizer_training.save(dataset.tokenizer, dataset.folder)
     except DataError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare: stopped; the same command goes on", file=sys.stderr)
+        return 130
     print(_summary(dataset))
     print(f"{dataset.folder} written in {time.perf_counter() - start_secs:.1f} s")
     return 0
@@ -53,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises DataError for options that do not go together."""
-    steps = _steps(options)
+    indexed = _indexed(options)
+    is_cleaned = bool(cleaning.steps(_rules(options)) or options.duplicates)
     for is_wrong, message in (
         (
             options.train_tokenizer and options.tokenizer,
@@ -83,9 +98,32 @@ def _check(options: argparse.Namespace) -> None:
             "--text_key and --document_separator are for text; leave them out",
         ),
         (
-            options.chat and (steps or options.duplicates),
+            options.chat and is_cleaned,
             "--clean, --min_chars, --max_chars and --duplicates are for text, not for "
             "conversations; leave them out",
+        ),
+        (
+            len({name[: -len(".bin")] for name in indexed}) > 1
+            or (indexed and indexed != set(options.sources)),
+            "a Megatron data set is prepared by itself; name its .bin alone",
+        ),
+        (
+            indexed and not options.tokenizer,
+            "a Megatron data set holds ids; give the --tokenizer that made them",
+        ),
+        (
+            indexed
+            and (
+                options.chat
+                or options.train_tokenizer
+                or is_cleaned
+                or options.text_key
+                or options.document_separator
+                or options.split != "documents"
+            ),
+            "a Megatron data set is taken as it is; leave --chat, --train_tokenizer, "
+            "--clean, --min_chars, --max_chars, --duplicates, --text_key, "
+            "--document_separator and --split out",
         ),
         (
             options.near_threshold is not None and options.duplicates != "near",
@@ -107,62 +145,91 @@ def _prepare_text(options: argparse.Namespace) -> shards.Dataset:
             tokenizer_training.train_bpe, vocab_size=options.vocab_size
         )
     elif options.tiktoken_pattern:
-        made = _tokenizer(options)
-        tokenizer = lambda texts: made
+        tokenizer = _tokenizer(options)
     is_named = isinstance(tokenizer, str)
-    return prepare.prepare(
-        options.sources,
-        options.out,
-        tokenizer=tokenizer,
-        eod=options.eod if is_named else "",
-        bos=options.bos if is_named else "tokenizer",
-        split=options.split,
-        held_out=options.held_out,
-        seed=options.seed,
-        shard_tokens=options.shard_tokens,
-        text_key=options.text_key or "text",
-        document_separator=options.document_separator,
-        clean=functools.partial(_cleaned, options=options),
+    with _progress() as tell_done:
+        return prepare.prepare(
+            options.sources,
+            options.out,
+            tokenizer=tokenizer,
+            eod=options.eod if is_named else "",
+            bos=options.bos if is_named else "tokenizer",
+            split=options.split,
+            held_out=options.held_out,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+            text_key=options.text_key or "text",
+            document_separator=options.document_separator,
+            rules=_rules(options),
+            copies=options.duplicates or "keep",
+            near_threshold=options.near_threshold or duplicates.THRESHOLD,
+            num_workers=options.workers,
+            tell_taken=_tell_taken,
+            tell_done=tell_done,
+        )
+
+
+def _rules(options: argparse.Namespace) -> cleaning.Rules:
+    return cleaning.Rules(
+        names=tuple(options.clean),
+        min_chars=options.min_chars,
+        max_chars=options.max_chars,
     )
 
 
-def _steps(options: argparse.Namespace) -> list[cleaning.Step]:
-    steps = [cleaning.Step(name, cleaning.CHANGES[name]) for name in options.clean]
-    if options.min_chars or options.max_chars:
-        change = cleaning.of_length(options.min_chars, options.max_chars)
-        steps.append(cleaning.Step("length", change))
-    return steps
+def _tell_taken(count: cleaning.Count) -> None:
+    print(
+        f"{count.name:18} took {count.documents:,} documents, "
+        f"{count.characters:,} characters"
+    )
 
 
-def _cleaned(texts: list[str], *, options: argparse.Namespace) -> list[str]:
-    """What the steps and the search for duplicates leave; says what each took."""
-    total, begin = sum(map(len, texts)), time.perf_counter()
-    if steps := _steps(options):
-        texts, counts = cleaning.clean(texts, steps)
-        for count in counts:
-            _say_taken(count.name, count.documents, count.characters)
-        _say_rate("cleaning", total, begin)
-    if options.duplicates:
-        total, begin = sum(map(len, texts)), time.perf_counter()
-        if options.duplicates == "exact":
-            kept = duplicates.without_copies(texts)
-        else:
-            threshold = options.near_threshold or duplicates.THRESHOLD
-            kept = duplicates.without_near_copies(texts, threshold=threshold)
-        num_before, texts = len(texts), [texts[i] for i in kept]
-        name = f"{options.duplicates} copies"
-        _say_taken(name, num_before - len(texts), total - sum(map(len, texts)))
-        _say_rate("duplicates", total, begin)
-    return texts
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Shows how much of the sources is done: a bar on a terminal, elsewhere a line now
+    and then."""
+    if not sys.stderr.isatty():
+        told_secs = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told_secs
+            if time.monotonic() - told_secs >= _LINE_SECS:
+                told_secs = time.monotonic()
+                print(
+                    f"prepare: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB",
+                    file=sys.stderr,
+                )
+
+        yield tell
+        return
+    from rich import console, progress  # 50 ms, which worker processes do not need
+
+    columns = (
+        *progress.Progress.get_default_columns(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+    )
+    with progress.Progress(
+        *columns, console=console.Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("prepare", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _say_taken(name: str, documents: int, characters: int) -> None:
-    print(f"{name:18} took {documents:,} documents, {characters:,} characters")
+def _indexed(options: argparse.Namespace) -> set[str]:
+    """The sources that are one of the two files of a Megatron data set."""
+    return {name for name in options.sources if name.endswith(megatron.SUFFIXES)}
 
 
-def _say_rate(what: str, characters: int, begin: float) -> None:
-    secs = max(time.perf_counter() - begin, 1e-9)
-    print(f"{what:18} {characters / secs / 1e6:.1f} M characters/s")
+def _prepare_megatron(options: argparse.Namespace) -> shards.Dataset:
+    return megatron.prepare_megatron(
+        options.sources[0],
+        options.out,
+        tokenizer=_tokenizer(options),
+        held_out=options.held_out,
+        seed=options.seed,
+        shard_tokens=options.shard_tokens,
+    )
 
 
 def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
@@ -234,12 +301,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="file, folder, glob; NAME.bin of Megatron",
+    )
     add("--out", required=True, help="data set folder to make")
     add("--split", choices=["documents", "tail"], default="documents")
     add("--held_out", type=float, default=0.1, help="fraction")
     add("--seed", type=int, default=0, help="of what is held out, and of the order")
     add("--shard_tokens", type=int, default=writer.SHARD_TOKENS)
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that clean and tokenize more than 8 MB (default: the cores); "
+        "the result is the same for any number",
+    )
     add("--text_key", help="key of the text in JSONL (default: text)")
     add("--document_separator", help="text between documents in .txt")
     add(

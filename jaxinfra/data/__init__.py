@@ -2,9 +2,9 @@
 
 The way of an item through the files:
 
-    sources    files -> documents, train and held-out; `readers` opens tables and
-               compressed files
-    prepare    documents -> shuffled once, encoded
+    sources    files -> documents; `readers` opens tables and compressed files
+    prepare    documents -> held out or shuffled (`splits`), encoded; much text in
+               `parts`, a process each, from `spans` of the files
     writer     ids -> a data set folder, written whole or not at all
     tokenizer  text <-> ids
     shards     the folder, opened as memory maps, checked byte by byte
@@ -15,7 +15,8 @@ The way of an item through the files:
 
 Beside the way: `cleaning` and `duplicates` leave documents out; `tokenizer_files` reads
 the tokenizers of others, `tokenizer_training` makes one of a corpus; `chat` and
-`chat_template` make documents of conversations, with answers alone as targets.
+`chat_template` make documents of conversations, with answers alone as targets;
+`megatron` takes the ids of a Megatron data set.
 
 Not text: `examples` makes batches of labelled arrays, in the same words and by the same
 `order`, for a task of one's own (`jaxinfra.tasks`); `idx` reads the files of MNIST and

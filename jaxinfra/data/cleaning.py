@@ -33,6 +33,19 @@ _TOP_RUNS = {2: 0.20, 3: 0.18, 4: 0.16}
 _REPEATED_RUNS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which steps documents go through, as plain values: those of `CHANGES` in the
+    order of their names, then their length in characters, where 0 is no limit."""
+
+    names: tuple[str, ...] = ()
+    min_chars: int = 0
+    max_chars: int = 0
+
+
+NO_RULES = Rules()
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A named change of every document."""
@@ -48,6 +61,20 @@ class Count:
     name: str
     documents: int
     characters: int
+
+
+def steps(rules: Rules) -> list[Step]:
+    """The steps of the rules. Raises DataError for a step that is not known or named
+    twice, and for limits that keep nothing."""
+    for number, name in enumerate(rules.names):
+        if name not in CHANGES:
+            raise DataError(f"the cleaning step {name!r} is none of {[*CHANGES]}")
+        if name in rules.names[:number]:
+            raise DataError("a cleaning step is named twice; give each once")
+    found = [Step(name, CHANGES[name]) for name in rules.names]
+    if rules.min_chars or rules.max_chars:
+        found.append(Step("length", of_length(rules.min_chars, rules.max_chars)))
+    return found
 
 
 def clean(

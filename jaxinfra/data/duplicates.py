@@ -14,6 +14,7 @@ import xxhash
 
 from jaxinfra.config import DataError
 
+COPY_DTYPE = np.dtype("S16")
 THRESHOLD = 0.7  # shared runs of words among all of two documents
 _HASHES = 128  # of a document; bands are chosen by datasketch for the threshold
 _WORD = re.compile(r"[^\W_]+")
@@ -27,15 +28,18 @@ _FACTORS = np.array(  # odd, without a pattern
 def without_copies(documents: Sequence[str]) -> list[int]:
     """Numbers of the documents to keep: the first of those that are equal but for their
     white space."""
-    seen: set[bytes] = set()
-    kept = []
-    for number, text in enumerate(documents):
-        words = " ".join(text.split()).encode("utf-8", "surrogatepass")
-        digest = xxhash.xxh3_128_digest(words)
-        if digest not in seen:
-            seen.add(digest)
-            kept.append(number)
-    return kept
+    return first_of_each(np.array([*map(copy_digest, documents)], COPY_DTYPE)).tolist()
+
+
+def copy_digest(text: str) -> bytes:
+    """16 bytes that stand for a text but for its white space."""
+    words = " ".join(text.split()).encode("utf-8", "surrogatepass")
+    return xxhash.xxh3_128_digest(words)
+
+
+def first_of_each(digests_D: np.ndarray) -> np.ndarray:
+    """int64: the number of the first document with each digest, in order."""
+    return np.sort(np.unique(digests_D, return_index=True)[1])
 
 
 def without_near_copies(

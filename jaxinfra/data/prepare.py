@@ -1,13 +1,24 @@
-"""Text files to a data set folder: split, shuffle once, encode, write.
+"""Text files to a data set folder: clean, split, shuffle once, encode, write.
 
 Which documents are held out, and the order of the others, follow from the texts and the
-seed alone: the same input gives the same bytes on every machine. A folder is written
-whole or not at all; `shards` says what stands in it. `chat` makes the documents of
-conversations; both end in `writer`.
+seed alone: the same input gives the same bytes on every machine, from any number of
+processes. A folder is written whole or not at all; `shards` says what stands in it.
+
+More text than one part (`spans`) is made in parts, a process each. They stay in
+`.NAME.parts` beside the data set until it is there, so that the same command goes on
+where it was killed, and take as much of the disk as the data set. What needs the texts
+together has all of them in memory instead: the `tail` split, a tokenizer made of the
+texts, and near copies.
+
+`chat` makes the documents of conversations, `megatron` takes ids that others made; all
+end in `writer`.
 """
 
 import difflib
+import json
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, assert_never
 
@@ -15,7 +26,17 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, sources, windows, writer
+from jaxinfra.data import (
+    cleaning,
+    duplicates,
+    parts,
+    shards,
+    sources,
+    spans,
+    splits,
+    windows,
+    writer,
+)
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.sources import Piece
 from jaxinfra.data.tokenizer import BosRule
@@ -23,6 +44,8 @@ from jaxinfra.data.tokenizer import BosRule
 # Makes the tokenizer of a data set from the texts that are trained on.
 MakeTokenizer = Callable[[Sequence[str]], tokenizers.Tokenizer]
 SplitRule = Literal["documents", "tail"]
+Copies = Literal["keep", "exact", "near"]
+TellTaken = Callable[[cleaning.Count], None]
 
 CORPORA = {"shakespeare": pathlib.Path(__file__).parent / "corpus" / "shakespeare.txt"}
 
@@ -33,7 +56,7 @@ def prepare(
     inputs: Sequence[str | pathlib.Path],
     out: str | pathlib.Path,
     *,
-    tokenizer: str | MakeTokenizer,
+    tokenizer: str | tokenizers.Tokenizer | MakeTokenizer,
     split: SplitRule,
     held_out: float,
     seed: int,
@@ -42,7 +65,12 @@ def prepare(
     shard_tokens: int = writer.SHARD_TOKENS,
     text_key: str = "text",
     document_separator: str | None = None,
-    clean: Callable[[list[str]], list[str]] = lambda texts: texts,
+    rules: cleaning.Rules = cleaning.NO_RULES,
+    copies: Copies = "keep",
+    near_threshold: float = duplicates.THRESHOLD,
+    num_workers: int = 1,
+    tell_taken: TellTaken = lambda count: None,
+    tell_done: parts.Tell = lambda done, total: None,
 ) -> shards.Dataset:
     """Writes the data set `out` from text and JSONL files and opens it.
 
@@ -50,43 +78,67 @@ def prepare(
     one and not all, copies of a text on the same side. `tail` holds out the last
     `held_out` of the characters, and may cut one document in two. Train documents are
     shuffled by `seed`, held-out ones stay in order; after each end of a document stands
-    the EOD id, and before it BOS where the tokenizer has one. tokenizer: byte, char
-    (which knows the characters of both splits), a path and how its documents begin and
-    end (`tokenizer_files`), or what makes one of the texts trained on. `clean` comes
-    before the split. Raises DataError before anything is written.
+    the EOD id, and before it BOS where the tokenizer has one.
 
-    Limits: holds the text and the ids of the whole corpus in memory, one process.
+    tokenizer: byte, char (which knows the characters of both splits), a path and how
+    its documents begin and end (`tokenizer_files`), a tokenizer, or what makes one of
+    the texts trained on. rules and copies: what is changed and left out before the
+    split, of which tell_taken hears. num_workers: of `parts.make_parts`; tell_done
+    hears of each part. Raises DataError, and leaves nothing under the name of `out`.
     """
     check_options(split, held_out, seed, shard_tokens)
-    own = isinstance(tokenizer, str) and _named_tokenizer(tokenizer, eod=eod, bos=bos)
-    files = sources.find_files([CORPORA.get(str(path), path) for path in inputs])
-    found = sources.read_documents(
-        files, text_key=text_key, document_separator=document_separator
-    )
-    texts = clean(list(found))
-    if not texts:
-        raise DataError(
-            f"{files[0]} and {len(files) - 1} more files hold no document with text; "
-            "give files with text, or another document_separator"
-        )
-    documents = [Piece(text) for text in texts]
-    match split:
-        case "documents":
-            parts = sources.split_documents(documents, held_out=held_out, seed=seed)
-        case "tail":
-            parts = sources.split_tail(documents, held_out=held_out)
-        case _:
-            assert_never(split)
-    train, held = writer.shuffled(parts[0], seed=seed), parts[1]
+    if num_workers < 1:
+        raise DataError(f"workers={num_workers} must be 1 or more")
+    steps = cleaning.steps(rules)
+    coder = tokenizer
     if isinstance(tokenizer, str):
-        coder = own or tokenizers.CharTokenizer("".join(set().union(*texts)))
-    else:
-        coder = tokenizer([piece.text for piece in train])
-    pieces = {"train": train, "held_out": held} if held else {"train": train}
-    contents = {name: _encode(coder, split) for name, split in pieces.items()}
-    return writer.write_dataset(
-        pathlib.Path(out), tokenizer=coder, splits=contents, shard_tokens=shard_tokens
+        coder = _named_tokenizer(tokenizer, eod=eod, bos=bos)
+    files = sources.find_files([CORPORA.get(str(path), path) for path in inputs])
+    plan = spans.plan(files)
+    folder = pathlib.Path(os.path.abspath(out))
+    work = folder.with_name(f".{folder.name}.parts")
+    is_together = (
+        split == "tail" or copies == "near" or coder is None or callable(coder)
     )
+    if len(plan) > 1 and not is_together:
+        recipe = parts.Recipe(
+            tokenizer_json=json.dumps(coder.to_json()),
+            text_key=text_key,
+            document_separator=document_separator,
+            rules=rules,
+            key_seed=seed if held_out else None,
+            has_copies=copies == "exact",
+        )
+        made = parts.make_parts(
+            plan, work, recipe=recipe, num_workers=num_workers, tell=tell_done
+        )
+        for step, taken in zip(steps, sum(part.counts_C2 for part in made)):
+            tell_taken(cleaning.Count(step.name, *taken.tolist()))
+        numbers = np.arange(sum(len(part.facts_D) for part in made))
+        if copies == "exact":
+            numbers = _first_copies(made, tell_taken)
+        _check_some(numbers, files)
+        contents = _joined(made, numbers, held_out=held_out, seed=seed)
+    else:
+        found = sources.read_documents(
+            files, text_key=text_key, document_separator=document_separator
+        )
+        texts, counts = cleaning.clean(found, steps)
+        for count in counts:
+            tell_taken(count)
+        texts = _without_copies(texts, copies, near_threshold, tell_taken)
+        _check_some(texts, files)
+        pieces = _split(texts, split, held_out=held_out, seed=seed)
+        if coder is None:
+            coder = tokenizers.CharTokenizer("".join(set().union(*texts)))
+        elif callable(coder):
+            coder = coder([piece.text for piece in pieces["train"]])
+        contents = {name: _encoded(coder, part) for name, part in pieces.items()}
+    dataset = writer.write_dataset(
+        folder, tokenizer=coder, splits=contents, shard_tokens=shard_tokens
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return dataset
 
 
 def prepared(
@@ -132,8 +184,13 @@ def prepared(
     key = {"version": [_VERSION, shards.FORMAT_VERSION], "inputs": inputs, **options}
     folder = pathlib.Path(cache_dir) / tokenizers.json_sha256(key)
     if not (folder / shards.MANIFEST).is_file():
-        options["tokenizer"] = (lambda texts: coder) if is_file else tokenizer
-        prepare(files, folder, **options)
+        options["tokenizer"] = coder or tokenizer
+        try:
+            prepare(files, folder, **options)
+        except DataError:
+            # Another process was first, and has taken the parts away with it.
+            if not (folder / shards.MANIFEST).is_file():
+                raise
     return folder
 
 
@@ -173,19 +230,89 @@ def _named_tokenizer(
     return jaxinfra.load_tokenizer(name, eod=eod, bos=bos)
 
 
-def _encode(
-    tokenizer: tokenizers.Tokenizer, pieces: list[Piece]
+def _check_some(documents: Sequence[Any] | np.ndarray, files: Sequence[Any]) -> None:
+    if not len(documents):
+        raise DataError(
+            f"{files[0]} and {len(files) - 1} more files hold no document with text; "
+            "give files with text, or another document_separator"
+        )
+
+
+def _joined(
+    made: Sequence[parts.Part], numbers_D: np.ndarray, *, held_out: float, seed: int
+) -> dict[str, writer.SplitContent]:
+    """The splits of the documents of these numbers."""
+    keys_D = np.concatenate([part.facts_D["key"] for part in made])[numbers_D]
+    bytes_D = np.concatenate([part.facts_D["bytes"] for part in made])
+    return {
+        name: writer.SplitContent(
+            documents=parts.Documents(made, numbers_D[here]),
+            text_bytes=int(bytes_D[numbers_D[here]].sum()),
+        )
+        for name, here in splits.split(keys_D, held_out=held_out, seed=seed).items()
+    }
+
+
+def _first_copies(made: Sequence[parts.Part], tell: TellTaken) -> np.ndarray:
+    digests_D = np.concatenate([part.facts_D["copy"] for part in made])
+    kept = duplicates.first_of_each(digests_D)
+    _tell_copies(
+        tell, "exact", np.concatenate([p.facts_D["chars"] for p in made]), kept
+    )
+    return kept
+
+
+def _without_copies(
+    texts: list[str], copies: Copies, near_threshold: float, tell: TellTaken
+) -> list[str]:
+    match copies:
+        case "keep":
+            return texts
+        case "exact":
+            kept = duplicates.without_copies(texts)
+        case "near":
+            kept = duplicates.without_near_copies(texts, threshold=near_threshold)
+        case _:
+            assert_never(copies)
+    _tell_copies(tell, copies, np.array([*map(len, texts)]), np.array(kept, np.int64))
+    return [texts[i] for i in kept]
+
+
+def _tell_copies(
+    tell: TellTaken, copies: str, chars_D: np.ndarray, kept: np.ndarray
+) -> None:
+    characters = int(chars_D.sum()) - int(chars_D[kept].sum())
+    tell(cleaning.Count(f"{copies} copies", len(chars_D) - len(kept), characters))
+
+
+def _split(
+    texts: Sequence[str], rule: SplitRule, *, held_out: float, seed: int
+) -> dict[str, list[Piece]]:
+    """The pieces of each split, in the order in which they are written."""
+    match rule:
+        case "documents":
+            keys = [splits.key(text, seed=seed) for text in texts]
+            keys_D = np.array(keys, splits.KEY_DTYPE)
+            numbers = splits.split(keys_D, held_out=held_out, seed=seed)
+            return {
+                name: [Piece(texts[i]) for i in here] for name, here in numbers.items()
+            }
+        case "tail":
+            whole = [Piece(text) for text in texts]
+            train, held = sources.split_tail(whole, held_out=held_out)
+            found = {"train": writer.shuffled(train, seed=seed)}
+            return found | ({"held_out": held} if held else {})
+        case _:
+            assert_never(rule)
+
+
+def _encoded(
+    tokenizer: tokenizers.Tokenizer, pieces: Sequence[Piece]
 ) -> writer.SplitContent:
-    dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    eod, none = np.array([tokenizer.eod_id], dtype), np.array([], dtype)
-    bos = none if tokenizer.bos_id is None else np.array([tokenizer.bos_id], dtype)
-    ids = tokenizer.encode_batch(piece.text for piece in pieces)
-    documents = [
-        np.concatenate([bos if p.is_start else none, i, eod if p.is_end else none])
-        for p, i in zip(pieces, ids, strict=True)
-    ]
-    text_bytes = sum(len(piece.text.encode("utf-8")) for piece in pieces)
-    return writer.SplitContent(documents=documents, text_bytes=text_bytes)
+    return writer.SplitContent(
+        documents=list(parts.encode(tokenizer, pieces)),
+        text_bytes=sum(len(piece.text.encode("utf-8")) for piece in pieces),
+    )
 
 
 def _not_found(path: str | pathlib.Path) -> str:

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 
@@ -114,6 +115,28 @@ def test_conversations_and_pairs_become_a_data_set_with_masks(main, tmp_path, ca
     assert told.err == ""
     assert main(lines, "--out", out, *chat, "--held_out", 0.5) == 2
     assert "holds another data set" in capsys.readouterr().err
+
+
+def test_a_megatron_data_set_becomes_a_data_set(main, tmp_path, capsys):
+    (tmp_path / "a.bin").write_bytes(b"abcd")
+    (tmp_path / "a.idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ2i2q3q", 1, 1, 2, 3, 3, 1, 0, 3, 0, 1, 2)
+    )
+    names = (tmp_path / "a.bin", tmp_path / "a.idx")
+    options = ("--out", tmp_path / "set", "--tokenizer", "byte", "--held_out", 0)
+    assert main(*names, *options) == 0
+    assert "train    2 documents, 6 tokens, 4 bytes" in capsys.readouterr().out
+    for more, message in (
+        ((tmp_path / "b.bin",), "is prepared by itself"),
+        ((tmp_path / "a.txt",), "is prepared by itself; name its .bin alone"),
+        (("--clean", "space"), "is taken as it is; leave --chat, "),
+        (("--chat",), "is taken as it is"),
+        (("--split", "tail"), "is taken as it is"),
+    ):
+        assert main(names[0], *more, *options) == 2
+        assert message in capsys.readouterr().err
+    assert main(names[0], "--out", tmp_path / "other") == 2
+    assert "give the --tokenizer that made them" in capsys.readouterr().err
 
 
 def test_names_in_a_template_that_are_no_tokens_are_told(main, tmp_path, capsys):
