@@ -22,12 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from jaxinfra.config import DataError
 from jaxinfra.data import (
     chat,
     chat_template,
     cleaning,
     duplicates,
+    fitting,
     megatron,
     prepare,
     shards,
@@ -158,6 +161,7 @@ def _prepare_text(options: argparse.Namespace) -> shards.Dataset:
             held_out=options.held_out,
             seed=options.seed,
             shard_tokens=options.shard_tokens,
+            layout=_layout(options),
             text_key=options.text_key or "text",
             document_separator=options.document_separator,
             rules=_rules(options),
@@ -229,6 +233,7 @@ def _prepare_megatron(options: argparse.Namespace) -> shards.Dataset:
         held_out=options.held_out,
         seed=options.seed,
         shard_tokens=options.shard_tokens,
+        layout=_layout(options),
     )
 
 
@@ -255,6 +260,7 @@ def _prepare_chat(options: argparse.Namespace) -> shards.Dataset:
         held_out=options.held_out,
         seed=options.seed,
         shard_tokens=options.shard_tokens,
+        layout=_layout(options),
     )
 
 
@@ -279,6 +285,10 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     )
 
 
+def _layout(options: argparse.Namespace) -> shards.Layout:
+    return shards.Layout(options.packing, options.length)
+
+
 def _summary(dataset: shards.Dataset) -> str:
     tokenizer = dataset.tokenizer
     lines = [f"tokenizer {tokenizer.name}, {tokenizer.vocab_size} ids"]
@@ -290,8 +300,18 @@ def _summary(dataset: shards.Dataset) -> str:
             f"{split.num_tokens:,} tokens, {split.text_bytes:,} bytes, "
             f"{len(split.shards)} shards"
             + (f", {num_targets:,} tokens count as targets" if masks else "")
+            + _rows_told(split)
         )
     return "\n".join(lines)
+
+
+def _rows_told(split: shards.Split) -> str:
+    layout = split.layout
+    if not layout.length:
+        return ""
+    rows_R2 = np.concatenate([s.rows for s in split.shards if s.rows is not None])
+    padding = fitting.padding_fraction(rows_R2, length=layout.length)
+    return f", {len(rows_R2):,} rows by {layout.name}, {padding:.2%} padding"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -320,6 +340,15 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that clean and tokenize more than 8 MB (default: the cores); "
         "the result is the same for any number",
     )
+    add(
+        "--packing",
+        choices=["concat", *fitting.PACKINGS],
+        default="concat",
+        help="how rows are cut: concat, documents one after another, for rows of any "
+        "length (default); best_fit or first_fit, whole documents in rows of --length; "
+        "documents, one a row",
+    )
+    add("--length", type=int, default=0, help="tokens a row of --packing: train.length")
     add("--text_key", help="key of the text in JSONL (default: text)")
     add("--document_separator", help="text between documents in .txt")
     add(

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards, sources, writer
+from jaxinfra.data import prepare, shards, sources, splits, writer
 from jaxinfra.data.chat_template import END, GUARD, START, ChatTemplate
 from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer, id_dtype
 
@@ -52,13 +52,14 @@ def prepare_chat(
     held_out: float,
     seed: int,
     shard_tokens: int = writer.SHARD_TOKENS,
+    layout: shards.Layout = shards.CONCAT,
 ) -> shards.Dataset:
     """Writes the data set `out`, with masks, from .jsonl files and opens it.
 
     As `prepare.prepare` with data.split=documents. Raises DataError, naming file and
     line, before anything is written.
     """
-    prepare.check_options("documents", held_out, seed, shard_tokens)
+    prepare.check_options("documents", held_out, seed, shard_tokens, layout)
     special = special_names(tokenizer)
     found: list[Conversation] = []
     for file in sources.find_files(inputs):
@@ -72,13 +73,18 @@ def prepare_chat(
         ]
     if not found:
         raise DataError(f"{inputs[0]} holds no conversation; give files with lines")
-    train, held = sources.split_documents(found, held_out=held_out, seed=seed)
-    parts = {"train": writer.shuffled(train, seed=seed)}
-    parts |= {"held_out": held} if held else {}
+    keys = [splits.key(conversation.text, seed=seed) for conversation in found]
+    numbers = splits.split(
+        np.array(keys, splits.KEY_DTYPE), held_out=held_out, seed=seed
+    )
+    contents = {
+        name: encode(tokenizer, [found[i] for i in here])
+        for name, here in numbers.items()
+    }
     return writer.write_dataset(
         pathlib.Path(out),
         tokenizer=tokenizer,
-        splits={name: encode(tokenizer, part) for name, part in parts.items()},
+        splits=writer.laid_out(contents, layout),
         shard_tokens=shard_tokens,
     )
 

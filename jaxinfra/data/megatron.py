@@ -114,6 +114,7 @@ def prepare_megatron(
     held_out: float,
     seed: int,
     shard_tokens: int = writer.SHARD_TOKENS,
+    layout: shards.Layout = shards.CONCAT,
 ) -> shards.Dataset:
     """Writes the data set `out` from NAME.bin and NAME.idx and opens it.
 
@@ -124,7 +125,7 @@ def prepare_megatron(
     and for ids that the tokenizer does not have. Limits: every document is decoded, in
     one process.
     """
-    prepare.check_options("documents", held_out, seed, shard_tokens)
+    prepare.check_options("documents", held_out, seed, shard_tokens, layout)
     indexed = open_indexed(path)
     _check_ids(indexed, tokenizer)
     numbers, keys, num_bytes = [], [], []
@@ -149,7 +150,7 @@ def prepare_megatron(
     return writer.write_dataset(
         pathlib.Path(out),
         tokenizer=tokenizer,
-        splits=contents,
+        splits=writer.laid_out(contents, layout),
         shard_tokens=shard_tokens,
     )
 

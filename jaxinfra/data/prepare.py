@@ -29,6 +29,7 @@ from jaxinfra.config import DataError
 from jaxinfra.data import (
     cleaning,
     duplicates,
+    fitting,
     parts,
     shards,
     sources,
@@ -63,6 +64,7 @@ def prepare(
     eod: str = "",
     bos: BosRule = "tokenizer",
     shard_tokens: int = writer.SHARD_TOKENS,
+    layout: shards.Layout = shards.CONCAT,
     text_key: str = "text",
     document_separator: str | None = None,
     rules: cleaning.Rules = cleaning.NO_RULES,
@@ -82,11 +84,12 @@ def prepare(
 
     tokenizer: byte, char (which knows the characters of both splits), a path and how
     its documents begin and end (`tokenizer_files`), a tokenizer, or what makes one of
-    the texts trained on. rules and copies: what is changed and left out before the
-    split, of which tell_taken hears. num_workers: of `parts.make_parts`; tell_done
-    hears of each part. Raises DataError, and leaves nothing under the name of `out`.
+    the texts trained on. layout: of the rows of train (`fitting`). rules and copies:
+    what is changed and left out before the split, of which tell_taken hears.
+    num_workers: of `parts.make_parts`; tell_done hears of each part. Raises DataError,
+    and leaves nothing under the name of `out`.
     """
-    check_options(split, held_out, seed, shard_tokens)
+    check_options(split, held_out, seed, shard_tokens, layout)
     if num_workers < 1:
         raise DataError(f"workers={num_workers} must be 1 or more")
     steps = cleaning.steps(rules)
@@ -135,7 +138,10 @@ def prepare(
             coder = coder([piece.text for piece in pieces["train"]])
         contents = {name: _encoded(coder, part) for name, part in pieces.items()}
     dataset = writer.write_dataset(
-        folder, tokenizer=coder, splits=contents, shard_tokens=shard_tokens
+        folder,
+        tokenizer=coder,
+        splits=writer.laid_out(contents, layout),
+        shard_tokens=shard_tokens,
     )
     shutil.rmtree(work, ignore_errors=True)
     return dataset
@@ -194,8 +200,22 @@ def prepared(
     return folder
 
 
-def check_options(split: str, held_out: float, seed: int, shard_tokens: int) -> None:
+def check_options(
+    split: str,
+    held_out: float,
+    seed: int,
+    shard_tokens: int,
+    layout: shards.Layout = shards.CONCAT,
+) -> None:
     """Raises DataError for what no data set can be made with."""
+    names = [shards.CONCAT.name, *fitting.PACKINGS]
+    if layout.name not in names:
+        raise DataError(f"packing={layout.name!r} is not known; use {', '.join(names)}")
+    if (layout.name == shards.CONCAT.name) != (layout.length == 0) or layout.length < 0:
+        raise DataError(
+            f"packing={layout.name} with length={layout.length}: concat is for rows of "
+            "any length and takes none; the others need that of train.length"
+        )
     if split not in ("documents", "tail"):
         raise DataError(f"data.split={split!r} is not known; use documents or tail")
     if not 0 <= held_out < 1:

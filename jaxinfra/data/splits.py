@@ -29,8 +29,8 @@ def split(keys_D: np.ndarray, *, held_out: float, seed: int) -> dict[str, np.nda
     is_held_D = (
         _is_held_out(keys_D, held_out) if held_out else np.zeros(len(keys_D), bool)
     )
-    numbers = writer.shuffled(np.flatnonzero(~is_held_D), seed=seed)
-    found = {"train": np.array(numbers, np.int64)}
+    numbers = np.flatnonzero(~is_held_D)
+    found = {"train": numbers[writer.shuffled_numbers(len(numbers), seed=seed)]}
     return found | ({"held_out": np.flatnonzero(is_held_D)} if held_out else {})
 
 

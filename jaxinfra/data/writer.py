@@ -41,11 +41,23 @@ class SplitContent:
     layout: Layout = shards.CONCAT
 
 
+def laid_out(
+    splits: Mapping[str, SplitContent], layout: Layout
+) -> dict[str, SplitContent]:
+    """The splits, the rows of train laid out so; what is held out can be read by rows
+    of any length."""
+    return dict(splits) | {"train": dataclasses.replace(splits["train"], layout=layout)}
+
+
 def shuffled(documents: Sequence[Any], *, seed: int) -> list[Any]:
     """The documents in the order that they are laid on disk in."""
-    count = len(documents)
+    return [documents[i] for i in shuffled_numbers(len(documents), seed=seed)]
+
+
+def shuffled_numbers(count: int, *, seed: int) -> np.ndarray:
+    """int64 [count]: the number of the document at each place of that order."""
     turns = order.permute(np.arange(count), size=count, seed=seed, epoch=_LAYOUT_EPOCH)
-    return [documents[i] for i in np.argsort(turns)]
+    return np.argsort(turns)
 
 
 def write_dataset(

@@ -201,3 +201,18 @@ def test_values_of_another_type_end_with_2(main, tmp_path, capsys, options):
         main("a.txt", "--out", tmp_path / "set", *options.split())
     assert ended.value.code == 2
     assert options.split()[0] in capsys.readouterr().err
+
+
+def test_rows_are_laid_out_and_their_padding_told(main, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("|".join("x" * n for n in (3, 30, 4, 9, 5, 8, 2, 12)))
+    words = [text, "--out", tmp_path / "set", "--document_separator", "|"]
+    words += ["--held_out", "0"]
+    assert main(*words, "--packing", "best_fit", "--length", "15") == 0
+    assert "6 rows by best_fit, 14.58% padding" in capsys.readouterr().out
+    split = shards.open_dataset(tmp_path / "set").split("train")
+    assert split.layout[:2] == ("best_fit", 15)
+    for wrong in (["--packing", "first_fit"], ["--length", "9"]):
+        words[2] = tmp_path / "other"
+        assert main(*words, *wrong) == 2
+        assert "the others need that of train.length" in capsys.readouterr().err
