@@ -87,7 +87,7 @@ class Rows:
         self._first_rows = np.concatenate([[0], np.cumsum(num_rows_S)]).astype(np.int64)
         self.num_rows = int(self._first_rows[-1])
         most = layout.most_starts if self._is_laid_out else split.most_starts(length)
-        self.num_cuts = 1 + most
+        self.num_cuts = 1 + min(most, length)
         if self.num_rows == 0:
             raise DataError(
                 f"split {split.name!r} has {split.num_tokens} tokens, too few for one "

@@ -228,13 +228,11 @@ def verify_dataset(dataset: Dataset) -> list[str]:
                     lengths = _open_array(path, LENGTH_DTYPE, shard.ends_D.shape)
                     if not np.array_equal(lengths, shard.lengths):
                         bad.append(f"{path.name} has other lengths than its ends")
-            paths = {path.name.split(".")[1]: path for path in shard.checksums}
+            names = {path.name.split(".")[1]: path.name for path in shard.checksums}
             if shard.tokens.max() >= split.vocab_size:
-                path = paths["tokens"]
-                bad.append(f"{path.name} has ids above {split.vocab_size - 1}")
+                bad.append(f"{names['tokens']} has ids above {split.vocab_size - 1}")
             if shard.mask is not None and shard.mask.max() > 1:
-                path = paths["mask"]
-                bad.append(f"{path.name} has weights that are not 0 or 1")
+                bad.append(f"{names['mask']} has weights that are not 0 or 1")
     return bad
 
 
@@ -272,13 +270,14 @@ def _open_split(
     keys |= {"rows": int, "rows_checksum": str} if layout.length else {}
     for number, shard in enumerate(record["shards"]):
         _check_keys(shard, keys, f"{folder / MANIFEST}: a shard")
-        if shard["file"] != f"{name}-{number:05d}.tokens.npy":
+        is_name = name.isidentifier() and name.isascii()  # and no path
+        is_next = is_name and shard["file"] == f"{name}-{number:05d}.tokens.npy"
+        if not is_next or shard["tokens"] < 1 or shard["documents"] < 1:
             raise DataError(
-                f"{folder / MANIFEST}: file name {shard['file']!r} must be "
-                f"{name}-{number:05d}.tokens.npy; prepare it again"
+                f"{where}: file name {shard['file']!r} must be like "
+                "train-00000.tokens.npy and count up, the file not empty; prepare it "
+                "again"
             )
-        if shard["tokens"] < 1 or shard["documents"] < 1:
-            raise DataError(f"{where}: {shard['file']} is empty; prepare it again")
     for key in ("tokens", "documents"):
         total = sum(shard[key] for shard in record["shards"])
         _check_equal(where, key, record, total)
@@ -289,7 +288,7 @@ def _open_split(
     if len(shards) <= EAGER_SHARDS:
         shards = tuple(shards)
     starts = record["most_starts"]
-    if not starts or not all(type(n) is int and n > 0 for n in starts):
+    if not starts or not all(type(n) is int and 0 < n < 2**63 for n in starts):
         raise DataError(
             f"{where}: most_starts must be numbers from 1; prepare it again"
         )
@@ -385,9 +384,12 @@ def _check_keys(value: Any, keys: Mapping[str, type], where: Any) -> None:
             "prepare it again"
         )
     for key, kind in keys.items():
-        if type(value[key]) is not kind:  # bool is an int, but no number of tokens
+        # Not isinstance: bool is an int, but no number of tokens.
+        if type(found := value[key]) is not kind or (
+            kind is int and not 0 <= found < 2**63
+        ):
             raise DataError(
-                f"{where}: {key} must be {kind.__name__}, not {value[key]!r:.80}; "
+                f"{where}: {key} must be {kind.__name__}, not {found!r:.80}; "
                 "prepare it again"
             )
 

@@ -1,8 +1,10 @@
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from data import fuzzing
 
 from jaxinfra.config import DataError
 from jaxinfra.data import shards, windows, writer
@@ -131,6 +133,9 @@ def shard(manifest):
         (lambda m: shard(m).update(file="/etc/passwd"), "file name"),
         (lambda m: shard(m).update(file="train-00009.tokens.npy"), "file name"),
         (lambda m: m["splits"]["train"]["shards"].append([]), "exactly the keys"),
+        (lambda m: m["splits"]["train"].update(bytes=-1), "bytes must be int, not -1"),
+        (lambda m: m["splits"]["train"].update(bytes=2**63), "bytes must be int"),
+        (lambda m: m["splits"]["train"].update(most_starts=[0]), "numbers from 1"),
     ],
 )
 def test_a_manifest_that_is_wrong_in_any_part_is_refused(folder, edit, message):
@@ -189,3 +194,38 @@ def test_a_split_that_is_not_there_is_an_error_with_the_fix(folder):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(DataError, match="name a folder that prepare wrote"):
         shards.open_dataset(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "/etc/x", "a/b", "..", "", "x\0y"])
+def test_no_name_of_a_split_leads_out_of_the_folder(folder, name):
+    opened = []
+
+    def watch(event, args):
+        if event == "open" and watching:
+            opened.append(str(args[0]))
+
+    watching = False
+    sys.addaudithook(watch)  # there is no way to take it off: it only looks
+
+    def rename(manifest):
+        train = manifest["splits"].pop("train")
+        for number, record in enumerate(train["shards"]):
+            record["file"] = f"{name}-{number:05d}.tokens.npy"
+        manifest["splits"][name] = train
+
+    edit_manifest(folder, rename)
+    watching = True
+    with pytest.raises(DataError, match="file name"):
+        shards.open_dataset(folder)
+    watching = False
+    assert opened == [str(folder / shards.MANIFEST)]
+
+
+def test_damaged_data_sets_never_crash_hang_or_fill_the_memory():
+    outcomes = fuzzing.run(400, seed=1)
+    assert outcomes["DataError"] > 300
+
+
+@pytest.mark.slow
+def test_many_more_damaged_data_sets():
+    fuzzing.run(5_000, seed=2)
