@@ -30,12 +30,12 @@ from jaxinfra.data import (
     cleaning,
     duplicates,
     fitting,
+    folders,
     parts,
     shards,
     sources,
     spans,
     splits,
-    windows,
     writer,
 )
 from jaxinfra.data import tokenizer as tokenizers
@@ -186,7 +186,7 @@ def prepared(
         "text_key": text_key,
         "document_separator": document_separator,
     }
-    inputs = [[file.suffix, windows.file_sha256(file)] for file in files]
+    inputs = [[file.suffix, folders.file_sha256(file)] for file in files]
     key = {"version": [_VERSION, shards.FORMAT_VERSION], "inputs": inputs, **options}
     folder = pathlib.Path(cache_dir) / tokenizers.json_sha256(key)
     if not (folder / shards.MANIFEST).is_file():

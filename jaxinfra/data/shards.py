@@ -34,8 +34,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
+from jaxinfra.data import folders
 from jaxinfra.data import tokenizer as tokenizers
-from jaxinfra.data import windows
+from jaxinfra.data.folders import Folder, LocalFolder
 from jaxinfra.data.windows import Report, Windows
 
 FORMAT_VERSION = 3
@@ -87,7 +88,7 @@ class Shard:
 
     arrays: tuple[Windows, ...]  # [N] ids, and weights where not every token counts
     ends_D: np.ndarray  # int64 [D] position just after each document; the last is N
-    checksums: Mapping[pathlib.Path, str]
+    checksums: Mapping[str, str]  # by the name of the file
     rows: np.ndarray | None = None  # int64 [R, 2], None where not laid out
 
     @property
@@ -143,11 +144,16 @@ class Split:
 class Dataset:
     """An opened data set folder: its tokenizer, and its splits by name."""
 
-    folder: pathlib.Path
+    files: Folder
     digest: str  # sha256 of dataset.json, and through its checksums of every byte
     tokenizer: tokenizers.Tokenizer
     splits: Mapping[str, Split]
     damage: list[str]  # lines on what was found damaged since the last look
+
+    @property
+    def folder(self) -> Any:
+        """A pathlib.Path, or the text of a URL without what is secret."""
+        return self.files.path
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -172,10 +178,9 @@ def open_dataset(
     damage goes to quarantine. Of more than `EAGER_SHARDS` shards the files are opened,
     and missed, when they are first used. Raises DataError, naming the file.
     """
-    folder = pathlib.Path(folder)
-    where = folder / MANIFEST
+    opened, where = LocalFolder(pathlib.Path(folder)), f"{folder}/{MANIFEST}"
     try:
-        text = where.read_bytes()
+        text = opened.read(MANIFEST)
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
@@ -197,7 +202,7 @@ def open_dataset(
     splits = {}
     for name, record in manifest["splits"].items():
         splits[name] = _open_split(
-            folder,
+            opened,
             name,
             record,
             digest=f"{digest}/{name}",
@@ -206,7 +211,7 @@ def open_dataset(
             report=report,
         )
     dataset = Dataset(
-        folder=folder, digest=digest, tokenizer=tokenizer, splits=splits, damage=damage
+        files=opened, digest=digest, tokenizer=tokenizer, splits=splits, damage=damage
     )
     if verify == "auto":
         sizes = [s.num_tokens * s.dtype.itemsize for s in splits.values()]
@@ -221,14 +226,15 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     bad = []
     for split in dataset.splits.values():
         for shard in split.shards:
-            for path, checksum in shard.checksums.items():
-                if (found := windows.file_xxh3_128(path)) != checksum:
-                    bad.append(f"{path.name} has checksum {found}, not {checksum}")
-                elif ".lengths." in path.name:
-                    lengths = _open_array(path, LENGTH_DTYPE, shard.ends_D.shape)
+            names = {name.split(".")[1]: name for name in shard.checksums}
+            for name, checksum in shard.checksums.items():
+                if (found := dataset.files.checksum(name)) != checksum:
+                    bad.append(f"{name} has checksum {found}, not {checksum}")
+                elif name == names["lengths"]:
+                    shape, read = shard.ends_D.shape, dataset.files.array
+                    lengths = read(name, LENGTH_DTYPE, shape, checksum)
                     if not np.array_equal(lengths, shard.lengths):
-                        bad.append(f"{path.name} has other lengths than its ends")
-            names = {path.name.split(".")[1]: path.name for path in shard.checksums}
+                        bad.append(f"{name} has other lengths than its ends")
             if shard.tokens.max() >= split.vocab_size:
                 bad.append(f"{names['tokens']} has ids above {split.vocab_size - 1}")
             if shard.mask is not None and shard.mask.max() > 1:
@@ -253,7 +259,7 @@ class _Shards(collections.abc.Sequence):
 
 
 def _open_split(
-    folder: pathlib.Path,
+    folder: Folder,
     name: str,
     record: dict[str, Any],
     *,
@@ -262,14 +268,14 @@ def _open_split(
     vocab_size: int,
     report: Report | None,
 ) -> Split:
-    where = f"{folder / MANIFEST}: split {name!r}"
+    where = f"{folder}/{MANIFEST}: split {name!r}"
     _check_keys(record, _SPLIT_KEYS, where)
     _check_keys(record["layout"], _LAYOUT_KEYS, f"{where}: layout")
     layout = Layout(**record["layout"])
     keys = _SHARD_KEYS | ({"mask_checksum": str} if record["has_mask"] else {})
     keys |= {"rows": int, "rows_checksum": str} if layout.length else {}
     for number, shard in enumerate(record["shards"]):
-        _check_keys(shard, keys, f"{folder / MANIFEST}: a shard")
+        _check_keys(shard, keys, f"{folder}/{MANIFEST}: a shard")
         is_name = name.isidentifier() and name.isascii()  # and no path
         is_next = is_name and shard["file"] == f"{name}-{number:05d}.tokens.npy"
         if not is_next or shard["tokens"] < 1 or shard["documents"] < 1:
@@ -311,7 +317,7 @@ def _open_split(
 
 
 def _open_shard(
-    folder: pathlib.Path,
+    folder: Folder,
     records: Sequence[dict[str, Any]],
     number: int,
     *,
@@ -319,60 +325,35 @@ def _open_shard(
     report: Report | None,
 ) -> Shard:
     record = records[number]
-    path_of = lambda kind: folder / record["file"].replace(".tokens.", f".{kind}.")
-    names = [key.removesuffix("_checksum") for key in record if key[-9:] == "_checksum"]
-    checksums = {path_of("tokens"): record["checksum"]}
-    checksums |= {path_of(name): record[f"{name}_checksum"] for name in names}
-    kinds = {"tokens": dtype} | ({"mask": MASK_DTYPE} if "mask" in names else {})
-    maps = {
-        path_of(kind): _open_array(path_of(kind), kind_dtype, (record["tokens"],))
-        for kind, kind_dtype in kinds.items()
+    names = {"tokens": record["file"]} | {
+        kind: record["file"].replace(".tokens.", f".{kind}.")
+        for kind in (key.removesuffix("_checksum") for key in record)
+        if f"{kind}_checksum" in record
     }
-    sizes = [path.stat().st_size for path in maps]
+    sums_of = {kind: record[f"{kind}_checksum"] for kind in names if kind != "tokens"}
 
-    def read(kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """A small file: all of its bytes are checked now."""
-        array = _open_array(path := path_of(kind), dtype, shape)
-        if (found := windows.file_xxh3_128(path)) != checksums[path]:
-            raise DataError(
-                f"{path.name} has checksum {found}, not {checksums[path]}; restore "
-                f"{path} or prepare the data set again"
-            )
-        return array
+    def read(kind: str, dtype: np.dtype, *shape: int) -> np.ndarray:
+        return folder.array(names[kind], dtype, shape, sums_of[kind])
 
-    counts = [-(-size // windows.BLOCK_BYTES) for size in sizes]
-    sums = np.split(read("sums", SUMS_DTYPE, (sum(counts),)), np.cumsum(counts)[:-1])
-    ends_D = read("ends", LENGTH_DTYPE, (record["documents"],))
+    kinds = {"tokens": dtype} | ({"mask": MASK_DTYPE} if "mask" in names else {})
+    counts = [folders.num_blocks(dtype, record["tokens"]) for dtype in kinds.values()]
+    sums = np.split(read("sums", SUMS_DTYPE, sum(counts)), np.cumsum(counts)[:-1])
+    ends_D = read("ends", LENGTH_DTYPE, record["documents"])
     if ends_D[-1] != record["tokens"]:
         raise DataError(
-            f"{path_of('ends')} ends at {ends_D[-1]}, and {record['file']} has "
-            f"{record['tokens']} tokens; prepare it again"
+            f"{names['ends']} of {folder} ends at {ends_D[-1]}, and {record['file']} "
+            f"has {record['tokens']} tokens; prepare it again"
         )
     arrays = tuple(
-        windows.LocalWindows(array, sums_K=of_file, path=path, report=report)
-        for (path, array), of_file in zip(maps.items(), sums, strict=True)
+        folder.windows(names[kind], dtype, record["tokens"], of_file, report)
+        for (kind, dtype), of_file in zip(kinds.items(), sums, strict=True)
     )
     has_rows = "rows" in names
-    rows = read("rows", ROWS_DTYPE, (record["rows"], 2)) if has_rows else None
+    rows = read("rows", ROWS_DTYPE, record["rows"], 2) if has_rows else None
+    checksums = {
+        name: sums_of.get(kind, record["checksum"]) for kind, name in names.items()
+    }
     return Shard(arrays=arrays, ends_D=ends_D, checksums=checksums, rows=rows)
-
-
-def _open_array(
-    path: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Memory-maps a .npy file that must hold exactly `shape` items of `dtype`."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header raises anything, TokenError too
-        raise DataError(f"{path} cannot be read ({error}); restore the file") from error
-    is_whole = path.stat().st_size == array.offset + array.nbytes
-    if array.dtype != dtype or array.shape != shape or not is_whole:
-        raise DataError(
-            f"{path} holds {array.dtype.name}{list(array.shape)} in "
-            f"{path.stat().st_size} bytes; dataset.json says "
-            f"{dtype.name}{list(shape)}: restore the file or prepare it again"
-        )
-    return np.asarray(array)
 
 
 def _check_keys(value: Any, keys: Mapping[str, type], where: Any) -> None:

@@ -7,10 +7,9 @@ is the caller's choice: an error, or a report, and windows that say that they ar
 """
 
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -18,7 +17,6 @@ import xxhash
 from jaxinfra.config import DataError
 
 BLOCK_BYTES = 2**20
-_READ_BYTES = 4 * 2**20
 
 Report = Callable[[str], None]
 
@@ -57,8 +55,8 @@ class LocalWindows:
         path: pathlib.Path | None = None,
         report: Report | None = None,
     ):
-        """`sums_K` of `block_sums` of the file; `report` is told of damage, which
-        without it is a DataError."""
+        """`sums_K` of `folders.block_sums` of the file; `report` is told of damage,
+        which without it is a DataError."""
         self._array, self._sums_K, self._path = array_N, sums_K, path
         self._report = report
         self._is_checked = np.zeros(0 if sums_K is None else len(sums_K), bool)
@@ -131,34 +129,3 @@ class LocalWindows:
     @functools.cached_property
     def _header_bytes(self) -> int:
         return len(self._file_bytes) - self._array.nbytes
-
-
-def block_sums(path: pathlib.Path) -> np.ndarray:
-    """uint64 [K]: xxh3 of every `BLOCK_BYTES` of a file."""
-    with path.open("rb") as file:
-        blocks = iter(functools.partial(file.read, BLOCK_BYTES), b"")
-        return np.fromiter(map(xxhash.xxh3_64_intdigest, blocks), np.uint64)
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of the bytes of a file: what names a text. Raises DataError."""
-    return _file_hex(path, hashlib.sha256())
-
-
-def file_xxh3_128(path: pathlib.Path) -> str:
-    """Hex xxh3_128 of the bytes of a file: notices damage, at 16 GB/s a core. Raises
-    DataError."""
-    return _file_hex(path, xxhash.xxh3_128())
-
-
-def _file_hex(path: pathlib.Path, state: Any) -> str:
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_READ_BYTES):
-                state.update(piece)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; "
-            "check the file, its permissions and its disk"
-        ) from error
-    return state.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import fitting, order, shards, windows
+from jaxinfra.data import fitting, folders, order, shards
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.shards import Layout
 
@@ -155,12 +155,12 @@ def _write_split(
         for kind, array in arrays.items():
             path = folder / f"{start}.{kind}.npy"
             _write_array(path, array)
-            checksums[kind] = windows.file_xxh3_128(path)
+            checksums[kind] = folders.file_xxh3_128(path)
             if kind in ("tokens", "mask"):
-                sums.append(windows.block_sums(path))
+                sums.append(folders.block_sums(path))
         path = folder / f"{start}.sums.npy"
         _write_array(path, np.concatenate(sums).astype(shards.SUMS_DTYPE))
-        checksums["sums"] = windows.file_xxh3_128(path)
+        checksums["sums"] = folders.file_xxh3_128(path)
         record = {
             "file": f"{start}.tokens.npy",
             "tokens": len(tokens),

@@ -1,4 +1,5 @@
 import json
+import pathlib
 import shutil
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from data import fuzzing
 
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, windows, writer
+from jaxinfra.data import folders, shards, writer
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 LENGTHS = [7, 31, 3, 64, 1, 11]
@@ -15,8 +16,7 @@ LENGTHS = [7, 31, 3, 64, 1, 11]
 
 @pytest.fixture
 def folder(make_split):
-    path = next(iter(make_split(LENGTHS, shard_tokens=40).shards[0].checksums))
-    return path.parent
+    return pathlib.Path(make_split(LENGTHS, shard_tokens=40).folder)
 
 
 def edit_manifest(folder, edit):
@@ -83,13 +83,13 @@ def test_checksums_may_be_skipped_and_checked_later(folder):
 
 def test_large_data_sets_are_not_read_whole_at_open(folder, monkeypatch):
     monkeypatch.setattr(shards, "AUTO_VERIFY_BYTES", 0)
-    whole, read = windows.file_xxh3_128, []
+    whole, read = folders.file_xxh3_128, []
     monkeypatch.setattr(
-        windows, "file_xxh3_128", lambda path: read.append(path.name) or whole(path)
+        folders, "file_xxh3_128", lambda path: read.append(path.name) or whole(path)
     )
     shards.open_dataset(folder)
     assert {name.split(".")[1] for name in read} == {"ends", "sums"}
-    monkeypatch.setattr(windows, "file_xxh3_128", lambda path: "read")
+    monkeypatch.setattr(folders, "file_xxh3_128", lambda path: "read")
     with pytest.raises(DataError, match="checksum read"):
         shards.open_dataset(folder, verify=True)
 
@@ -159,7 +159,7 @@ def test_ends_that_are_not_those_of_documents_are_refused(folder, ends, message)
     path = folder / "train-00000.ends.npy"
     np.save(path, np.array(ends))
     if message == "ends at 39":
-        checksum = windows.file_xxh3_128(path)
+        checksum = folders.file_xxh3_128(path)
         edit_manifest(folder, lambda m: shard(m).update(ends_checksum=checksum))
     with pytest.raises(DataError, match=f"train-00000.ends.npy.*{message}"):
         shards.open_dataset(folder, verify=False)
@@ -168,7 +168,7 @@ def test_ends_that_are_not_those_of_documents_are_refused(folder, ends, message)
 def test_lengths_that_are_not_those_of_the_ends_are_found(folder):
     path = folder / "train-00000.lengths.npy"
     np.save(path, np.array([8, 30]))
-    checksum = windows.file_xxh3_128(path)
+    checksum = folders.file_xxh3_128(path)
     edit_manifest(folder, lambda m: shard(m).update(lengths_checksum=checksum))
     with pytest.raises(DataError, match=r"train-00000.lengths.npy has other lengths"):
         shards.open_dataset(folder)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, windows, writer
+from jaxinfra.data import folders, shards, windows, writer
 from jaxinfra.data.batches import make_stream
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.data.windows import LocalWindows
@@ -23,6 +23,7 @@ LENGTH, BLOCK = 8, 512
 def folder(tmp_path, monkeypatch):
     """Two shards of a few small blocks each, with a mask."""
     monkeypatch.setattr(windows, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(folders, "BLOCK_BYTES", BLOCK)
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(0, 256, 39), 256) for _ in range(60)]
     masks = [rng.integers(0, 2, 40) for _ in documents]
@@ -166,7 +167,7 @@ def test_many_shards_are_opened_when_they_are_read(folder, tmp_path):
     tracemalloc.stop()
     assert data.split("train").num_tokens == 10**12
     assert peak < 200 * 2**20
-    with pytest.raises(DataError, match=r"tokens.npy cannot be read"):
+    with pytest.raises(DataError, match=r"sums.npy cannot be read"):
         stream.batch(0)
 
 

@@ -47,6 +47,7 @@ WITHOUT_JAX = (
     "jaxinfra.stages",
     "jaxinfra.data.batches",
     "jaxinfra.data.fitting",
+    "jaxinfra.data.folders",
     "jaxinfra.data.mixture",
     "jaxinfra.data.windows",
     "jaxinfra.data.chat",
