@@ -152,10 +152,19 @@ def _gcs(timeout: Any, own: dict[str, Any]) -> Any:
     # Else it loads gRPC and asks for each bucket's kind, which emulators do not know.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import gcsfs.core
+    import google.auth.exceptions
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints what it raises
-    token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-    fs = gcsfs.core.GCSFileSystem(token=token, requests_timeout=timeout, **own)
+    make = functools.partial(gcsfs.core.GCSFileSystem, requests_timeout=timeout, **own)
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        fs = make(token="anon")
+    else:
+        try:
+            fs = make(token="google_default")
+        except google.auth.exceptions.DefaultCredentialsError:
+            if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                raise
+            fs = make(token="anon")  # as far as buckets are public
     once = gcsfs.core.GCSFileSystem._request.__wrapped__
     fs._request = functools.partial(once, fs)
     return fs

@@ -29,12 +29,12 @@ _NO_CREDENTIALS = {
     "DefaultCredentialsError",
 }
 _PASSING = {  # by name: of libraries that may not be there; others are OSErrors
+    "ConnectionError",  # of botocore, no OSError
     "HTTPClientError",
     "ResponseParserError",
     "CredentialRetrievalError",
     "ClientError",
     "ChecksumError",
-    "TransportError",
     "HTTPException",
     "IncompleteRead",
 }
@@ -123,11 +123,16 @@ def _problem(url: str, error: Exception) -> _Problem:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__:
         chain.append(chain[-1].__cause__)
+    # Of google.auth, while it renews credentials; gcsfs makes it a 401.
+    is_renewing = any(type(e).__name__ == "TransportError" for e in chain)
+    if is_renewing or any(getattr(e, "retryable", False) is True for e in chain):
+        return _Problem("credentials could not be renewed", may_pass=True)
     for status, code in filter(None, map(_answer, chain)):
         text = f"HTTP {status} {code}".rstrip()
         if status in _STATUSES_THAT_PASS or code == "RequestTimeout":
             return _Problem(text, may_pass=True)
-        rules = {401: refused, 403: refused, 404: nothing, 407: refused}
+        cut = "it ends before these bytes; upload it again"
+        rules = {401: refused, 403: refused, 404: nothing, 407: refused, 416: cut}
         return _Problem(f"{text}: {rules.get(status, 'check the URL')}", may_pass=False)
     if getattr(error, "errno", None) == errno.ENOSPC:  # here, for a temporary file
         return _Problem(f"{os.strerror(errno.ENOSPC)} here; free some", may_pass=False)

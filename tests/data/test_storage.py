@@ -188,6 +188,42 @@ def test_what_does_not_pass_is_an_error_after_one_request(web, status, message):
         assert len(web.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (
+            401,
+            "cannot be read: HTTP 401: access is refused; check GOOGLE_APPLICATION_C",
+        ),
+        (
+            403,
+            "cannot be read: HTTP 403: access is refused; check GOOGLE_APPLICATION_C",
+        ),
+        (404, "cannot be read: there is no such file, folder or bucket"),
+        (503, "cannot be read for 0 s: HTTP 503; check the server"),
+    ],
+)
+def test_answers_of_gcs_mean_the_same(web, monkeypatch, capfd, status, message):
+    pytest.importorskip("gcsfs.core")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", web.url)
+    filesystems._made_filesystem.cache_clear()
+    web.fault = lambda request: status
+    for call in (storage.size, storage.read_bytes, storage.list_files):
+        with pytest.raises(DataError, match=f"gs://bucket/a {message}"):
+            call("gs://bucket/a", patience=Patience(0.2))
+    assert capfd.readouterr() == ("", "")
+    filesystems._made_filesystem.cache_clear()
+
+
+def test_credentials_of_gcs_that_cannot_be_read_are_an_error(monkeypatch, tmp_path):
+    pytest.importorskip("gcsfs.core")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / SECRET))
+    with pytest.raises(DataError, match="access is refused; check GOOGLE_APPL") as told:
+        storage.size("gs://bucket/a")
+    assert SECRET not in str(told.value)
+
+
 def test_a_file_that_is_not_there_is_an_error(web):
     for root in places(web):
         for call in (storage.size, storage.read_bytes, storage.open_stream):
