@@ -6,6 +6,7 @@
         --train_tokenizer bpe --vocab_size 4096
     python scripts/prepare.py pages/*.jsonl --out data/pages --min_chars 200 \
         --clean unicode space gopher_quality gopher_repetition --duplicates near
+    python scripts/prepare.py s3://bucket/texts/*.jsonl.gz --out data/texts
     python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
         --chat
 
@@ -234,7 +235,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob")
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="file, folder, glob, or a URL of them (extra remote)",
+    )
     add("--out", required=True, help="data set folder to make")
     add("--split", choices=["documents", "tail"], default="documents")
     add("--held_out", type=float, default=0.1, help="fraction")

@@ -60,7 +60,7 @@ def list_files(url: str, *, patience: Patience = PATIENCE) -> list[str]:
 
     def found() -> list[str]:
         place = place_of(url)
-        if set("*[" if place.is_web else "*?[") & set(urls.path_of(url)):
+        if urls.is_glob(url):
             records = place.fs.glob(place.path, detail=True).values()
         elif place.is_file():
             return [url]

@@ -40,6 +40,12 @@ def server_of(url: str) -> str:
     return f"{scheme}://{rest.partition('/')[0]}"
 
 
+def is_glob(url: str) -> bool:
+    """Whether it names files by a pattern; on the web, a ? begins the query."""
+    signs = "*[" if scheme_of(url).startswith("http") else "*?["
+    return any(sign in path_of(url) for sign in signs)
+
+
 def path_of(url: str) -> str:
     """The URL without the query and fragment that it has on the web."""
     return re.split("[?#]", url)[0] if scheme_of(url).startswith("http") else url

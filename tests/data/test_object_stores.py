@@ -11,7 +11,7 @@ import object_stores
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import filesystems, storage
+from jaxinfra.data import filesystems, prepare, storage
 from jaxinfra.data.block_cache import BlockCache
 from jaxinfra.data.patience import Patience
 from jaxinfra.data.remote_file import RemoteFile, block_sums
@@ -143,6 +143,19 @@ def test_reads_go_on_when_the_server_was_killed_for_some_seconds(store, tmp_path
         again.join()
     assert "Connection refused; trying for up to 120 s" in said[0]
     assert "answers again" in said[-1]
+
+
+def test_a_data_set_is_prepared_from_a_bucket_as_from_a_folder(store, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "y.txt").write_bytes(FILES["a/y.txt"])
+    (folder / "odd +#.txt").write_bytes(FILES["a/odd +#.txt"])
+    options = {"tokenizer": "byte", "split": "documents", "held_out": 0, "seed": 1}
+    local = prepare.prepare([folder], tmp_path / "local", **options)
+    for number, source in enumerate(["a", "a/", "a/*.txt"]):
+        out = tmp_path / f"remote-{number}"
+        remote = prepare.prepare([f"{store.root}/{source}"], out, **options)
+        assert remote.digest == local.digest
 
 
 def test_reads_go_on_through_connections_that_fail(s3, monkeypatch, tmp_path):
