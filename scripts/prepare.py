@@ -6,6 +6,7 @@
         --train_tokenizer bpe --vocab_size 4096
     python scripts/prepare.py pages/*.jsonl --out data/pages --min_chars 200 \
         --clean unicode space gopher_quality gopher_repetition --duplicates near
+    python scripts/prepare.py s3://bucket/texts/*.jsonl.gz --out data/texts
     python scripts/prepare.py chats.jsonl --out data/chats --tokenizer models/smollm2 \
         --chat
     python scripts/prepare.py old_text.bin --out data/old --tokenizer models/gpt2
@@ -325,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="file, folder, glob; NAME.bin of Megatron",
+        help="file, folder, glob, a URL of them (extra remote), or Megatron's NAME.bin",
     )
     add("--out", required=True, help="data set folder to make")
     add("--split", choices=["documents", "tail"], default="documents")

@@ -18,6 +18,11 @@ the tokenizers of others, `tokenizer_training` makes one of a corpus; `chat` and
 `chat_template` make documents of conversations, with answers alone as targets;
 `megatron` takes the ids of a Megatron data set.
 
+By URL (extra `remote`): `urls` names the schemes, `filesystems` opens them through
+fsspec, `patience` tries again what may pass, and `storage` reads: texts for `sources`,
+and whole or in part the files of a data set for `remote_file`, which checks every block
+by the data set's own sums and keeps it in `block_cache`.
+
 Not text: `examples` makes batches of labelled arrays, in the same words and by the same
 `order`, for a task of one's own (`jaxinfra.tasks`); `idx` reads the files of MNIST and
 its kin.

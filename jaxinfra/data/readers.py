@@ -1,8 +1,11 @@
-"""Files of texts that are neither plain text nor JSON lines, and compressed ones.
+"""The bytes, lines and rows of files of texts, on disk or by URL.
 
 Parquet, the Arrow files of a Hugging Face data set on disk, CSV and TSV; .gz and .zst
 of text and JSON lines. Whatever is wrong with the bytes is an error that names the
-file. Parquet, Arrow and .zst need the extra `data`.
+file. Parquet, Arrow and .zst need the extra `data`, URLs the extra `remote`.
+
+A line is of `MAX_LINE_BYTES` at most, so that a file without line ends is an error
+before it fills the memory.
 """
 
 import csv
@@ -14,12 +17,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from jaxinfra.config import DataError
+from jaxinfra.data.storage import Url
 
+MAX_LINE_BYTES = 256 * 2**20
+_PIECE_BYTES = 2**20  # of a file whose lines are counted
+_ZSTD_BYTES = 4_096  # compressed, at a time: at most 128 MiB of nothing but one letter
 _ROWS = 1_000  # read at a time
-_MAX_FIELD = 2**31 - 1  # characters of a CSV field; the module's own limit is 131,072
+
+File = pathlib.Path | Url
 
 
-def open_file(file: pathlib.Path) -> BinaryIO:
+def open_file(file: File) -> BinaryIO:
     """The bytes of a file, without their compression.
 
     Raises DataError without the extra data; what is damaged is an OSError when it is
@@ -27,15 +35,42 @@ def open_file(file: pathlib.Path) -> BinaryIO:
     """
     match file.suffix:
         case ".gz":
-            return io.BufferedReader(_Checked(gzip.open(file, "rb")))
+            return io.BufferedReader(_Checked(gzip.open(_path_or_stream(file), "rb")))
         case ".zst":
             zstandard = _library("zstandard", file)
-            opened = zstandard.open(file, "rb")
-            return io.BufferedReader(_Checked(opened, zstandard.ZstdError))
+            frames = _ZstdFrames(file.open("rb"), zstandard.ZstdDecompressor())
+            return io.BufferedReader(_Checked(frames, zstandard.ZstdError))
     return file.open("rb")
 
 
-def table_texts(file: pathlib.Path, *, text_key: str) -> Iterator[str]:
+def read_lines(file: File) -> Iterator[bytes]:
+    """The lines of a file, with their ends. Raises DataError for one that is too long,
+    before all of it is read."""
+    with open_file(file) as data:
+        number = 1
+        while line := data.readline(MAX_LINE_BYTES + 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise _too_long(f"{file}:{number}")
+            yield line
+            number += 1
+
+
+def read_whole(file: File) -> bytes:
+    """All bytes of a file of lines. Raises DataError as `read_lines`."""
+    pieces = []
+    number, since_line_end = 1, 0
+    with open_file(file) as data:
+        while piece := data.read(_PIECE_BYTES):
+            pieces.append(piece)
+            number += piece.count(b"\n")
+            end = piece.rfind(b"\n")
+            since_line_end = len(piece) - end - 1 + (since_line_end if end < 0 else 0)
+            if since_line_end > MAX_LINE_BYTES:
+                raise _too_long(f"{file}:{number}")
+    return b"".join(pieces)
+
+
+def table_texts(file: File, *, text_key: str) -> Iterator[str]:
     """The texts of column `text_key`, row by row; a null is an empty text.
 
     Raises DataError, naming file and row, for a table without such a column, values
@@ -50,12 +85,13 @@ def table_texts(file: pathlib.Path, *, text_key: str) -> Iterator[str]:
         yield value or ""
 
 
-def _csv_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
-    csv.field_size_limit(_MAX_FIELD)
+def _csv_values(file: File, text_key: str) -> Iterator[Any]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # its own limit is 131,072
     delimiter = "\t" if file.suffix == ".tsv" else ","
     # Null bytes and open quotes end a table; errors of the encoding name no row.
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    with io.TextIOWrapper(file.open("rb"), "utf-8-sig", newline="") as data:
+        lines = iter(lambda: data.readline(MAX_LINE_BYTES + 1), "")
+        rows = csv.reader(_not_long(file, lines), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
             column = _column(file, header, text_key)
@@ -73,10 +109,10 @@ def _csv_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
             ) from error
 
 
-def _parquet_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
+def _parquet_values(file: File, text_key: str) -> Iterator[Any]:
     pyarrow, parquet = _library("pyarrow", file), _library("pyarrow.parquet", file)
     try:
-        with parquet.ParquetFile(file) as table:
+        with parquet.ParquetFile(_path_or_stream(file)) as table:
             _column(file, table.schema_arrow.names, text_key)
             for batch in table.iter_batches(_ROWS, columns=[text_key]):
                 yield from batch.column(0).to_pylist()
@@ -84,10 +120,10 @@ def _parquet_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
         raise _damaged(file, error) from error
 
 
-def _arrow_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
+def _arrow_values(file: File, text_key: str) -> Iterator[Any]:
     pyarrow, ipc = _library("pyarrow", file), _library("pyarrow.ipc", file)
     try:
-        with pyarrow.memory_map(str(file)) as data, ipc.open_stream(data) as batches:
+        with _mapped(pyarrow, file) as data, ipc.open_stream(data) as batches:
             column = _column(file, batches.schema.names, text_key)
             for batch in batches:
                 yield from batch.column(column).to_pylist()
@@ -95,7 +131,7 @@ def _arrow_values(file: pathlib.Path, text_key: str) -> Iterator[Any]:
         raise _damaged(file, error) from error
 
 
-TABLES: dict[str, Callable[[pathlib.Path, str], Iterator[Any]]] = {
+TABLES: dict[str, Callable[[File, str], Iterator[Any]]] = {
     ".parquet": _parquet_values,
     ".arrow": _arrow_values,
     ".csv": _csv_values,
@@ -103,7 +139,31 @@ TABLES: dict[str, Callable[[pathlib.Path, str], Iterator[Any]]] = {
 }
 
 
-def _column(file: pathlib.Path, names: list[str], text_key: str) -> int:
+def _path_or_stream(file: File) -> Any:
+    return file.open("rb") if isinstance(file, Url) else file
+
+
+def _mapped(pyarrow: Any, file: File) -> Any:
+    if isinstance(file, Url):
+        return pyarrow.PythonFile(file.open("rb"), "r")
+    return pyarrow.memory_map(str(file))
+
+
+def _not_long(file: File, lines: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise _too_long(f"{file}:{number}")
+        yield line
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(
+        f"{where} has more than {MAX_LINE_BYTES} bytes, the most that a line may have; "
+        "put line ends between its documents or paragraphs"
+    )
+
+
+def _column(file: File, names: list[str], text_key: str) -> int:
     if names.count(text_key) != 1:
         raise DataError(
             f"{file} has the columns {names}, and not one {text_key!r}; name another "
@@ -112,7 +172,7 @@ def _column(file: pathlib.Path, names: list[str], text_key: str) -> int:
     return names.index(text_key)
 
 
-def _library(name: str, file: pathlib.Path) -> Any:
+def _library(name: str, file: File) -> Any:
     import importlib
 
     try:
@@ -123,10 +183,41 @@ def _library(name: str, file: pathlib.Path) -> Any:
         ) from error
 
 
-def _damaged(file: pathlib.Path, error: Exception) -> DataError:
+def _damaged(file: File, error: Exception) -> DataError:
     return DataError(
         f"{file} is damaged or of another format ({error}); download it again"
     )
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What zstd frames hold, one after the other.
+
+    The library's own stream takes a file that is cut off for one that ends.
+    """
+
+    def __init__(self, compressed: BinaryIO, decompressor: Any):
+        self._compressed, self._decompressor = compressed, decompressor
+        self._frame: Any = None  # the one that has not ended yet
+        self._compressed_rest = self._rest = b""
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            data = self._compressed_rest or self._compressed.read(_ZSTD_BYTES)
+            if not data and self._frame:
+                raise EOFError("it ends within a frame")
+            if not data:
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._rest = frame.decompress(data)
+            self._compressed_rest = frame.unused_data
+            self._frame = None if frame.eof else frame
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+    def close(self) -> None:
+        self._compressed.close()
+        super().close()
 
 
 class _Checked(io.RawIOBase):

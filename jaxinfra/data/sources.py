@@ -1,21 +1,21 @@
-"""Documents read from files, and which of them are held out.
+"""Documents read from files, on disk or by URL, and which of them are held out.
 
 Errors name file and place.
 """
 
 import glob
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from jaxinfra.config import DataError
-from jaxinfra.data import readers
+from jaxinfra.data import readers, storage, urls
+from jaxinfra.data.readers import File
 
 ACCEPTED = (
     "a .txt, .jsonl (also .gz, .zst), .csv, .tsv, .parquet or .arrow file, a folder of "
-    "them, or a glob"
+    "them, or a glob; or a URL of any of these"
 )
 _LINES = (".txt", ".jsonl")
 
@@ -28,38 +28,32 @@ class Piece(NamedTuple):
     is_end: bool = True  # an EOD follows: the document ends here
 
 
-class _Document(Protocol):
-    @property
-    def text(self) -> str: ...
-
-
-Document = TypeVar("Document", bound=_Document)
-
-
-def find_files(sources: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+def find_files(sources: Sequence[str | pathlib.Path]) -> list[File]:
     """The files that the sources name, in order; a folder's and a glob's are sorted.
 
     A folder gives the files of these kinds directly in it. Raises DataError for a
     source that names nothing, another kind of file, or a file named twice.
     """
-    files: list[pathlib.Path] = []
-    for source in sources:
-        found = _named_by(str(source))
+    files: list[File] = []
+    for source in map(str, sources):
+        found = _by_url(source) if urls.is_url(source) else _named_by(source)
         if not found:
-            raise DataError(f"{str(source)!r} names no file; give {ACCEPTED}")
+            raise DataError(f"{urls.redacted(source)!r} names no file; give {ACCEPTED}")
         files.extend(found)
-    seen: set[pathlib.Path] = set()
+    seen: set[File] = set()
     for file in files:
-        if not _kind(file) or not file.is_file():
+        is_file = isinstance(file, storage.Url) or file.is_file()
+        if not _kind(file) or not is_file:
             raise DataError(f"{file} is no file of texts; give {ACCEPTED}")
-        if file.resolve() in seen:
+        place = file if isinstance(file, storage.Url) else file.resolve()
+        if place in seen:
             raise DataError(f"{file} is named twice; name every file once")
-        seen.add(file.resolve())
+        seen.add(place)
     return files
 
 
 def read_documents(
-    files: Sequence[pathlib.Path],
+    files: Sequence[File],
     *,
     text_key: str = "text",
     document_separator: str | None = None,
@@ -75,7 +69,7 @@ def read_documents(
         raise DataError("document_separator is empty; give some text or leave it out")
     for file in files:
         try:
-            if file.stat().st_size == 0:
+            if _num_bytes(file) == 0:
                 raise DataError(f"{file} is empty; remove it from the sources")
             match _kind(file):
                 case ".jsonl":
@@ -89,19 +83,18 @@ def read_documents(
             raise _unreadable(file, error) from error
 
 
-def read_objects(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def read_objects(file: File) -> Iterator[tuple[str, Any]]:
     """("file:line", JSON value) of every line of a .jsonl file that is not blank.
 
     Raises DataError for a file that cannot be read and lines that are not UTF-8 JSON.
     """
     offset = 0
     try:
-        with readers.open_file(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                text = _decoded(file, line, offset)
-                offset += len(line)
-                if text.strip():
-                    yield f"{file}:{number}", _json(f"{file}:{number}", text)
+        for number, line in enumerate(readers.read_lines(file), start=1):
+            text = _decoded(file, line, offset)
+            offset += len(line)
+            if text.strip():
+                yield f"{file}:{number}", _json(f"{file}:{number}", text)
     except OSError as error:
         raise _unreadable(file, error) from error
 
@@ -116,30 +109,6 @@ def checked_text(where: str, text: str) -> str:
             "text, which UTF-8 has no bytes for; remove it"
         ) from error
     return text
-
-
-def split_documents(
-    documents: Sequence[Document], *, held_out: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """(train, held out): holds out the distinct texts with the smallest hashes of
-    (seed, text), at least one and not all; order is kept.
-
-    Raises DataError if there are not two distinct texts.
-    """
-    if held_out == 0:
-        return list(documents), []
-    keys = [hashlib.sha256(f"{seed}:{d.text}".encode()).digest() for d in documents]
-    ranked = sorted(set(keys))
-    if len(ranked) < 2:
-        raise DataError(
-            f"data.split=documents needs at least 2 distinct documents to hold one out "
-            f"and has {len(ranked)}; use data.split=tail, or data.held_out=0"
-        )
-    number = min(max(round(held_out * len(ranked)), 1), len(ranked) - 1)
-    chosen = set(ranked[:number])
-    train = [d for d, key in zip(documents, keys, strict=True) if key not in chosen]
-    held = [d for d, key in zip(documents, keys, strict=True) if key in chosen]
-    return train, held
 
 
 def split_tail(
@@ -167,12 +136,24 @@ def split_tail(
     return train, held
 
 
-def _kind(file: pathlib.Path) -> str:
+def _kind(file: File) -> str:
     """The suffix that says how the file is read; empty for one that is not."""
     if file.suffix in (".gz", ".zst"):
         inner = file.with_suffix("").suffix
         return inner if inner in _LINES else ""
     return file.suffix if file.suffix in (*_LINES, *readers.TABLES) else ""
+
+
+def _num_bytes(file: File) -> int | None:
+    if isinstance(file, storage.Url):
+        return storage.size(file.url)
+    return file.stat().st_size
+
+
+def _by_url(source: str) -> list[File]:
+    files = [storage.Url(url) for url in storage.list_files(source)]
+    is_folder = not urls.is_glob(source) and files != [storage.Url(source)]
+    return [file for file in files if _kind(file) or not is_folder]
 
 
 def _named_by(source: str) -> list[pathlib.Path]:
@@ -187,20 +168,19 @@ def _named_by(source: str) -> list[pathlib.Path]:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: pathlib.Path, error: OSError) -> DataError:
+def _unreadable(path: File, error: OSError) -> DataError:
     return DataError(
         f"{path} cannot be read: {error.strerror or error}; "
         "check the path and its permissions"
     )
 
 
-def _txt_texts(file: pathlib.Path, separator: str | None) -> list[str]:
-    with readers.open_file(file) as data:
-        text = _decoded(file, data.read(), 0)
+def _txt_texts(file: File, separator: str | None) -> list[str]:
+    text = _decoded(file, readers.read_whole(file), 0)
     return [text] if separator is None else text.split(separator)
 
 
-def _decoded(file: pathlib.Path, data: bytes, offset: int) -> str:
+def _decoded(file: File, data: bytes, offset: int) -> str:
     """`data`, which starts at byte `offset` of the file, as text."""
     try:
         return data.decode("utf-8")
@@ -218,7 +198,7 @@ def _json(where: str, text: str) -> Any:
         raise DataError(f"{where} is not JSON ({error}); one object a line") from error
 
 
-def _jsonl_texts(file: pathlib.Path, *, text_key: str) -> Iterator[str]:
+def _jsonl_texts(file: File, *, text_key: str) -> Iterator[str]:
     for where, value in read_objects(file):
         if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
             found = sorted(value) if isinstance(value, dict) else type(value).__name__

@@ -1,8 +1,8 @@
 """Sources cut into parts of whole documents: what one process reads at a time.
 
-The cut follows from the files alone, whatever the number of processes. A .jsonl file is
-cut after line ends, other files are never cut, and small ones share a part. Parts grow
-with the sources, so that there are `MAX_PARTS` at most.
+The cut follows from the files alone, whatever the number of processes. A .jsonl file on
+disk is cut after line ends, other files and URLs are never cut, and small ones share a
+part. Parts grow with the sources, so that there are `MAX_PARTS` at most.
 """
 
 import itertools
@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxinfra.config import DataError
-from jaxinfra.data import sources
+from jaxinfra.data import readers, sources, storage
+from jaxinfra.data.readers import File
 
 PART_BYTES = 8 * 2**20  # seconds of work: beside it, a process starts quickly
 MAX_PARTS = 200  # all of them are open at last, and a process may open 256 files
-_MAX_LINE_BYTES = 256 * 2**20
 
 
 class Span(NamedTuple):
     """Bytes [start, stop) of a file, the whole file where it is not cut."""
 
-    file: pathlib.Path
+    file: File
     start: int
     stop: int
     state: tuple[int | str, ...]  # of the file: its bytes, and what else names them
@@ -39,7 +39,7 @@ class Span(NamedTuple):
 Part = tuple[Span, ...]
 
 
-def plan(files: Sequence[pathlib.Path]) -> list[Part]:
+def plan(files: Sequence[File]) -> list[Part]:
     """The parts of the files, in order. Raises DataError for a file that is gone."""
     states = {file: _state(file) for file in files}
     total = sum(state[0] for state in states.values())
@@ -76,8 +76,10 @@ def read(part: Part, *, text_key: str, document_separator: str | None) -> Iterat
             )
 
 
-def _state(file: pathlib.Path) -> tuple[int | str, ...]:
+def _state(file: File) -> tuple[int | str, ...]:
     """Size in bytes, place, and what changes when anyone writes to the file."""
+    if isinstance(file, storage.Url):
+        return storage.state(file.url)
     try:
         found = file.stat()
     except OSError as error:
@@ -86,11 +88,10 @@ def _state(file: pathlib.Path) -> tuple[int | str, ...]:
     return found.st_size, place, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _cut(
-    file: pathlib.Path, state: tuple[int | str, ...], part_bytes: int
-) -> list[Span]:
+def _cut(file: File, state: tuple[int | str, ...], part_bytes: int) -> list[Span]:
     size, ends = state[0], []
-    if file.suffix == ".jsonl" and size > part_bytes:
+    is_local = isinstance(file, pathlib.Path)
+    if is_local and file.suffix == ".jsonl" and size > part_bytes:
         try:
             with file.open("rb") as lines:
                 for place in range(part_bytes, size, part_bytes):
@@ -98,7 +99,9 @@ def _cut(
                         continue
                     # From the byte before, with which a line may end.
                     lines.seek(place - 1)
-                    lines.readline(_MAX_LINE_BYTES + 1)  # longer: told when it is read
+                    lines.readline(
+                        readers.MAX_LINE_BYTES + 1
+                    )  # longer: told when it is read
                     ends.append(lines.tell())
         except OSError as error:
             raise _unreadable(file, error) from error
@@ -111,13 +114,12 @@ def _lines(span: Span, text_key: str) -> Iterator[str]:
     try:
         with span.file.open("rb") as lines:
             offset = lines.seek(span.start)
-            while offset < span.stop and (line := lines.readline(_MAX_LINE_BYTES + 1)):
+            while offset < span.stop and (
+                line := lines.readline(readers.MAX_LINE_BYTES + 1)
+            ):
                 offset += len(line)
-                if len(line) > _MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{span.file} has a line of more than {_MAX_LINE_BYTES} bytes, "
-                        "the most that one may have; cut it"
-                    )
+                if len(line) > readers.MAX_LINE_BYTES:
+                    raise ValueError
                 text = _text(line, text_key)
                 if text:
                     yield text
@@ -140,7 +142,7 @@ def _text(line: bytes, text_key: str) -> str:
     return sources.checked_text("the line", text)
 
 
-def _unreadable(file: pathlib.Path, error: OSError) -> DataError:
+def _unreadable(file: File, error: OSError) -> DataError:
     return DataError(
         f"{file} cannot be read: {error.strerror or error}; "
         "check the path and its permissions"

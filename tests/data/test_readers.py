@@ -78,6 +78,19 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, name):
         list(sources.read_documents([file]))
 
 
+@pytest.mark.parametrize("num_bytes", [1, 4, 40])
+def test_a_zst_file_without_its_last_bytes_is_refused(tmp_path, num_bytes):
+    file = tmp_path / "a.txt.zst"
+    text = " ".join(map(str, range(9_000)))
+    whole = zstandard.compress(text.encode())
+    file.write_bytes(whole + whole)
+    assert list(sources.read_documents([file])) == [text + text]
+    for data in (whole, whole + whole):
+        file.write_bytes(data[:-num_bytes])
+        with pytest.raises(DataError, match="zst cannot be read: damaged or cut off"):
+            list(sources.read_documents([file]))
+
+
 @pytest.mark.parametrize("name", [n for n in WRITE if n not in ("a.jsonl", "a.csv")])
 def test_bytes_of_another_format_are_refused_by_name(tmp_path, name):
     if name == "a.tsv":

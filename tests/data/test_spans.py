@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfra.config import DataError
-from jaxinfra.data import sources, spans
+from jaxinfra.data import readers, sources, spans
 
 
 def write_lines(path, texts, *, end="\n"):
@@ -95,13 +95,13 @@ def test_a_line_that_ends_at_the_cut_is_not_read_twice(tmp_path, monkeypatch):
 
 def test_a_line_without_end_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(spans, "PART_BYTES", 100)
-    monkeypatch.setattr(spans, "_MAX_LINE_BYTES", 500)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 500)
     file = write_lines(
         tmp_path / "a.jsonl", ["abc"] * 20 + ["long" * 200] + ["abc"] * 9
     )
     plan = spans.plan([file])
     assert len(plan) > 3
-    with pytest.raises(DataError, match=r"a.jsonl has a line of more than 500 bytes"):
+    with pytest.raises(DataError, match=r"a.jsonl:21 has more than 500 bytes"):
         read(plan)
 
 

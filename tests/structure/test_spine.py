@@ -54,6 +54,12 @@ WITHOUT_JAX = (
     "jaxinfra.data.chat_template",
     "jaxinfra.data.cleaning",
     "jaxinfra.data.duplicates",
+    "jaxinfra.data.block_cache",
+    "jaxinfra.data.filesystems",
+    "jaxinfra.data.patience",
+    "jaxinfra.data.remote_file",
+    "jaxinfra.data.storage",
+    "jaxinfra.data.urls",
     "jaxinfra.data.readers",
     "jaxinfra.data.examples",
     "jaxinfra.data.idx",
@@ -79,7 +85,7 @@ HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore")
 EXTRAS = (  # but for zstandard, which jax's compile cache loads where it is there
     "transformers", "tokenizers", "torch", "tensorflow", "gguf", "lm_eval", "pyarrow",
     "datasketch", "s3fs", "gcsfs", "tensorboard", "mlflow", "ray", "sklearn", "jinja2",
-    "sentencepiece", "tiktoken",
+    "sentencepiece", "tiktoken", "aiohttp", "botocore", "fsspec",
 )  # fmt: skip
 
 SOURCES = sorted([*(ROOT / "jaxinfra").rglob("*.py"), *(ROOT / "configs").glob("*.py")])
