@@ -26,6 +26,7 @@ _HOMES = {
     "data.shards": ("open_dataset",),
     "data.batches": ("make_evaluation", "make_stream"),
     "data.mixture": ("Mixture",),
+    "data.remote_folder": ("RemoteFolder",),
     "data.packing": ("Batch",),
     "data.device": ("prefetch", "to_device"),
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",

@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "above 0": (
         lambda x: x > 0,
         (
+            "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
             "model.rope_scaling.original_length", "optimizer.eps",
@@ -316,7 +317,7 @@ def _check_available(config: Config) -> None:
             "that precision",
             "set precision to float32 or bfloat16, bfloat16_params or float16",
         )
-    for key in ("run.dir", "data.path", "data.cache_dir"):
+    for key in ("run.dir", "data.cache_dir"):
         if "://" in (value := _get(config, key)):
             raise _not_here(
                 f"{key}={value!r}", "remote storage", f"set {key} to a local path"
@@ -418,8 +419,8 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
-    if path and os.path.exists(os.path.expanduser(path)):
-        return
+    if path and ("://" in path or os.path.exists(os.path.expanduser(path))):
+        return  # what a server has is known when it is asked
     folder = os.path.dirname(path)
     try:
         beside = os.listdir(os.path.expanduser(folder) or ".")

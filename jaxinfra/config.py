@@ -160,10 +160,10 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it becomes rows.
 
-    path: a prepared folder, a file of texts (`data.sources`), a folder of them, or the
-    shipped corpus by the name 'shakespeare'. tokenizer, eod, bos, split, held_out: used
-    when path is text (a prepared folder has its own). tokenizer: byte, char, or a path:
-    a Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
+    path: a prepared folder or its URL, a file of texts (`data.sources`), a folder of
+    them, or the shipped corpus 'shakespeare'. tokenizer, eod, bos, split, held_out: for
+    path of text (a prepared folder has its own). tokenizer: byte, char, or a path: a
+    Hugging Face folder, a tokenizer.json, a SentencePiece .model, a .tiktoken file.
     eod: its token that ends a document; empty takes its EOS. bos: whether documents
     start with its BOS. split: hold out whole documents, or the tail of the corpus.
     sets: name -> path of several data sets, which take the place of path and are mixed
@@ -171,8 +171,9 @@ class DataConfig:
     2000 on; none: by their numbers of rows. shuffle_block: rows that stay near each
     other, for storage that is read by ranges; 0: none. damaged: end the run where a
     block of bytes is not what was written, or count its rows as padding and log it.
-    prefetch: batches made ahead of the step. cache_dir: where prepared text and
-    compiled programs are kept; empty means ~/.cache/jaxinfra.
+    prefetch: batches made ahead of the step. cache_dir: where prepared text, compiled
+    programs and what is read by URL are kept; empty means ~/.cache/jaxinfra. cache_gib:
+    the most that is kept of the last, for all processes of a machine.
     """
 
     path: str = "shakespeare"
@@ -188,6 +189,7 @@ class DataConfig:
     damaged: Literal["stop", "quarantine"] = "stop"
     prefetch: int = 2
     cache_dir: str = ""
+    cache_gib: float = 50.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,9 +388,9 @@ FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
 RESUMABLE = (
     "check", "run.dir", "run.accept_changes", "run.log_every", "runtime", "mesh",
     "zero", "parallel", "profile", "eval", "sample", "checkpoint", "data.cache_dir",
-    "data.prefetch", "data.damaged", "train.steps", "train.microbatches", "train.remat",
-    "train.unroll", "train.save_every", "train.max_secs", "train.log_batch_digest",
-    "train.loss_chunk",
+    "data.prefetch", "data.damaged", "data.cache_gib", "train.steps",
+    "train.microbatches", "train.remat", "train.unroll", "train.save_every",
+    "train.max_secs", "train.log_batch_digest", "train.loss_chunk",
 )  # fmt: skip
 
 # Keys that only the task of text reads; a config file with a task of its own names
@@ -396,8 +398,8 @@ RESUMABLE = (
 TEXT_KEYS = (
     "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
     "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
-    "data.shuffle_block", "data.damaged", "train.batch_ramp", "train.length",
-    "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
+    "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
+    "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
     "train.label_smoothing", "eval.sets",
 )  # fmt: skip
 

@@ -188,6 +188,13 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
             "it learns is in the file that scripts/train.py --config FILE was given"
         )
     path = path or config.data.path
+    if "://" in path:
+        remote = jaxinfra.RemoteFolder(
+            path,
+            cache_dir=runfolder.cache_dir(config),
+            cache_bytes=int(config.data.cache_gib * 2**30),
+        )
+        return shards.open_dataset(remote, damaged=config.data.damaged)
     folder = pathlib.Path(path).expanduser()
     if not (folder / shards.MANIFEST).is_file():
         # By its public name, which loads the module: prepared data need none of it.

@@ -85,28 +85,28 @@ class Stream:
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """The rows of step `step`, or those at some positions of its global batch."""
         positions = np.arange(self.sizes.of(step), dtype=np.int64)[positions]
+        if self.sources.is_remote:
+            self._read_ahead(step, positions)
+        return self.sources.read(self._planned(step, positions))
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change for step k to stay the same batch: JSON."""
+        sizes = {"batch_size": self.sizes.sizes[-1]}
+        sizes |= {"batch_ramp": self.sizes.ramp} if self.sizes.ramp else {}
+        return self.sources.identity() | self.order.identity() | sizes
+
+    def _read_ahead(self, step: int, positions: np.ndarray) -> None:
+        for later in range(step + 1, step + 5):
+            if self.sizes.of(later) == self.sizes.of(step):
+                self.sources.ahead(self._planned(later, positions))
+
+    def _planned(self, step: int, positions: np.ndarray) -> Plan:
         count = min(max(_ROWS_AHEAD // max(positions.size, 1), 1), _STEPS_AHEAD)
         part, number = divmod(step, count)
         if self.sizes.of(part * count) != self.sizes.of((part + 1) * count - 1):
             part, number, count = step, 0, 1
         plan = self._plan(part, count, positions.tobytes())
-        here = slice(number * positions.size, (number + 1) * positions.size)
-        return self.sources.read(plan.at(here))
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change for step k to stay the same batch: JSON."""
-        rows, mixture, ramp = self.sources.rows, self.order.mixture, self.sizes.ramp
-        one_or_all = lambda values: values[0] if mixture is None else values
-        return {
-            "data": one_or_all([r.split.digest for r in rows]),
-            "packing": one_or_all([r.name for r in rows]),
-            "length": rows[0].length,
-            "batch_size": self.sizes.sizes[-1],
-            "order": self.order.name(),
-            "seed": self.order.seed,
-            **({} if mixture is None else {"mixture": mixture.identity()}),
-            **({"batch_ramp": ramp} if ramp else {}),
-        }
+        return plan.at(slice(number * positions.size, (number + 1) * positions.size))
 
     @functools.cached_property
     def _plan(self) -> Callable[[int, int, bytes], Plan]:

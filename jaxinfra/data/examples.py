@@ -73,8 +73,7 @@ class Stream:
         return {
             "examples": self.held.digest(),
             "batch_size": self.batch_size,
-            "order": self._order.name(),
-            "seed": self.seed,
+            **self._order.identity(),
         }
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+import jaxinfra
 from jaxinfra.config import DataError
 from jaxinfra.data.windows import BLOCK_BYTES, LocalWindows, Report, Windows
 
@@ -20,6 +21,9 @@ _READ_BYTES = 4 * 2**20
 
 class Folder(Protocol):
     """What a data set is opened from; its text is what people call it by."""
+
+    eager_shards: int  # up to so many shards are opened at once, and stay open
+    open_shards: int  # of more, so many stay open
 
     @property
     def path(self) -> pathlib.Path | str: ...
@@ -50,8 +54,20 @@ class Folder(Protocol):
         ...
 
 
+def as_folder(folder: str | pathlib.Path | Folder) -> Folder:
+    """A path's folder, a URL's, or a folder as it is."""
+    if isinstance(folder, str) and "://" in folder:
+        # By its public name, which loads the module: a local folder needs none of it.
+        return jaxinfra.RemoteFolder(folder)
+    is_path = isinstance(folder, str | pathlib.Path)
+    return LocalFolder(pathlib.Path(folder)) if is_path else folder
+
+
 class LocalFolder:
     """A folder of this machine, its arrays memory-mapped."""
+
+    eager_shards = 1_000
+    open_shards = 8_192  # Linux lets a process map 65,530 files
 
     def __init__(self, path: pathlib.Path):
         self._path = path

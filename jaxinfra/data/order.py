@@ -16,7 +16,7 @@ Splittable Pseudorandom Number Generators", OOPSLA 2014.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -72,12 +72,12 @@ class Order:
             return global_row
         return self.mixture.rows_of(number, global_row)
 
-    def name(self) -> str:
-        """Part of a stream's identity."""
-        if not self.is_shuffled:
-            return "sequential"
+    def identity(self) -> dict[str, Any]:
+        """What must not change for a global row to stay the same row: JSON."""
         by_block = f"-blocks-{self.block}x{WINDOW_BLOCKS}" if self.block else ""
-        return f"feistel-{VERSION}{by_block}"
+        name = f"feistel-{VERSION}{by_block}" if self.is_shuffled else "sequential"
+        mixed = {} if self.mixture is None else {"mixture": self.mixture.identity()}
+        return {"order": name, "seed": self.seed, **mixed}
 
     def _rows(self, turn_B: np.ndarray, number: int, size: int) -> np.ndarray:
         epoch, turn = np.divmod(turn_B, size)

@@ -181,6 +181,29 @@ class Sources:
             whole.cuts_BC[here, : rows.num_cuts] = plan.cuts_BC
         return whole
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether to tell what is read soon."""
+        return any(r.split.is_remote for r in self.rows)
+
+    def ahead(self, plan: Plan) -> None:
+        """The rows of a plan are read soon."""
+        for source in dict.fromkeys(plan.source_B.tolist()):
+            starts_B = plan.start_B[plan.source_B == source]
+            for windows in self._shard(source).arrays:
+                windows.ahead(starts_B, self._width)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change for a row to stay the same tokens: JSON."""
+        digests = [r.split.digest for r in self.rows]
+        names = [r.name for r in self.rows]
+        is_one = len(self.rows) == 1
+        return {
+            "data": digests[0] if is_one else digests,
+            "packing": names[0] if is_one else names,
+            "length": self._width - 1,
+        }
+
     def read(self, plan: Plan) -> Batch:
         """The rows of a plan."""
         num_rows, width = len(plan.source_B), self._width

@@ -20,12 +20,16 @@ from jaxinfra.config import DataError
 from jaxinfra.data import storage, urls
 from jaxinfra.data.block_cache import BlockCache
 from jaxinfra.data.patience import PATIENCE, Patience
+from jaxinfra.data.windows import BLOCK_BYTES
 
-BLOCK_BYTES = 2**20
 _TRIES = 3  # of bytes that come with another sum
 _AHEAD_THREADS = 8
 _MAX_AHEAD = 32  # blocks waiting to be read ahead; more are left out
 _XXH3_128 = re.compile(r"[0-9a-f]{32}")
+
+
+class DamagedError(DataError):
+    """Bytes that came, and are not those that were written."""
 
 
 def block_sums(data: bytes, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
@@ -173,7 +177,7 @@ def _checked(
         data = read()
         if is_right(data):
             return data
-    raise DataError(
+    raise DamagedError(
         f"{what} came {_TRIES} times with another checksum than the data set has for "
         "it; it is damaged: upload it again, or prepare it again"
     )

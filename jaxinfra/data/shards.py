@@ -42,8 +42,6 @@ from jaxinfra.data.windows import Report, Windows
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
 AUTO_VERIFY_BYTES = 256 * 2**20  # below it, a check of every byte costs under 0.1 s
-EAGER_SHARDS = 1_000  # up to so many are opened at once, and stay open
-OPEN_SHARDS = 8_192  # of more; Linux lets a process map 65,530 files
 
 LENGTH_DTYPE = ROWS_DTYPE = np.dtype("<i8")
 MASK_DTYPE = np.dtype("u1")
@@ -122,6 +120,7 @@ class Split:
     name: str
     digest: str  # of the data set, "/", the name
     folder: str
+    is_remote: bool = False
     dtype: np.dtype
     vocab_size: int
     num_tokens: int
@@ -165,23 +164,27 @@ class Dataset:
 
 
 def open_dataset(
-    folder: str | pathlib.Path,
+    folder: str | pathlib.Path | Folder,
     *,
     verify: bool | Literal["auto"] = "auto",
     damaged: Literal["stop", "quarantine"] = "stop",
 ) -> Dataset:
-    """Memory-maps a data set folder after checking all that `dataset.json` says of it.
+    """Opens a data set, a path or a URL, checking all that `dataset.json` says of it.
 
     Bytes of tokens are checked when they are first read: `damaged` stop makes of damage
     a DataError; quarantine a line in `Dataset.damage`, and padding of its rows.
     `verify` checks every byte now; "auto" does so below `AUTO_VERIFY_BYTES`, unless
-    damage goes to quarantine. Of more than `EAGER_SHARDS` shards the files are opened,
-    and missed, when they are first used. Raises DataError, naming the file.
+    damage goes to quarantine or the folder is a URL. Of more shards than
+    `Folder.eager_shards` the files are opened, and missed, when they are first used.
+    Raises DataError, naming the file.
     """
-    opened, where = LocalFolder(pathlib.Path(folder)), f"{folder}/{MANIFEST}"
+    opened = folders.as_folder(folder)
+    where = f"{opened}/{MANIFEST}"
     try:
         text = opened.read(MANIFEST)
         manifest = json.loads(text)
+    except DataError:  # of a server
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{where} cannot be read ({error}); name a folder that prepare wrote"
@@ -215,7 +218,8 @@ def open_dataset(
     )
     if verify == "auto":
         sizes = [s.num_tokens * s.dtype.itemsize for s in splits.values()]
-        verify = sum(sizes) < AUTO_VERIFY_BYTES and report is None
+        is_here = isinstance(opened, LocalFolder)
+        verify = sum(sizes) < AUTO_VERIFY_BYTES and report is None and is_here
     if verify and (bad := verify_dataset(dataset)):
         raise DataError(f"{folder} is damaged: {'; '.join(bad)}; prepare it again")
     return dataset
@@ -226,28 +230,35 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     bad = []
     for split in dataset.splits.values():
         for shard in split.shards:
-            names = {name.split(".")[1]: name for name in shard.checksums}
             for name, checksum in shard.checksums.items():
                 if (found := dataset.files.checksum(name)) != checksum:
                     bad.append(f"{name} has checksum {found}, not {checksum}")
-                elif name == names["lengths"]:
-                    shape, read = shard.ends_D.shape, dataset.files.array
-                    lengths = read(name, LENGTH_DTYPE, shape, checksum)
-                    if not np.array_equal(lengths, shard.lengths):
-                        bad.append(f"{name} has other lengths than its ends")
-            if shard.tokens.max() >= split.vocab_size:
-                bad.append(f"{names['tokens']} has ids above {split.vocab_size - 1}")
-            if shard.mask is not None and shard.mask.max() > 1:
-                bad.append(f"{names['mask']} has weights that are not 0 or 1")
+                elif wrong := _wrong(name, split, shard, dataset.files):
+                    bad.append(f"{name} has {wrong}")
     return bad
+
+
+def _wrong(name: str, split: Split, shard: Shard, files: Folder) -> str:
+    """What a file holds, its bytes as they were written, that it must not."""
+    match name.split(".")[1]:
+        case "tokens" if shard.tokens.max() >= split.vocab_size:
+            return f"ids above {split.vocab_size - 1}"
+        case "mask" if shard.mask is not None and shard.mask.max() > 1:
+            return "weights that are not 0 or 1"
+        case "lengths":
+            shape, checksum = shard.ends_D.shape, shard.checksums[name]
+            lengths = files.array(name, LENGTH_DTYPE, shape, checksum)
+            is_equal = np.array_equal(lengths, shard.lengths)
+            return "" if is_equal else "other lengths than its ends"
+    return ""
 
 
 class _Shards(collections.abc.Sequence):
     """Shards that are opened when they are asked for; some stay open."""
 
-    def __init__(self, count: int, open_shard: Any):
+    def __init__(self, count: int, open_shard: Any, num_open: int):
         self._count = count
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+        self._open = functools.lru_cache(maxsize=num_open)(open_shard)
 
     def __len__(self) -> int:
         return self._count
@@ -290,8 +301,10 @@ def _open_split(
     open_shard = functools.partial(
         _open_shard, folder, record["shards"], dtype=dtype, report=report
     )
-    shards: Sequence[Shard] = _Shards(len(record["shards"]), open_shard)
-    if len(shards) <= EAGER_SHARDS:
+    shards: Sequence[Shard] = _Shards(
+        len(record["shards"]), open_shard, folder.open_shards
+    )
+    if len(shards) <= folder.eager_shards:
         shards = tuple(shards)
     starts = record["most_starts"]
     if not starts or not all(type(n) is int and 0 < n < 2**63 for n in starts):
@@ -302,6 +315,7 @@ def _open_split(
         name=name,
         digest=digest,
         folder=str(folder),
+        is_remote=not isinstance(folder, LocalFolder),
         dtype=dtype,
         vocab_size=vocab_size,
         num_tokens=record["tokens"],

@@ -39,6 +39,10 @@ class Windows(Protocol):
         """Items starts .. starts + width of each; 0 beyond the end of the array."""
         ...
 
+    def ahead(self, starts_B: np.ndarray, width: int) -> None:
+        """These windows are taken soon."""
+        ...
+
     def whole(self) -> np.ndarray:
         """All items [N], not checked."""
         ...
@@ -64,6 +68,9 @@ class LocalWindows:
         self._damaged: list[int] = []
         self.size, self.dtype = array_N.size, array_N.dtype
         self._view = functools.lru_cache(maxsize=4)(self._make_view)
+
+    def ahead(self, starts_B: np.ndarray, width: int) -> None:
+        """Nothing: the system reads ahead."""
 
     def whole(self) -> np.ndarray:
         return self._array

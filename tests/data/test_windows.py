@@ -173,8 +173,8 @@ def test_many_shards_are_opened_when_they_are_read(folder, tmp_path):
 
 def test_shards_beyond_what_stays_open_are_opened_again(folder, monkeypatch):
     _, quiet = stream_of(folder)
-    monkeypatch.setattr(shards, "EAGER_SHARDS", 1)
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(folders.LocalFolder, "eager_shards", 1)
+    monkeypatch.setattr(folders.LocalFolder, "open_shards", 1)
     _, stream = stream_of(folder)
     for step in (0, 18, 1, 17):
         for field in range(3):

@@ -48,6 +48,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.batches",
     "jaxinfra.data.fitting",
     "jaxinfra.data.folders",
+    "jaxinfra.data.remote_folder",
     "jaxinfra.data.mixture",
     "jaxinfra.data.windows",
     "jaxinfra.data.chat",
