@@ -42,7 +42,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
             "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
-            "model.attention_scale_dim", "train.steps",
+            "model.attention_scale_dim", "model.router_groups",
+            "model.router_top_groups", "model.shared_experts", "model.capacity_factor",
+            "train.balance_loss", "train.router_z_loss", "train.router_bias_rate",
+            "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
@@ -60,7 +63,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "model.router_scale",
+            "optimizer.eps",
         ),
     ),
     "at least 0 and below 1": (
@@ -216,6 +220,19 @@ def _check_model(config: Config) -> None:
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
         )
+    if groups := model.router_groups:
+        top, size = model.router_top_groups, model.num_experts // groups
+        if model.num_experts % groups or not 0 < top <= groups:
+            raise ConfigError(
+                f"model.router_groups={groups} must divide model.num_experts="
+                f"{model.num_experts}, and model.router_top_groups={top} be from 1 to"
+                " it; change one of them, or set model.router_groups to 0"
+            )
+        if top * size < model.experts_per_token:
+            raise ConfigError(
+                f"model.router_top_groups={top} groups have {top * size} experts, fewer"
+                f" than model.experts_per_token={model.experts_per_token}; raise it"
+            )
 
 
 def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
@@ -305,7 +322,6 @@ def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
     mesh = config.mesh
     for axis, what in {
-        "expert": "expert parallelism",
         "context": "context parallelism",
         "pipeline": "pipeline parallelism",
     }.items():
@@ -341,6 +357,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     ]
     if config.model.expert_ffn_width:
         dims.append(("tensor", "expert_ffn_width"))
+    if _has_expert_layer(config):
+        dims.append(("expert", "num_experts"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
     for axis, name in dims if config.task == "text" else ():

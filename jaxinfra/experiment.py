@@ -143,6 +143,7 @@ def build(
             dtype=policy.param,
             seed=config.run.seed,
             first=task.first,
+            model_state=task.model_state,
             loss_scale=policy.loss_scale,
         ),
     )
@@ -292,6 +293,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
         experiment.layout,
         dtype=experiment.policy.param,
         first=experiment.task.first,
+        model_state=experiment.task.model_state,
         loss_scale=experiment.policy.loss_scale,
     )
 

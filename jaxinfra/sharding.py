@@ -26,7 +26,8 @@ class Rules:
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("tensor",)
-    experts: Axes = ()
+    experts: Axes = ("expert",)
+    rows: Axes = ("data", "fsdp")  # of a batch whose tokens are with their experts
     layers: Axes = ()
 
 
@@ -47,6 +48,7 @@ _KEYS = {
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
     "layers": "model.repeats",
+    "experts": "model.num_experts",
 }
 
 
@@ -146,6 +148,17 @@ def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp
         if axis in ((entry,) if isinstance(entry, str) else entry or ()):
             return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
     return jax.lax.psum(local, axis)
+
+
+def varies_over(local: jax.Array) -> frozenset[str]:
+    """Inside a shard_map: the mesh axes between whose devices `local` may differ."""
+    return jax.typeof(local).manual_axis_type.varying
+
+
+def varying_like(local: jax.Array, *others: jax.Array) -> jax.Array:
+    """Inside a shard_map: `local`, said to differ wherever one of `others` does."""
+    missing = frozenset().union(*map(varies_over, others)) - varies_over(local)
+    return jax.lax.pcast(local, tuple(missing), to="varying") if missing else local
 
 
 def _names(rules: Rules) -> Axes:

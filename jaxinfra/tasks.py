@@ -22,7 +22,7 @@ from jaxinfra.config import Config, ConfigError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, loss, seam
+from jaxinfra.ops import attention, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout
@@ -49,7 +49,7 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
-    first(key) -> (params, model_state); None: as `specs` say, and no model state.
+    first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
       what it does comes before microbatches are cut: rows get their ids there.
@@ -66,6 +66,7 @@ class Task(NamedTuple):
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
+    model_state: Callable[[], Tree] = tuple
     update_state: Callable[[Tree, Any], Tree] = lambda model_state, stats: model_state
     on_batch: Callable[[Any], Any] = lambda function: function
     observe: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
@@ -95,10 +96,15 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
+    dispatch = routers = None
+    # By their public names, which load them: a model without experts needs neither.
+    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+        routers = jaxinfra.Routers(config)
+        dispatch = jaxinfra.make_dispatch(
+            config.model, policy=policy, rules=rules, way=config.parallel.experts
+        )
     ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
+        seam.make_einsum(policy, rules), attention.make_attend(rules), dispatch
     )
     model = transformer.make_model(
         config.model,
@@ -120,12 +126,14 @@ def text(
             label_smoothing=train.label_smoothing,
         ),
         document_mask=config.model.document_mask,
+        routers=routers,
     )
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
     # The key tells the loss that it is trained by: without one it does not smooth.
-    is_random = config.model.dropout > 0 or train.label_smoothing > 0
+    only_in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
+    is_random = config.model.dropout > 0 or any(only_in_training)
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
@@ -138,6 +146,10 @@ def text(
         notes=attention.table(),
         model=model,
     )
+    if routers is not None:
+        task = task._replace(
+            model_state=routers.first_state, update_state=routers.update_state
+        )
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer

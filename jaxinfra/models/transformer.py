@@ -28,7 +28,8 @@ class Model(NamedTuple):
     """A model's specs and its functions; `forward` is made of them.
 
     embed(params, tokens_BT, context) -> x_BTD
-    block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache)
+    block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache); without
+      a cache its place is taken by what a layer of experts tells the loss
     unembed(params, x_BTD) -> (normed h_BTD, head_VD); logits are h head^T
     forward(params, tokens_BT, context, caches) -> (h_BTD, head_VD, caches)
     """
@@ -99,7 +100,15 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
         x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
     with jax.named_scope("ffn"):
         h_BTD = _norm(params.get("ffn_norm"), x_BTD, cfg)
-        h_BTD = _ffn(params["ffn"], h_BTD, layer, cfg, ops)
+        if layer.feed_forward == "dense":
+            h_BTD = layers.mlp(
+                params["ffn"], h_BTD, activation=cfg.activation, einsum=ops.einsum
+            )
+        else:
+            h_BTD, told = ops.dispatch(
+                params["ffn"], h_BTD, context, number, einsum=ops.einsum
+            )
+            cache = told if cache is None else cache
         h_BTD = _norm(params.get("ffn_post_norm"), h_BTD, cfg)
         x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
     return x_BTD, cache
@@ -146,19 +155,6 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     return checkpoint_name(y_BTD, "attention_out"), cache
 
 
-def _ffn(params, x_BTD, layer, cfg, ops):
-    settings = {"activation": cfg.activation, "einsum": ops.einsum}
-    if layer.feed_forward == "dense":
-        return layers.mlp(params, x_BTD, **settings)
-    logits_BTE = ops.einsum(
-        "BTD,DE->BTE", x_BTD, params["router"], out=("batch", "length", None)
-    )
-    gates_BTE = layers.route(
-        logits_BTE, cfg.experts_per_token, renormalize=cfg.router_renormalize
-    )
-    return ops.dispatch(params, x_BTD, gates_BTE, **settings)
-
-
 def _rotations(positions_BT, cfg):
     """Rotary angles for every base in use, once for all layers; 0 is the model's."""
     if cfg.positions != "rotary":
@@ -195,7 +191,7 @@ def _scale(stored, cfg):
 
 def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     """All layers in order. caches: {prefix, pattern, suffix}, as the parameters are, or
-    None; the result has the same form."""
+    None; the result has the same form, of caches or of what layers told."""
     caches = caches or {"prefix": None, "pattern": None, "suffix": None}
 
     def run(layer_params, configs, first, x_BTD, caches, block=flat):
@@ -221,21 +217,22 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
         x_BTD, mine = run(
             layer_params, cfg.pattern, first + r * size, x_BTD, mine, block
         )
-        if pattern is not None:
-            put = functools.partial(
-                jax.lax.dynamic_update_index_in_dim, index=r, axis=0
-            )
-            pattern = jax.tree.map(put, pattern, mine)
-        return (x_BTD, pattern), None
+        if pattern is None:
+            return (x_BTD, None), mine
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=r, axis=0)
+        return (x_BTD, jax.tree.map(put, pattern, mine)), None
 
     carry = (x_BTD, caches["pattern"])
     if unroll:
+        told = []
         for r, layer_params in enumerate(_unstack(params["pattern"], cfg.repeats)):
-            carry, _ = turn(carry, (r, layer_params))
+            carry, mine = turn(carry, (r, layer_params))
+            told.append(mine)
+        told = jax.tree.map(lambda *each: jnp.stack(each), *told) if told else None
     else:
         xs = (jnp.arange(cfg.repeats), params["pattern"])
-        carry, _ = jax.lax.scan(turn, carry, xs)
-    x_BTD, pattern = carry
+        carry, told = jax.lax.scan(turn, carry, xs)
+    x_BTD, pattern = carry[0], told if carry[1] is None else carry[1]
     first += size * cfg.repeats
     x_BTD, suffix = run(params["suffix"], cfg.suffix, first, x_BTD, caches["suffix"])
     return x_BTD, {"prefix": prefix, "pattern": pattern, "suffix": suffix}

@@ -105,12 +105,22 @@ class Targets(NamedTuple):
     segments_BT: jax.Array
 
 
+class Routers(Protocol):
+    """Of a model with experts: `routers.Routers`."""
+
+    def summed(self, told: Any) -> Any: ...
+
+
 def next_token_loss(
-    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
+    model: Model,
+    loss_config: loss.LossConfig,
+    *,
+    document_mask: bool = True,
+    routers: Routers | None = None,
 ) -> LossFn:
     """Cross-entropy of the next token. Without `document_mask` a row is one document to
     attention; targets across a boundary do not count either way. Without a key targets
-    are not smoothed."""
+    are not smoothed, and what `routers` make of the use of experts is no loss."""
     sharp = dataclasses.replace(loss_config, label_smoothing=0.0)
 
     def loss_fn(params, model_state, batch: Rows, key):
@@ -122,13 +132,20 @@ def next_token_loss(
             segments_BT=t.segments_BT if document_mask else None,
             rows_B=batch.rows_B,
             key=key,
+            weights_BT=t.weights_BT if routers else None,
+            router_bias_LE=model_state["router_bias"] if model_state else None,
         )
-        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        h_BTD, head_VD, told = model.forward(params, t.tokens_BT, context)
         with jax.named_scope("loss"):
             used = sharp if key is None else loss_config
             sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)
         metrics = {"log_z_squared": sums.z}
-        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        if routers is None:
+            return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        extra = routers.summed(told)
+        total = sums.nll if key is None else sums.nll + extra.loss
+        metrics |= extra.metrics
+        return total, Aux(jnp.sum(t.weights_BT), metrics, extra.stats)
 
     return loss_fn
 
