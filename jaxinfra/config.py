@@ -218,7 +218,8 @@ class TrainConfig:
     unevenly each layer's experts are used (1 is even) and of the router's squared
     log-sum-exp, means over a row's targets; router_bias_rate: how far each expert's
     bias moves a step to even out their use. rounding: how an update enters parameters
-    kept in bfloat16. max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
+    kept in bfloat16. max_bad_steps: non-finite steps in a row before the run gives up
+    (exit 11).
     """
 
     steps: int = 300

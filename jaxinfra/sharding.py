@@ -150,16 +150,5 @@ def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp
     return jax.lax.psum(local, axis)
 
 
-def varies_over(local: jax.Array) -> frozenset[str]:
-    """Inside a shard_map: the mesh axes between whose devices `local` may differ."""
-    return jax.typeof(local).manual_axis_type.varying
-
-
-def varying_like(local: jax.Array, *others: jax.Array) -> jax.Array:
-    """Inside a shard_map: `local`, said to differ wherever one of `others` does."""
-    missing = frozenset().union(*map(varies_over, others)) - varies_over(local)
-    return jax.lax.pcast(local, tuple(missing), to="varying") if missing else local
-
-
 def _names(rules: Rules) -> Axes:
     return tuple(field.name for field in dataclasses.fields(rules))

@@ -100,14 +100,11 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
         x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
     with jax.named_scope("ffn"):
         h_BTD = _norm(params.get("ffn_norm"), x_BTD, cfg)
+        given, einsum = params["ffn"], ops.einsum
         if layer.feed_forward == "dense":
-            h_BTD = layers.mlp(
-                params["ffn"], h_BTD, activation=cfg.activation, einsum=ops.einsum
-            )
+            h_BTD = layers.mlp(given, h_BTD, activation=cfg.activation, einsum=einsum)
         else:
-            h_BTD, told = ops.dispatch(
-                params["ffn"], h_BTD, context, number, einsum=ops.einsum
-            )
+            h_BTD, told = ops.dispatch(given, h_BTD, context, number, einsum=einsum)
             cache = told if cache is None else cache
         h_BTD = _norm(params.get("ffn_post_norm"), h_BTD, cfg)
         x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
@@ -225,8 +222,8 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     carry = (x_BTD, caches["pattern"])
     if unroll:
         told = []
-        for r, layer_params in enumerate(_unstack(params["pattern"], cfg.repeats)):
-            carry, mine = turn(carry, (r, layer_params))
+        for xs in enumerate(_unstack(params["pattern"], cfg.repeats)):
+            carry, mine = turn(carry, xs)
             told.append(mine)
         told = jax.tree.map(lambda *each: jnp.stack(each), *told) if told else None
     else:

@@ -106,7 +106,9 @@ def route(
     wanted_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
     wanted_BTE = jax.lax.stop_gradient(wanted_BTE)
     if cfg.router_groups:
-        wanted_BTE = _of_best_groups(wanted_BTE, cfg.router_groups, cfg.router_top_groups)
+        wanted_BTE = _of_best_groups(
+            wanted_BTE, cfg.router_groups, cfg.router_top_groups
+        )
     _, ids_BTk = jax.lax.top_k(wanted_BTE, cfg.experts_per_token)
     # By a masked sum: its transpose is a product, where a gather's would be a scatter.
     gates_BTk = jnp.sum(_one_hot(ids_BTk, cfg) * scores_BTE[..., None, :], axis=-1)
@@ -163,9 +165,13 @@ def dense(
 
 def gates_of_all(choice: Choice, cfg: ModelConfig) -> jax.Array:
     """float32 [B, T, E]: the share of every expert, zero for those not chosen."""
-    return jnp.sum(
-        _one_hot(choice.ids_BTk, cfg) * choice.gates_BTk[..., None], axis=-2
-    )
+    return jnp.sum(_one_hot(choice.ids_BTk, cfg) * choice.gates_BTk[..., None], axis=-2)
+
+
+def on_all(w: jax.Array) -> jax.Array:
+    """Experts' parameters, whole over `expert`."""
+    spec = sharding.gathered(jax.typeof(w).sharding.spec, "expert")
+    return jax.reshard(w, spec)
 
 
 def moved_bias(bias_LE: jax.Array, load_LE: jax.Array, *, rate: float) -> jax.Array:
@@ -221,9 +227,3 @@ def _ranks(ids_Tk: jax.Array) -> jax.Array:
 
 def _one_hot(ids_BTk: jax.Array, cfg: ModelConfig) -> jax.Array:
     return (ids_BTk[..., None] == jnp.arange(cfg.num_experts)).astype(jnp.float32)
-
-
-def on_all(w: jax.Array) -> jax.Array:
-    """Experts' parameters, whole over `expert`."""
-    spec = sharding.gathered(jax.typeof(w).sharding.spec, "expert")
-    return jax.reshard(w, spec)

@@ -1,9 +1,9 @@
 """Matmuls of rows that are grouped by expert, on one device, and how rows get grouped.
 
-All of it runs inside a `shard_map`. Rows of one expert stand together, each group padded
-to a multiple of `align`, so that a block of so many rows meets one expert. `ragged` is
-the compiler's own grouped matmul; `blocks` does one block after another, and is for
-platforms where the first would multiply every row with every expert.
+All of it runs inside a `shard_map`. Rows of one expert stand together, each group
+padded to a multiple of `align`, so that a block of so many rows meets one expert. On
+TPU the compiler's own grouped matmul multiplies them; elsewhere, where that multiplies
+every row with every expert, one block comes after another.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import mesh, sharding
+from jaxinfra.ops.varying import varies_over, varying_like
 from jaxinfra.precision import Policy
 
 _RAGGED = jax.lax.RaggedDotDimensionNumbers(
@@ -47,7 +48,7 @@ def arrange(ids_A: jax.Array, *, num_experts: int, rows: int, align: int) -> Gro
     expert_A = jnp.minimum(sorted_A, num_experts - 1)
     place_A = start_E[expert_A] + jnp.arange(A, dtype=jnp.int32) - first_E[expert_A]
     place_A = jnp.where(sorted_A < num_experts, place_A, rows)
-    source_R = sharding.varying_like(jnp.full(rows, A, jnp.int32), ids_A)
+    source_R = varying_like(jnp.full(rows, A, jnp.int32), ids_A)
     source_R = source_R.at[place_A].set(order_A, mode="drop")
     place_A = jnp.zeros_like(order_A).at[order_A].set(place_A)
     return Groups(source_R, place_A, padded_E)
@@ -116,7 +117,7 @@ def _grouped_backward(partition, align, policy, residuals, g_RO):
     dx_RI = _product(g_RO, w_EOI, sizes_E, align, policy)
     dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
     dw_EIO = sharding.reduce_scatter(dw_EIO.astype(policy.reduce), partition)
-    over = sharding.varies_over(dw_EIO) - sharding.varies_over(w_EIO)
+    over = varies_over(dw_EIO) - varies_over(w_EIO)
     return dx_RI, jax.lax.psum(dw_EIO, tuple(over)).astype(w_EIO.dtype), None
 
 
@@ -145,7 +146,7 @@ def _product(x_RI, w_EIO, sizes_E, align, policy):
             precision=policy.matmul_precision,
             preferred_element_type=policy.compute,
         )
-        nothing = lambda x_SI, w_IO: sharding.varying_like(
+        nothing = lambda x_SI, w_IO: varying_like(
             jnp.zeros((align, w_IO.shape[1]), policy.compute), x_SI, w_IO
         )
         return jax.lax.cond(is_used, multiply, nothing, x_SI, w_EIO[expert])
@@ -181,7 +182,7 @@ def _outer(x_RI, g_RO, sizes_E, align, policy):
         return jax.lax.cond(is_used, more, lambda dw_EIO: dw_EIO, dw_EIO), None
 
     shape = (sizes_E.size, x_RI.shape[1], g_RO.shape[1])
-    zeros = sharding.varying_like(jnp.zeros(shape, policy.accumulate), x_RI, g_RO)
+    zeros = varying_like(jnp.zeros(shape, policy.accumulate), x_RI, g_RO)
     blocks = _in_blocks((x_RI, g_RO), sizes_E, align)
     return jax.lax.scan(add, zeros, blocks)[0]
 
@@ -192,7 +193,7 @@ def _in_blocks(arrays, sizes_E, align):
     start_B = jnp.arange(len(blocks[0]), dtype=jnp.int32) * align
     # The branch is a collective's neighbour: all its operands vary alike.
     kinds = _owner(sizes_E, start_B), start_B < jnp.sum(sizes_E)
-    return (*blocks, *(sharding.varying_like(x, *arrays) for x in kinds))
+    return (*blocks, *(varying_like(x, *arrays) for x in kinds))
 
 
 def _whole(w_EIO, partition, policy):
@@ -204,7 +205,7 @@ def _taken(x_ID, source_O, copies):
 
 
 def _counts(ids_A: jax.Array, num_experts: int) -> jax.Array:
-    zeros = sharding.varying_like(jnp.zeros(num_experts, jnp.int32), ids_A)
+    zeros = varying_like(jnp.zeros(num_experts, jnp.int32), ids_A)
     return zeros.at[ids_A].add(1, mode="drop")
 
 

@@ -1,7 +1,7 @@
 """What is split by hand: experts, context, pipeline.
 
-Everything else is sharding by type (`sharding`); these enter by the seam (`ops.seam`) or
-as a `GradFn`, and no model knows of them.
+Everything else is sharding by type (`sharding`); these enter by the seam (`ops.seam`)
+or as a `GradFn`, and no model knows of them.
 
 | file | subject |
 |---|---|

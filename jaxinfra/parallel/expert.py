@@ -17,6 +17,7 @@ from jaxinfra.config import ModelConfig
 from jaxinfra.ops import experts, grouped, layers, seam
 from jaxinfra.ops.experts import Choice
 from jaxinfra.ops.seam import Dispatch, Einsum
+from jaxinfra.ops.varying import varying_like
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -134,7 +135,7 @@ def bounded(
     einsum: Einsum,
     rules: Rules,
 ) -> jax.Array:
-    """Tokens that find room, in buffers of one size for every expert and row: [B, T, D].
+    """Tokens that find room, in buffers of one size for every expert and row.
 
     The weights are met through the seam's einsum. Devices along `context` each take a
     part of every buffer, so they gather the row's tokens and sum its results.
@@ -156,7 +157,7 @@ def bounded(
         place_A = jnp.where(is_here_BTk, (rows_B11 * E + ids_BTk) * C + own_BTk, rows)
         place_A = place_A.reshape(-1)
         source_R = jnp.full(rows, place_A.size, jnp.int32)
-        source_R = sharding.varying_like(source_R, place_A)
+        source_R = varying_like(source_R, place_A)
         numbers_A = jnp.arange(place_A.size, dtype=jnp.int32)
         return place_A, source_R.at[place_A].set(numbers_A, mode="drop")
 
@@ -268,7 +269,7 @@ def _exchange(x_AD: jax.Array, there: _Route, back: _Route, rows: int) -> jax.Ar
 def _ragged_all_to_all(x_AD: jax.Array, route: _Route, rows: int) -> jax.Array:
     if mesh.platform() != "cpu":
         zeros_RD = jnp.zeros((rows, x_AD.shape[1]), x_AD.dtype)
-        zeros_RD = sharding.varying_like(zeros_RD, x_AD)
+        zeros_RD = varying_like(zeros_RD, x_AD)
         return jax.lax.ragged_all_to_all(x_AD, zeros_RD, *route, axis_name="expert")
     # XLA's CPU backend has none: all rows come, and those that were sent are taken.
     here = jax.lax.axis_index("expert")

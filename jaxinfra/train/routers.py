@@ -1,5 +1,4 @@
-"""What layers of experts told, as a part of the loss, as metrics, and as the next biases
-of their routers.
+"""What layers of experts told: a part of the loss, metrics, the next router biases.
 
 The biases are model state, {"router_bias": float32 [L, E]}: no gradient reaches them,
 and `update_state` moves them once a step by the step's whole load, so that microbatches
