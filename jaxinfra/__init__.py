@@ -20,6 +20,7 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.loss": ("LossConfig", "cross_entropy"),
+    "parallel.context": ("make_split_attend", "row_order"),
     "parallel.expert": ("make_dispatch",),
     "models.transformer": ("Model", "make_model"),
     "data.prepare": ("prepare", "prepared"),

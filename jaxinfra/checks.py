@@ -322,7 +322,6 @@ def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
     mesh = config.mesh
     for axis, what in {
-        "context": "context parallelism",
         "pipeline": "pipeline parallelism",
     }.items():
         if (size := getattr(mesh, axis)) != 1:
@@ -368,6 +367,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
+    if config.task == "text" and sizes.get("context", 1) > 1:
+        _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
@@ -393,6 +394,30 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"mesh.slices={slices} divides neither mesh axis 'data' of size"
             f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
             f" mesh.data to a multiple of {slices}"
+        )
+
+
+def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
+    """What the way of config.parallel.context asks of rows and heads."""
+    way, parts = config.parallel.context, sizes["context"]
+    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
+    if config.train.length % cuts:
+        raise ConfigError(
+            f"train.length={config.train.length} does not divide into the {cuts} parts"
+            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
+            f" set train.length to a multiple of {cuts}, or mesh.context to another size"
+        )
+    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
+    copies = parts // math.gcd(heads, parts)
+    if (
+        way == "ulysses"
+        and config.model.num_heads // config.model.num_kv_heads % copies
+    ):
+        raise ConfigError(
+            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
+            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
+            f" of size {parts}, which parallel.context='ulysses' does; set"
+            " parallel.context to ring, or mesh.context to a divisor of the heads"
         )
 
 

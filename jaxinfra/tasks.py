@@ -97,15 +97,18 @@ def text(
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
     dispatch = routers = None
-    # By their public names, which load them: a model without experts needs neither.
+    # By their public names, which load them: most models need none of these.
     if any(layer.feed_forward == "experts" for layer in config.model.layers):
         routers = jaxinfra.Routers(config)
         dispatch = jaxinfra.make_dispatch(
             config.model, policy=policy, rules=rules, way=config.parallel.experts
         )
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules), attention.make_attend(rules), dispatch
-    )
+    attend, order_T = attention.make_attend(rules), None
+    if (parts := layout.mesh.shape["context"]) > 1:
+        way = config.parallel.context
+        attend = jaxinfra.make_split_attend(rules, way=way)
+        order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
+    ops = seam.Ops(seam.make_einsum(policy, rules), attend, dispatch)
     model = transformer.make_model(
         config.model,
         ops=ops,
@@ -127,6 +130,7 @@ def text(
         ),
         document_mask=config.model.document_mask,
         routers=routers,
+        order_T=order_T,
     )
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length

@@ -65,7 +65,9 @@ def make_model(
     )
 
     def forward(params, tokens_BT, context, caches=None):
-        context = context._replace(rotations=_rotations(context.positions_BT, cfg))
+        context = context._replace(
+            rotations=layers.rotations_of(cfg, context.positions_BT)
+        )
         x_BTD = embed(params, tokens_BT, context)
         x_BTD, caches = stack(params, x_BTD, context, caches)
         return *unembed(params, x_BTD), caches
@@ -82,8 +84,7 @@ def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
             )
         if cfg.embedding_scale:
             x_BTD *= jnp.asarray(math.sqrt(cfg.width), x_BTD.dtype)
-        key = _layer_key(context, cfg.num_layers)
-        return layers.dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
+        return _dropout(x_BTD, context, _layer_key(context, cfg.num_layers), cfg)
 
 
 def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, ops):
@@ -97,7 +98,7 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
             params["attention"], h_BTD, context, layer, cache, cfg, ops
         )
         h_BTD = _norm(params.get("attention_post_norm"), h_BTD, cfg)
-        x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
+        x_BTD += _dropout(h_BTD, context, attention_key, cfg)
     with jax.named_scope("ffn"):
         h_BTD = _norm(params.get("ffn_norm"), x_BTD, cfg)
         given, einsum = params["ffn"], ops.einsum
@@ -107,7 +108,7 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
             h_BTD, told = ops.dispatch(given, h_BTD, context, number, einsum=einsum)
             cache = told if cache is None else cache
         h_BTD = _norm(params.get("ffn_post_norm"), h_BTD, cfg)
-        x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
+        x_BTD += _dropout(h_BTD, context, ffn_key, cfg)
     return x_BTD, cache
 
 
@@ -152,20 +153,6 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     return checkpoint_name(y_BTD, "attention_out"), cache
 
 
-def _rotations(positions_BT, cfg):
-    """Rotary angles for every base in use, once for all layers; 0 is the model's."""
-    if cfg.positions != "rotary":
-        return {}
-    thetas = sorted({layer.rope_theta for layer in cfg.layers})
-    frequencies = {
-        theta: layers.rope_frequencies(cfg.head_width, theta)
-        if theta
-        else layers.rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
-        for theta in thetas
-    }
-    return {t: layers.rotations(positions_BT, f) for t, f in frequencies.items()}
-
-
 def _unembed(params, x_BTD, *, cfg):
     with jax.named_scope("unembed"):
         head_VD = params["embedding"] if cfg.tied else params["head"]
@@ -180,6 +167,11 @@ def _norm(params, x_BTD, cfg):
     if cfg.norm == "layernorm":
         return layers.layer_norm(x_BTD, scale_D, params["bias"], eps=cfg.norm_eps)
     return layers.rms_norm(x_BTD, scale_D, eps=cfg.norm_eps)
+
+
+def _dropout(x_BTD, context, key, cfg):
+    settings = {"rate": cfg.dropout, "order_T": context.order_T}
+    return layers.dropout(x_BTD, context.rows_B, key, **settings)
 
 
 def _scale(stored, cfg):

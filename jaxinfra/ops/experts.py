@@ -9,7 +9,7 @@ that move tokens between devices are in `parallel.expert`; they all give the num
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def choose(
     ids_BTk, gates_BTk, probs_BTE = route(logits_BTE, bias_E, cfg=cfg)
     ranks_BTk = None
     if cfg.capacity_factor and context.weights_BT is not None:
-        ranks_BTk = queue(ids_BTk, rules=rules)
+        ranks_BTk = queue(ids_BTk, context.order_T, rules=rules)
         has_room_BTk = ranks_BTk < capacity(cfg, x_BTD.shape[1])
         gates_BTk = jnp.where(has_room_BTk, gates_BTk, 0.0)
     choice = Choice(ids_BTk, gates_BTk, ranks_BTk)
@@ -123,11 +123,19 @@ def capacity(cfg: ModelConfig, length: int) -> int:
     return min(length, max(1, math.ceil(even * cfg.capacity_factor)))
 
 
-def queue(ids_BTk: jax.Array, *, rules: Rules) -> jax.Array:
-    """Place of every choice in its expert's queue of the row, in order of position."""
+def queue(ids_BTk: jax.Array, order_T: Any, *, rules: Rules) -> jax.Array:
+    """Place of every choice in its expert's queue of the row, in order of position;
+    `order_T` as in `Context`."""
     rows = sharding.spec(rules, "batch", "length", None)
     whole = sharding.spec(rules, "batch", None, None)
-    ranks = jax.shard_map(jax.vmap(_ranks), in_specs=whole, out_specs=whole)
+
+    def local(ids_BTk):
+        if order_T is None:
+            return jax.vmap(_ranks)(ids_BTk)
+        place_T = jnp.argsort(order_T)
+        return jax.vmap(_ranks)(ids_BTk[:, place_T])[:, order_T]
+
+    ranks = jax.shard_map(local, in_specs=whole, out_specs=whole)
     return jax.reshard(ranks(jax.reshard(ids_BTk, whole)), rows)
 
 

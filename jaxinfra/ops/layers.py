@@ -5,7 +5,7 @@ embedding, norms, rotary positions, the feed-forward layer, dropout.
 import functools
 import math
 from collections.abc import Callable
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import sharding
-from jaxinfra.config import RopeScaling
+from jaxinfra.config import ModelConfig, RopeScaling
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Rules
@@ -118,6 +118,23 @@ def rotations(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rotations_of(
+    cfg: ModelConfig, positions_BT: jax.Array
+) -> dict[float, tuple[jax.Array, jax.Array]]:
+    """Rotary angles for every base that a layer has, once for all layers; 0 is the
+    model's. Empty where positions are learned."""
+    if cfg.positions != "rotary":
+        return {}
+    thetas = sorted({layer.rope_theta for layer in cfg.layers})
+    frequencies = {
+        theta: rope_frequencies(cfg.head_width, theta)
+        if theta
+        else rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
+        for theta in thetas
+    }
+    return {t: rotations(positions_BT, f) for t, f in frequencies.items()}
+
+
 def rope(x: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by each position's angles.
 
@@ -167,12 +184,18 @@ def activate(activation: str, project: Callable[[str], jax.Array]) -> jax.Array:
 
 
 def dropout(
-    x_BTD: jax.Array, rows_B: jax.Array, key: jax.Array | None, *, rate: float
+    x_BTD: jax.Array,
+    rows_B: jax.Array,
+    key: jax.Array | None,
+    *,
+    rate: float,
+    order_T: Any = None,
 ) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
 
-    The mask of a row is drawn from fold_in(key, row id): the same on every mesh and for
-    every number of microbatches. No key or no rate: x itself.
+    The mask of a row is drawn from fold_in(key, row id): the same on every mesh, for
+    every number of microbatches, and for every order of the row's tokens (`order_T` as
+    in `seam.Context`). No key or no rate: x itself.
     """
     if key is None or rate == 0.0:
         return x_BTD
@@ -182,6 +205,9 @@ def dropout(
         return jax.random.bernoulli(row_key, 1.0 - rate, x_BTD.shape[1:])
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
+    if order_T is not None:
+        spec = jax.typeof(x_BTD).sharding.spec
+        kept_BTD = jax.reshard(kept_BTD[:, order_T], spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 

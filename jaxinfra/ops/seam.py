@@ -38,7 +38,8 @@ class Context(NamedTuple):
     the row, 0 is padding; None: one document. rows_B: uint32 global row id, and key: of
     the step; both feed dropout, which is off where key is None. weights_BT: 1 where a
     token has a target; None where no loss is computed. router_bias_LE: what balances
-    the experts of each layer; None: nothing.
+    the experts of each layer; None: nothing. order_T: the token of the row in each
+    place, where `context` splits the rows; None: as they are.
     """
 
     positions_BT: jax.Array
@@ -48,6 +49,7 @@ class Context(NamedTuple):
     rotations: Any = None
     weights_BT: jax.Array | None = None
     router_bias_LE: jax.Array | None = None
+    order_T: Any = None
 
 
 class Attend(Protocol):

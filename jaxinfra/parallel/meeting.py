@@ -193,7 +193,7 @@ def _block_backward(queries, asked, *, keys, window, softcap, is_causal):
 
 
 def _scores(queries, keys, window, softcap, is_causal):
-    """(scores, -inf where unseen; what the cap's slope multiplies their gradient by)."""
+    """(scores, -inf where unseen; the slope of the cap there)."""
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
         queries.q_BTKGH,

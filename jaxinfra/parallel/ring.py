@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.parallel import meeting
-from jaxinfra.parallel.meeting import Keys, Queries, Result
+from jaxinfra.parallel.meeting import Keys, Queries
 
 
 class _Settings(NamedTuple):
@@ -214,7 +214,9 @@ def _by_place(step, settings, earlier, later, unseen, keys) -> Any:
     j = (here - step) % P
     branch = jnp.where(j < here, 0, 1)
     if settings.window:
-        away = jnp.where(j < here, here - j, jnp.minimum(j - here, 2 * P - 1 - here - j))
+        away = jnp.where(
+            j < here, here - j, jnp.minimum(j - here, 2 * P - 1 - here - j)
+        )
         branch = jnp.where((away - 1) * size + 1 < settings.window, branch, 2)
     return jax.lax.switch(branch, [earlier, later, unseen], keys)
 
