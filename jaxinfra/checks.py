@@ -405,7 +405,7 @@ def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
         raise ConfigError(
             f"train.length={config.train.length} does not divide into the {cuts} parts"
             f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
-            f" set train.length to a multiple of {cuts}, or mesh.context to another size"
+            f" set train.length to a multiple of {cuts}, or change mesh.context"
         )
     heads = config.model.num_kv_heads // sizes.get("tensor", 1)
     copies = parts // math.gcd(heads, parts)

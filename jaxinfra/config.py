@@ -326,7 +326,8 @@ class RuntimeConfig:
     """The processes and devices of the run; none of it changes a result.
 
     cpu_devices: simulate so many CPU devices; 0 means the real ones. coordinator,
-    num_processes, process_id: several processes (host:port of process 0).
+    num_processes, process_id: several processes (host:port of process 0); where none
+    are stated and `discover`, those that a launcher tells of (`launch.discovery`).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
     compile_cache: keep compiled programs in data.cache_dir.
     """
@@ -335,6 +336,7 @@ class RuntimeConfig:
     coordinator: str = ""
     num_processes: int = 1
     process_id: int = 0
+    discover: bool = True
     devices: int = 0
     compile_cache: bool = True
 

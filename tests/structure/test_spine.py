@@ -78,6 +78,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.tokenizer",
     "jaxinfra.data.tokenizer_files",
     "jaxinfra.data.tokenizer_training",
+    "jaxinfra.launch.discovery",
     "jaxinfra.resilience.exitcodes",
     "jaxinfra.resilience.ownership",
     "jaxinfra.resilience.preemption",
