@@ -269,7 +269,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            weights = optim.averaged(state.opt_state, state.params)
+            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
         return code
 
 

@@ -89,6 +89,6 @@ def test_slices_that_are_not_there_are_refused():
     sizes = dict.fromkeys(AXES, 1) | {"data": 2}
     devices = [Tpu(i, 0) for i in range(2)]
     with pytest.raises(
-        ValueError, match="are in 1 slices of .2.; set mesh.slices to 1"
+        ValueError, match=r"are in 1 slices of .2.; set mesh.slices to 1"
     ):
         mesh_lib._across_slices(sizes, devices, 2)

@@ -66,7 +66,8 @@ def make_model(
 
     def forward(params, tokens_BT, context, caches=None):
         context = context._replace(
-            rotations=layers.rotations_of(cfg, context.positions_BT)
+            rotations=layers.rotations_of(cfg, context.positions_BT),
+            router_bias_LE=params.get("router_bias", context.router_bias_LE),
         )
         x_BTD = embed(params, tokens_BT, context)
         x_BTD, caches = stack(params, x_BTD, context, caches)

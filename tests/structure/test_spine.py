@@ -39,6 +39,7 @@ WITHOUT_JAX = (
     "jaxinfra",
     "jaxinfra.config",
     "jaxinfra.checks",
+    "jaxinfra.compositions",
     "jaxinfra.options",
     "jaxinfra.runfolder",
     "jaxinfra.command",
