@@ -14,6 +14,8 @@
     python scripts/bench.py device             the accelerator that is here, or the CPU:
                                                kernels against float32, a step's MFU,
                                                offload, bandwidths
+    python scripts/bench.py experts            a step of tiny_moe by every way to meet
+                                               experts, and without them
     python scripts/bench.py sft --model SOURCE   a published model that learns answers
                                                cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
     verbs |= {"rounding": rounding, "sft": sft, "data": data}
-    verbs |= {"device": device}
+    verbs |= {"device": device, "experts": experts}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -115,6 +117,14 @@ def device(args) -> dict:
     import device as first_contact  # pyright: ignore[reportMissingImports]
 
     return first_contact.report(args.repeats)
+
+
+def experts(args) -> dict:
+    """How tokens meet experts; see scripts/peers/experts.py."""
+    sys.path.insert(0, str(PEERS))
+    import experts as ways  # pyright: ignore[reportMissingImports]
+
+    return ways.report(args.repeats)
 
 
 def start(args) -> dict:
