@@ -100,14 +100,14 @@ def _openmpi(env: Environment) -> Job:
     """mpirun's host leads, of which version 4 tells, or MASTER_ADDR, where process 0 is
     on another; version 5 needs that."""
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
-    if not (uri or env.get("MASTER_ADDR")):
-        raise ValueError("mpirun -x MASTER_ADDR=HOST must name the host of process 0")
-    if found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri):
-        number = int(found[1]) >> 12  # it is a multiple of 4096
-        host = found[2] or f"[{found[3]}]"
-        coordinator = f"{host}:{_port(number)}"
+    found = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if env.get("MASTER_ADDR"):
         coordinator = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT') or PORT}"
+    elif found:
+        number = int(found[1]) >> 12  # it is a multiple of 4096
+        coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(number)}"
+    else:
+        raise ValueError("mpirun -x MASTER_ADDR=HOST must name the host of process 0")
     is_shared = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1
     return Job(
         "openmpi",
