@@ -32,18 +32,24 @@ TOKENIZER = "tokenizer.json"
 _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 
-def folder(config: Config) -> pathlib.Path:
-    """Where the run of `config` lives."""
-    return pathlib.Path(config.run.dir or f"runs/{config.name}").expanduser()
+def folder(config: Config) -> Any:
+    """Where the run of `config` lives: a path, or an `ObjectPath` that acts as one."""
+    return _place(config.run.dir or f"runs/{config.name}")
 
 
-def run_and_step(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+def run_and_step(path: str | pathlib.Path) -> tuple[Any, int | None]:
     """RUN and STEP of RUN@STEP; a path that is there is never cut at an @."""
-    place = pathlib.Path(path).expanduser()
+    place = _place(str(path))
     run, at, step = str(place).rpartition("@")
     if at and not place.exists() and step.isdecimal():
-        return pathlib.Path(run), int(step)
+        return _place(run), int(step)
     return place, None
+
+
+def _place(path: str) -> Any:
+    # By its public name, which loads it: a run on disk needs none of it.
+    is_url = "://" in path
+    return jaxinfra.ObjectPath(path) if is_url else pathlib.Path(path).expanduser()
 
 
 def cache_dir(config: Config) -> pathlib.Path:
@@ -70,11 +76,15 @@ def has_checkpoint(config: Config) -> bool:
     return steps.is_dir() and any(path.name.isdecimal() for path in steps.iterdir())
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Any, value: Any) -> None:
     """Replaces a JSON file at once: it is old or new, never half."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if not isinstance(path, pathlib.Path):
+        path.write_bytes(text.encode())
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -97,6 +107,13 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": devices,
     }
+
+
+def json_lines(path: Any) -> "JsonLines":
+    """A file of JSON lines to append to; parts of one in an object store."""
+    return (
+        JsonLines(path) if isinstance(path, pathlib.Path) else jaxinfra.JsonParts(path)
+    )
 
 
 class JsonLines:

@@ -11,7 +11,7 @@ deleted; and the errors of checkpoints, by name.
 A run that takes the folder over (`fence_off`) renames what earlier attempts are still
 writing, so their commit finds nothing to rename: of the two renames one wins. These
 functions are generic in the kind of folder: here those of POSIX, where a rename is
-atomic; `object_store` registers those of an object store, which has none.
+atomic; `remote.commits` registers those of an object store, which has none.
 
 Imports no jax; `resilience.exitcodes` has the codes of the errors.
 """
@@ -27,6 +27,8 @@ import re
 import shutil
 from collections.abc import Collection, Iterable
 from typing import Any
+
+import jaxinfra
 
 MANIFEST = "manifest.json"
 THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
@@ -67,9 +69,10 @@ class SaveReport:
 
 
 def place(folder: Any) -> Any:
-    """A folder given as a string, or as what these functions know."""
-    is_local = isinstance(folder, str | os.PathLike)
-    return pathlib.Path(folder) if is_local else folder
+    """A path or URL as what these functions know; of an object store, by its public
+    name, which loads and registers them."""
+    is_local = isinstance(folder, str | os.PathLike) and "://" not in str(folder)
+    return pathlib.Path(folder) if is_local else jaxinfra.object_folder(folder)
 
 
 @functools.singledispatch

@@ -30,7 +30,7 @@ class Journal:
     In a job of several processes the first one writes and shows; the others nothing.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, is_first: bool):
+    def __init__(self, run_dir: Any, *, is_first: bool):
         self._run_dir, self._is_first = run_dir, is_first
         self._stack = contextlib.ExitStack()
         self._metrics = self._events = None
@@ -41,7 +41,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self._is_first:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._events = runfolder.JsonLines(self._run_dir / "events.jsonl")
+            self._events = runfolder.json_lines(self._run_dir / "events.jsonl")
             self._stack.callback(self._events.close)
         return self
 
@@ -68,10 +68,10 @@ class Journal:
             for name, value in files.items():
                 runfolder.write_json(self._run_dir / name, value)
             metrics = self._run_dir / "metrics.jsonl"
-            lost = 0
-            if metrics.exists():
-                lost = jaxinfra.rewind_metrics(self._run_dir, start)
-            self._metrics = runfolder.JsonLines(metrics)
+            is_local = isinstance(metrics, pathlib.Path)
+            rewind = jaxinfra.rewind_metrics if is_local else jaxinfra.rewind_parts
+            lost = rewind(self._run_dir, start)
+            self._metrics = runfolder.json_lines(metrics)
             self._stack.callback(self._metrics.close)
             self.event("start", step=start, undone_steps=lost, **facts)
         self._at_start = {k: v for k, v in facts.items() if k.startswith("memory/")}

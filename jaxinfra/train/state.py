@@ -4,7 +4,6 @@ and from the checkpoints of a run folder that this job owns.
 
 import contextlib
 import math
-import pathlib
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import optax
 import jaxinfra
 from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import lifecycle, restore
+from jaxinfra.checkpoint import commits, lifecycle, restore
 from jaxinfra.checkpoint.commits import SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 from jaxinfra.config import CheckpointConfig, ConfigError
@@ -186,7 +185,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(run_dir: pathlib.Path, group: ProcessGroup) -> Iterator[Owner]:
+def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
     """Owns the run folder within the block.
 
     Raises ownership.FolderOwned in every process if a live run has it.
@@ -220,7 +219,7 @@ class Saver:
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: Any,
         *,
         abstract: TrainState,
         logical_shapes: dict[str, tuple[int, ...]],
@@ -231,7 +230,7 @@ class Saver:
         owner: Owner,
         group: ProcessGroup,
     ):
-        self._folder = run_dir / runfolder.CHECKPOINTS
+        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
         self._abstract, self._shapes = abstract, logical_shapes
         self._stream, self._config, self._group = stream, config, group
         self._owner, self._journal = owner, journal
@@ -260,6 +259,8 @@ class Saver:
         `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
         is not the one that the state has seen, unless `accept_changes`.
         """
+        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
+        self._group.from_first("jaxinfra/fence_off", fence)
         found = restore.restore_latest(
             self._folder,
             dict(params_lib.named(self._abstract)),
