@@ -40,6 +40,7 @@ WITHOUT_JAX = (
     "jaxinfra.config",
     "jaxinfra.checks",
     "jaxinfra.options",
+    "jaxinfra.resuming",
     "jaxinfra.runfolder",
     "jaxinfra.command",
     "jaxinfra.launcher",
