@@ -52,6 +52,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.remote_folder",
     "jaxinfra.data.mixture",
     "jaxinfra.data.windows",
+    "jaxinfra.data.tokenizer_json",
     "jaxinfra.data.chat",
     "jaxinfra.data.chat_template",
     "jaxinfra.data.cleaning",
