@@ -52,6 +52,8 @@ WITHOUT_JAX = (
     "jaxinfra.data.remote_folder",
     "jaxinfra.data.mixture",
     "jaxinfra.data.windows",
+    "jaxinfra.data.records",
+    "jaxinfra.data.read_ahead",
     "jaxinfra.data.tokenizer_json",
     "jaxinfra.data.chat",
     "jaxinfra.data.chat_template",
