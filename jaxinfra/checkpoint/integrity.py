@@ -226,10 +226,11 @@ def validate(step_folder: pathlib.Path) -> list[str]:
         return [str(error)]
 
     def problem(record: FileRecord) -> str | None:
-        # One buffer again and again: a sparse file may claim any size.
-        piece = bytearray(max(1, min(record.bytes, PIECE_BYTES)))
-        pieces = itertools.repeat(piece, -(-record.bytes // len(piece)))
         try:
+            _check_size(step_folder / record.path, record)  # Before pieces are counted.
+            # One buffer again and again: a sparse file may have any size.
+            piece = bytearray(max(1, min(record.bytes, PIECE_BYTES)))
+            pieces = itertools.repeat(piece, -(-record.bytes // len(piece)))
             read_into(step_folder, record, *pieces)
         except CheckpointError as error:
             return str(error)

@@ -17,7 +17,9 @@ was interrupted goes on, and `--full` counts what the sample has done.
 | `outage` | 12 | S3 behind a proxy that fails |
 | `meshes` | 21, 22 | the mesh of the next start |
 | `fuzz` | 25, 28 | metadata, headers, command lines |
-| `hostile` | 29, 30, 31, 32 | files and URLs made to do harm |
+| `hostile` | 29, 30 | files made to run code, or to lead elsewhere |
+| `bombs` | 31 | files made to fill the memory |
+| `canaries` | 32 | secrets in the environment and in URLs |
 
 How: `table` starts `worker`s with the shim loaded; a worker imports jax once and forks
 a child for every trial (`rig`), so that a kill costs no import. A forked run calls
