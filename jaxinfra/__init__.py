@@ -38,6 +38,7 @@ _HOMES = {
     "train.step": ("make_train_step",),
     "checkpoint.lifecycle": ("Checkpointer",),
     "checkpoint.restore": ("restore", "restore_latest"),
+    "checkpoint.look": ("describe", "diff"),
     "generate.decode": ("continue_prompts", "generate_text", "make_generate"),
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
