@@ -50,7 +50,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
             "eval.batches", "eval.batch_size", "runtime.cpu_devices",
             "runtime.process_id", "data.prefetch", "runtime.devices",
-            "data.shuffle_block",
+            "data.shuffle_block", "checkpoint.keep_every", "checkpoint.keep_best",
+            "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
         ),
@@ -318,11 +319,10 @@ def _check_available(config: Config) -> None:
             "that precision",
             "set precision to float32 or bfloat16, bfloat16_params or float16",
         )
-    for key in ("run.dir", "data.cache_dir"):
-        if "://" in (value := _get(config, key)):
-            raise _not_here(
-                f"{key}={value!r}", "remote storage", f"set {key} to a local path"
-            )
+    if "://" in (value := config.data.cache_dir):
+        raise _not_here(
+            f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
+        )
 
 
 def _check_mesh(config: Config) -> None:
@@ -397,7 +397,20 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             "init.model=true takes the model of init.from, which is empty; set it"
         )
-    for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
+    is_url = "://" in run.dir
+    if is_url and not re.fullmatch(r"(s3|gs)://[^@/]{3,}(/.*)?", run.dir):
+        scheme = run.dir.partition("://")[0]
+        raise ConfigError(
+            f"run.dir={scheme}://... must be a path, s3://bucket/folder or gs://bucket/"
+            f"folder, without a user or a key in it{did_you_mean(scheme, ('s3', 'gs'))}"
+        )
+    if is_url and config.profile.steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} writes to a local run.dir alone; "
+            "set it to 0, or run.dir to a path"
+        )
+    local = {"run.dir": "" if is_url else run.dir, "data.cache_dir": data.cache_dir}
+    for key, path in local.items():
         file = _first_existing(path)
         if not os.path.isdir(file):
             raise ConfigError(

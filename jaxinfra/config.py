@@ -352,9 +352,24 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints: `keep` newest stay."""
+    """Which steps stay, and what a save takes of the host.
+
+    keep: so many newest stay. And so do, where not 0: every step that is a multiple of
+    keep_every; the keep_best best ones by best_metric, of those evaluated when they
+    were saved; all of the last keep_hours. staging_gib: host memory for copies on their
+    way to the disk or from it; 0: what the state takes, and a save blocks the loop
+    least. defer_copies: the devices copy the state, which takes room for a second one,
+    and its way to the host overlaps the next steps.
+    """
 
     keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    best_metric: str = "eval/loss"
+    best: Literal["lowest", "highest"] = "lowest"
+    keep_hours: float = 0.0
+    staging_gib: float = 0.0
+    defer_copies: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
             stream=stream.identity(),
             config=options.recorded(config),
-            keep=config.checkpoint.keep,
+            settings=config.checkpoint,
+            journal=journal,
             owner=owner,
             group=group,
         )

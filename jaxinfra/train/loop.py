@@ -1,7 +1,7 @@
 """The training loop: step n is dispatched before the metrics of n - 1 are read.
 
-Only at boundaries (evaluation, save, end) does the host wait for the device. The order
-there is fixed: metrics up to step s are on disk before the save of s begins.
+Only at boundaries (evaluation, save, end) does the host wait for the device. Metrics up
+to step s are written before the save of s begins, which syncs them before it commits.
 """
 
 import dataclasses
@@ -111,7 +111,6 @@ def run(
             code = exitcodes.DIVERGED
             break
         if schedule.is_save(step) or late.is_stop:
-            journal.sync()
             saver.save(step, state)
         if is_boundary:
             reader.restart_clock()

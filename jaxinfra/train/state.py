@@ -3,7 +3,7 @@ and from the checkpoints of a run folder that this job owns.
 """
 
 import contextlib
-import pathlib
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jaxinfra
 from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.checkpoint.commits import SaveError
+from jaxinfra.checkpoint import commits, lifecycle, restore
+from jaxinfra.checkpoint.commits import SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
-from jaxinfra.config import ConfigError
+from jaxinfra.config import CheckpointConfig, ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
+from jaxinfra.train.journal import Journal
 from jaxinfra.train.objective import Scaled
 
 # key -> (params, model_state)
@@ -183,7 +185,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(run_dir: pathlib.Path, group: ProcessGroup) -> Iterator[Owner]:
+def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
     """Owns the run folder within the block.
 
     Raises ownership.FolderOwned in every process if a live run has it.
@@ -211,33 +213,43 @@ class Saver:
     """Saves and restores the state of one run; every process makes one alike.
 
     `abstract` is the state to restore into, `logical_shapes` what its arrays are
-    without padding, `stream` the identity of the data stream.
+    without padding, `stream` the identity of the data stream. What `journal` was told
+    of a step is on disk before that step is committed.
     """
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: Any,
         *,
         abstract: TrainState,
         logical_shapes: dict[str, tuple[int, ...]],
         stream: dict[str, Any],
         config: dict[str, Any],
-        keep: int,
+        settings: CheckpointConfig,
+        journal: Journal,
         owner: Owner,
         group: ProcessGroup,
     ):
-        self._folder = run_dir / runfolder.CHECKPOINTS
+        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
         self._abstract, self._shapes = abstract, logical_shapes
         self._stream, self._config, self._group = stream, config, group
-        self._owner = owner
+        self._owner, self._journal = owner, journal
+        bound = settings.staging_gib * 2**30 or math.inf
+        self._staging_bytes = bound
+        kinds = (settings.keep_every, settings.keep_best, settings.keep_hours)
+        retain = {"retain": jaxinfra.make_retain(settings)} if any(kinds) else {}
         self.rejected: tuple[tuple[int, str], ...] = ()
         self._make = lambda run_id: lifecycle.Checkpointer(
             self._folder,
-            keep=keep,
+            keep=settings.keep,
             run_id=run_id,
             attempt=owner.attempt,
             process=group,
             fence=owner.check,
+            ready=journal.sync,
+            staging_bytes=bound,
+            is_deferred=settings.defer_copies,
+            **retain,
         )
 
     def restore(self, *, accept_changes: bool = False) -> TrainState | None:
@@ -247,10 +259,13 @@ class Saver:
         `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
         is not the one that the state has seen, unless `accept_changes`.
         """
+        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
+        self._group.from_first("jaxinfra/fence_off", fence)
         found = restore.restore_latest(
             self._folder,
             dict(params_lib.named(self._abstract)),
             logical_shapes=self._shapes,
+            staging_bytes=self._staging_bytes,
             process=self._group,
         )
         self._checkpointer = self._make(
@@ -262,7 +277,7 @@ class Saver:
         if accept_changes:
             return self._unflatten(found.arrays)
         if not (self._folder.parent / "config.json").exists():
-            runfolder.refuse_changes(
+            jaxinfra.refuse_changes(
                 found.metadata["config"],
                 options.from_json(self._config),
                 where=f"step {found.step} of {self._folder}",
@@ -283,14 +298,15 @@ class Saver:
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; the state may be donated when this returns."""
+        metadata = {"config": self._config, "data": self._stream}
         self._checkpointer.save(
             step,
             dict(params_lib.named(state)),
-            metadata={"config": self._config, "data": self._stream},
+            metadata=metadata | {"metrics": self._journal.evaluated(step)},
             logical_shapes=self._shapes,
         )
 
-    def poll(self) -> list[lifecycle.SaveReport]:
+    def poll(self) -> list[SaveReport]:
         """Saves that have ended; raises SaveError for one that failed, and FolderOwned
         if that is because a later run has the folder."""
         try:
@@ -299,7 +315,7 @@ class Saver:
             self._owner.check()
             raise
 
-    def close(self) -> list[lifecycle.SaveReport]:
+    def close(self) -> list[SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
 

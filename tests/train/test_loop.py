@@ -7,6 +7,7 @@ import pytest
 
 from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.resilience import exitcodes
+from jaxinfra.train import journal as journals
 from jaxinfra.train import loop
 
 
@@ -217,3 +218,15 @@ def test_nothing_left_to_do_is_done():
     world = World()
     assert run(world, steps=4, start=4) == (4, exitcodes.DONE)
     assert world.log == ["close"]
+
+
+def test_a_step_that_waits_for_its_data_says_so():
+    record = {"train/loss": 1.0, "perf/step_secs": 0.5, "perf/tokens_per_sec": 9.0}
+    shown = [
+        journals._figures(record | {"data/wait_secs": secs}, "token")
+        for secs in (0.0, 0.02, 0.2)
+    ]
+    assert ["waits for data" in text for text in shown] == [False, False, True]
+    assert shown[2].endswith("waits for data 40%")
+    first = journals._figures({"train/loss": 1.0, "data/wait_secs": 9.0}, "token")
+    assert first == "loss 1.0000"  # its time is that of compiling
