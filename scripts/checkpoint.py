@@ -8,10 +8,10 @@
     python scripts/checkpoint.py export RUN --to DIR --format orbax|safetensors
     python scripts/checkpoint.py import DIR --to RUN [--step 7] [--like RUN]
 
-RUN is a run folder, its `checkpoints` folder, or one step's folder; RUN@STEP names a
-step, and without one the newest good step is meant. All but import and Orbax work
-without jax and without a device. Nothing here changes a step that is there: safe
-while a run is going on, and `prune` refuses then.
+RUN is a run folder (a path or URL), its `checkpoints` folder, or one step's folder;
+RUN@STEP names a step, and without one the newest good step is meant. All but export and
+import work without jax. No step that is there is changed: safe while a run is going on;
+`prune` and `import` take the run for themselves, and end with 16 where it lives.
 
 Exit code 0: done, all is as it was written, or A and B are equal; 1: one line for every
 file that is not, or that differs; 2: what was asked for cannot be.
@@ -21,6 +21,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jaxinfra
 from jaxinfra import runfolder
@@ -51,40 +52,45 @@ def main(arguments: list[str] | None = None) -> int:
         return exitcodes.FOLDER_OWNED
 
 
-def find_steps(run: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+def find_steps(run: str) -> list[tuple[int, Any]]:
     """Committed steps of a run, oldest first; of RUN@STEP that one."""
-    run, wanted = runfolder.run_and_step(run)
-    if not run.is_dir():
+    place, wanted = runfolder.run_and_step(run)
+    if not place.is_dir():
         raise NotADirectoryError(f"{run} is not a folder; give the --run.dir of a run")
-    found: list[tuple[int, pathlib.Path]] = []
-    for folder in (run / runfolder.CHECKPOINTS, run):
-        found = found or sorted(commits.step_folders(folder))
+    steps = _folder(place / runfolder.CHECKPOINTS)
+    found = commits.step_folders(steps) or commits.step_folders(_folder(place))
     if not found:
-        found = [step for step in commits.step_folders(run.parent) if step[1] == run]
-    if not found and not (run / runfolder.CHECKPOINTS).is_dir():
+        beside = commits.step_folders(_folder(place.parent))
+        found = [step for step in beside if step[1].name == place.name]
+    if not found and not (place / runfolder.CHECKPOINTS).is_dir():
         raise FileNotFoundError(
             f"{run} has no folder 'checkpoints' and no steps; give the --run.dir of a "
             "run that has saved"
         )
-    if wanted is not None:
-        steps = [step for step, _ in found]
-        found = [step for step in found if step[0] == wanted]
-        if not found:
-            raise FileNotFoundError(f"{run} has no step {wanted}, only {steps}")
-    return found
+    if wanted is not None and wanted not in dict(found):
+        raise FileNotFoundError(f"{place} has no step {wanted}, only {[*dict(found)]}")
+    return sorted(
+        (step for step in found if wanted in (None, step[0])), key=lambda step: step[0]
+    )
 
 
-def good_step(run: pathlib.Path) -> pathlib.Path:
-    """The step that RUN@STEP names, or the newest whose manifest and sizes are right."""
-    steps = find_steps(run)
+def good_step(run: str) -> Any:
+    """The step that RUN@STEP names, or the newest with a right manifest and sizes."""
     reasons = []
-    for _, path in reversed(steps):
+    for _, path in reversed(find_steps(run)):
         try:
             integrity.check_sizes(path, integrity.load(path))
             return path
         except CheckpointError as error:
             reasons.append(str(error))
-    raise CheckpointError(f"{run} has no good step: {'; '.join(reasons) or 'none at all'}")
+    raise CheckpointError(
+        f"{run} has no good step: {'; '.join(reasons) or 'none at all'}"
+    )
+
+
+def _folder(path: Any) -> Any:
+    """A folder of steps, on disk or in an object store."""
+    return commits.place(str(path))
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -126,32 +132,28 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Deletes, as the owner of the run, steps that are older than the newest good
-    ones."""
+    """Deletes, as the owner of the run, what is older than the newest good steps."""
     run, step = runfolder.run_and_step(options.run)
-    folder = run / runfolder.CHECKPOINTS
-    if step is not None or not folder.is_dir():
-        raise ConfigError(f"prune {options.run}: give the folder of a run that has saved")
+    if step is not None or not (run / runfolder.CHECKPOINTS).is_dir():
+        raise ConfigError(f"{options.run} is no run that has saved; give its --run.dir")
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep} must be at least 1: the newest stays")
     owner = ownership.acquire(run)  # A live run has it: FolderOwned.
     try:
-        good, bad = [], []
-        for step, path in reversed(find_steps(run)):
-            is_wanted = len(good) < options.keep  # and so has to be read whole
-            if is_wanted and (problems := integrity.validate(path)):
-                bad.append((step, problems[0]))
+        num_good = 0
+        for step, path in reversed(find_steps(options.run)):
+            if num_good == options.keep:
+                print(f"step {step} {'is' if options.yes else 'would be'} deleted")
+                if options.yes:
+                    owner.check()
+                    if why := commits.prune(_folder(path.parent), [path.name]):
+                        raise OSError(f"step {step} cannot be deleted: {why}")
+            # What stays as a good one is read whole before anything older goes.
+            elif problems := integrity.validate(path):
+                print(f"step {step} stays and does not count: {problems[0]}")
             else:
-                good.append((step, path))
-        doomed = good[options.keep :]
-        for step, why in bad:
-            print(f"step {step} stays, and does not count: {why}")
-        for step, path in doomed:
-            print(f"step {step} {'is deleted' if options.yes else 'would be deleted'}")
-            if options.yes:
-                owner.check()
-                commits.delete(path)
-        if doomed and not options.yes:
+                num_good += 1
+        if not options.yes:
             print("nothing is deleted without --yes")
     finally:
         owner.release()
@@ -170,9 +172,8 @@ def export(options: argparse.Namespace) -> int:
 
 def import_(options: argparse.Namespace) -> int:
     like = good_step(options.like) if options.like else None
-    count = jaxinfra.import_checkpoint(
-        options.run, options.to, step=options.step, like=like
-    )
+    source, (target, _) = pathlib.Path(options.run), runfolder.run_and_step(options.to)
+    count = jaxinfra.import_checkpoint(source, target, step=options.step, like=like)
     print(f"{count} arrays of {options.run} are step {options.step} of {options.to}")
     return exitcodes.DONE
 
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    path = {"type": pathlib.Path, "metavar": "RUN"}
+    path = {"metavar": "RUN"}
     for name in ("list", "verify", "inspect"):
         verbs.add_parser(name).add_argument("run", **path)
     verb = verbs.add_parser("diff")
@@ -192,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("other", **path | {"metavar": "B"})
     verb = verbs.add_parser("prune")
     verb.add_argument("run", **path)
-    verb.add_argument("--keep", type=int, required=True, help="of good steps, at least 1")
+    verb.add_argument(
+        "--keep", type=int, required=True, help="of good steps, at least 1"
+    )
     verb.add_argument("--yes", action="store_true", help="delete, and not only tell")
     verb = verbs.add_parser("export")
     verb.add_argument("run", **path)
@@ -200,9 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--format", choices=("orbax", "safetensors"), required=True)
     verb = verbs.add_parser("import")
     verb.add_argument("run", **path | {"metavar": "DIR"})
-    verb.add_argument("--to", type=pathlib.Path, required=True, help="a run folder")
+    verb.add_argument("--to", required=True, help="a run folder")
     verb.add_argument("--step", type=int, default=0, help="its number there")
-    verb.add_argument("--like", type=pathlib.Path, help="a run with the config for it")
+    verb.add_argument("--like", help="a run with the config for it")
     return parser
 
 

@@ -3,9 +3,9 @@
 Imports no jax. Arrays are read one at a time, every byte against the manifest.
 """
 
+import datetime
 import json
 import math
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxinfra.checkpoint import integrity
 from jaxinfra.checkpoint.integrity import ArrayRecord, Manifest
 
 
-def read_array(step_folder: pathlib.Path, record: ArrayRecord) -> np.ndarray:
+def read_array(step_folder: Any, record: ArrayRecord) -> np.ndarray:
     """One array, whole, in host memory.
 
     Raises:
@@ -37,7 +37,7 @@ def read_array(step_folder: pathlib.Path, record: ArrayRecord) -> np.ndarray:
     return whole
 
 
-def describe(step_folder: pathlib.Path) -> list[str]:
+def describe_checkpoint(step_folder: Any) -> list[str]:
     """The tree of a step's arrays with shapes, dtypes and bytes; its origin; its
     config."""
     manifest = integrity.load(step_folder)
@@ -54,17 +54,19 @@ def describe(step_folder: pathlib.Path) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items()))
     return [
         f"step {manifest.step} in {step_folder}",
-        f"run {manifest.run_id}, attempt {manifest.attempt}, written by {versions}",
+        f"run {manifest.run_id}, attempt {manifest.attempt}{_when(manifest)}",
+        f"written by {versions}",
         f"{len(rows)} arrays, {total:,} bytes; {numbers:,} parameters",
         "",
         *map(line, [heads, *rows]),
         "",
-        "data " + json.dumps(manifest.data, sort_keys=True),
+        f"metrics {json.dumps(manifest.metrics, sort_keys=True)}",
+        f"data {json.dumps(manifest.data, sort_keys=True)}",
         *(f"{key} = {json.dumps(value)}" for key, value in flat(manifest.config)),
     ]
 
 
-def diff(a: pathlib.Path, b: pathlib.Path) -> list[str]:
+def diff_checkpoints(a: Any, b: Any) -> list[str]:
     """A line for each setting and each array in which two steps differ; none where
     configs are equal and arrays bit for bit the same.
 
@@ -76,7 +78,9 @@ def diff(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     for kind in ("config", "data"):
         before, after = (dict(flat(getattr(m, kind))) for m in (one, other))
         for key in sorted(before.keys() | after.keys()):
-            was, now = (json.dumps(x[key]) if key in x else "-" for x in (before, after))
+            was, now = (
+                json.dumps(x[key]) if key in x else "-" for x in (before, after)
+            )
             if was != now:
                 lines.append(f"{kind} {key}: {was} -> {now}")
     for name in sorted(one.arrays.keys() | other.arrays.keys()):
@@ -125,6 +129,13 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray) -> list[str]:
         f"array {name}: {count} of {a.size} differ, by {most:.3g} at most, "
         f"relative {relative:.3g}{also}"
     ]
+
+
+def _when(manifest: Manifest) -> str:
+    if not manifest.unix_secs:
+        return ""
+    then = datetime.datetime.fromtimestamp(manifest.unix_secs, datetime.UTC)
+    return f", {then:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _parameters(manifest: Manifest) -> list[ArrayRecord]:

@@ -10,6 +10,7 @@ safetensors hold beside arrays (strings, typed random keys, float8) is refused.
 """
 
 import json
+import os
 import pathlib
 import uuid
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ _ORBAX = "_METADATA"  # A folder with it is an item of Orbax.
 SAFETENSORS = "state.safetensors"
 
 
-def export_orbax(step_folder: pathlib.Path, target: pathlib.Path) -> int:
+def export_orbax(step_folder: Any, target: pathlib.Path) -> int:
     """Writes a step as Orbax's StandardCheckpointer does; returns how many arrays.
 
     Raises ConfigError where `target` is there already, CheckpointError for damage,
@@ -50,7 +51,7 @@ def export_orbax(step_folder: pathlib.Path, target: pathlib.Path) -> int:
     return len(arrays)
 
 
-def export_safetensors(step_folder: pathlib.Path, target: pathlib.Path) -> int:
+def export_safetensors(step_folder: Any, target: pathlib.Path) -> int:
     """Writes a step as one safetensors file in a folder; step, config and data state
     stand in its metadata as JSON. Returns and raises as `export_orbax`."""
     manifest, arrays = integrity.load(step_folder), _read(step_folder)
@@ -60,16 +61,17 @@ def export_safetensors(step_folder: pathlib.Path, target: pathlib.Path) -> int:
     }
     with export.made_folder(target) as made:
         safetensors.numpy.save_file(arrays, made / SAFETENSORS, metadata=about)
-        commits.sync(made / SAFETENSORS)
+        with open(made / SAFETENSORS, "rb") as file:
+            os.fsync(file.fileno())
     return len(arrays)
 
 
 def import_checkpoint(
     source: pathlib.Path,
-    run_dir: pathlib.Path,
+    run_dir: Any,
     *,
     step: int,
-    like: pathlib.Path | None = None,
+    like: Any = None,
 ) -> int:
     """Saves what Orbax or safetensors hold as a step of a run; returns how many arrays.
 
@@ -77,14 +79,13 @@ def import_checkpoint(
     a run goes on from it. Raises ConfigError for a `source` that is neither, or a step
     that is there; DataError for damage; FolderOwned where the run is going on.
     """
+    arrays = _open(source)
     metadata: dict[str, Any] = {"config": {}, "data": {}}
     if like is not None:
         manifest = integrity.load(like)
         metadata = {"config": manifest.config, "data": manifest.data}
-    arrays = _open(source)
-    if like is not None:
         _refuse_others(arrays, manifest, source, like)
-    steps = run_dir / runfolder.CHECKPOINTS
+    steps = commits.place(str(run_dir / runfolder.CHECKPOINTS))
     if any(found == step for found, _ in commits.step_folders(steps)):
         raise ConfigError(f"{steps} has step {step} already; give another by --step")
     owner = ownership.acquire(run_dir)
@@ -107,7 +108,7 @@ def import_checkpoint(
     return len(arrays)
 
 
-def _read(step_folder: pathlib.Path) -> dict[str, np.ndarray]:
+def _read(step_folder: Any) -> dict[str, np.ndarray]:
     arrays = integrity.load(step_folder).arrays
     return {name: look.read_array(step_folder, array) for name, array in arrays.items()}
 
@@ -116,7 +117,7 @@ def _refuse_others(
     arrays: Mapping[str, np.ndarray],
     manifest: integrity.Manifest,
     source: pathlib.Path,
-    like: pathlib.Path,
+    like: Any,
 ) -> None:
     """Raises ConfigError where `like` has other arrays: no run could go on."""
     found = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
@@ -135,7 +136,9 @@ def _open(source: pathlib.Path) -> dict[str, np.ndarray]:
     if source.is_file() and source.suffix == ".safetensors":
         return _read_safetensors([source])
     if not source.is_dir():
-        raise ConfigError(f"{source} is not there; give a folder, or a .safetensors file")
+        raise ConfigError(
+            f"{source} is not there; give a folder, or a .safetensors file"
+        )
     if files := sorted(source.glob("*.safetensors")):
         return _read_safetensors(files)
     if (source / _ORBAX).is_file():
@@ -176,8 +179,8 @@ def _read_orbax(item: pathlib.Path) -> dict[str, np.ndarray]:
         array = np.asarray(leaf)
         if array.dtype.name not in integrity.ITEM_BYTES:
             raise DataError(
-                f"{item}: {name} is {type(leaf).__name__} of {array.dtype}, not an array "
-                "of numbers; leave it out of what is saved"
+                f"{item}: {name} is {type(leaf).__name__} of {array.dtype}, not an "
+                "array of numbers; leave it out of what is saved"
             )
         found[name] = array
     return found
@@ -190,7 +193,9 @@ def _read_safetensors(files: list[pathlib.Path]) -> dict[str, np.ndarray]:
             arrays = safetensors.numpy.load_file(file)
         # AttributeError: a dtype that numpy has not, as float8.
         except (safetensors.SafetensorError, AttributeError, OSError) as error:
-            raise DataError(f"{file} cannot be read ({error}); write it again") from error
+            raise DataError(
+                f"{file} cannot be read ({error}); write it again"
+            ) from error
         if twice := found.keys() & arrays.keys():
             raise DataError(f"{file} has {min(twice)!r}, which another file has too")
         found |= arrays

@@ -125,7 +125,7 @@ def _served(rig: Rig) -> Iterator[int]:
 
         do_HEAD = do_GET
 
-        def log_message(self, *words: Any) -> None:
+        def log_message(self, format: str, *words: Any) -> None:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
