@@ -18,6 +18,7 @@ from jaxinfra.config import (
     ConfigError,
     DataConfig,
     did_you_mean,
+    without_secrets,
 )
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
@@ -432,7 +433,10 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
-    if path and ("://" in path or os.path.exists(os.path.expanduser(path))):
+    # Models and tokenizers are read from folders, which may be in a bucket.
+    is_folder = key in ("data.tokenizer", "init.from")
+    is_url = path.startswith(("s3://", "gs://")) or ("://" in path and not is_folder)
+    if path and (is_url or os.path.exists(os.path.expanduser(path))):
         return  # what a server has is known when it is asked
     folder = os.path.dirname(path)
     try:
@@ -443,7 +447,8 @@ def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
     near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
     also = "".join(f", or {name!r}" for name in known)
     raise ConfigError(
-        f"{key}={path!r} is not there; give a path that exists{also}{near}"
+        f"{key}={without_secrets(path)!r} is not there; give a path that "
+        f"exists{also}{near}"
     )
 
 

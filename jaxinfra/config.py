@@ -9,6 +9,7 @@ change.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -23,6 +24,22 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A bad file, option or data set: the message says what, the rule and the fix."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"']+")
+_USER = re.compile(r"^[^/@:]*(:(?!\d+(/|$))[^@]*)?@")  # `host:80/a@b` has none
+
+
+def redacted(url: str) -> str:
+    """The URL without what may be secret: user, password and query."""
+    scheme, mark, rest = url.partition("://")
+    rest, query, _ = rest.partition("?")
+    return scheme + mark + _USER.sub("", rest) + ("?..." if query else "")
+
+
+def without_secrets(text: str) -> str:
+    """The text with every URL in it `redacted`."""
+    return _URL.sub(lambda url: redacted(url[0]), text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

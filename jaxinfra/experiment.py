@@ -201,7 +201,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
             stream=stream.identity(),
-            config=options.to_json(config),
+            config=options.recorded(config),
             settings=config.checkpoint,
             journal=journal,
             owner=owner,
