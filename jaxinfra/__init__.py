@@ -44,6 +44,7 @@ _HOMES = {
     "remote.commits": ("object_folder",),
     "remote.lines": ("JsonParts", "rewind_parts"),
     "remote.ownership": ("acquire_object",),
+    "checkpoint.partial": ("restore_part",),
     "checkpoint.retention": ("make_retain",),
     "generate.decode": ("continue_prompts", "generate_text", "make_generate"),
     "generate.rows": ("Row",),
