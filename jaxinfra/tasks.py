@@ -9,7 +9,7 @@ module.
 
 import pathlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import runfolder, stages
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
@@ -211,16 +211,26 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
     return shards.open_dataset(folder, damaged=config.data.damaged)
 
 
-def make_fetch(
+def fetched(
     config: Config,
     task: Task,
     sharding: jax.NamedSharding,
+    *,
+    start: int,
     tell_damage: Callable[[int, str], None],
-) -> Callable[[int], tuple]:
-    """step -> the rows of the task's stream, on the devices."""
+    gives_up: Callable[[], bool],
+    failed: list[DataError],
+) -> Iterator[device.Fetched]:
+    """Batches of the task's stream on the devices, from step `start` on, made ahead.
+
+    They end early where `gives_up` says so while one is waited for, or data cannot be
+    had, of which `failed` gets the error; of several processes, which must end at the
+    same step, that error ends this one.
+    """
     sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
     assert task.stream is not None
     host_rows = task.stream.batch
+    is_alone = jax.process_count() == 1
 
     def fetch(step: int) -> tuple:
         batch = device.to_device(
@@ -230,7 +240,14 @@ def make_fetch(
             tell_damage(step, line)
         return batch
 
-    return fetch
+    batches = device.prefetch(
+        fetch,
+        start,
+        config.train.steps,
+        depth=config.data.prefetch,
+        gives_up=lambda: is_alone and gives_up(),
+    )
+    return device.until_none_comes(batches, failed) if is_alone else batches
 
 
 def continued(

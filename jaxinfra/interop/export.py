@@ -21,7 +21,8 @@ from jaxinfra import options, params, runfolder
 from jaxinfra.checkpoint import lifecycle
 from jaxinfra.config import Config, ConfigError, DataError, ModelConfig
 from jaxinfra.data import tokenizer_training
-from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 from jaxinfra.interop import families, hf, hf_config, tensorfile
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree

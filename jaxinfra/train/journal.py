@@ -23,6 +23,8 @@ from jaxinfra.config import Config
 from jaxinfra.options import to_json
 from jaxinfra.train import objective
 
+_STARVED = 0.05  # of a step spent waiting for its batch, from which on it is shown
+
 
 class Journal:
     """The run folder's records and the progress shown; a context manager.
@@ -292,6 +294,9 @@ def _figures(record: dict[str, Any], unit: str) -> str:
         parts.append(f"{record['perf/tokens_per_sec']:,.0f} {unit}s/s")
     if "perf/mfu" in record:
         parts.append(f"mfu {record['perf/mfu']:.1%}")
+    starved = record["data/wait_secs"] / record.get("perf/step_secs", math.inf)
+    if starved > _STARVED:
+        parts.append(f"waits for data {starved:.0%}")
     return "  ".join(parts)
 
 

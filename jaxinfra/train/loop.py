@@ -119,9 +119,16 @@ def run(
             journal.event("preemption", step=step, reason=reason)
             code = exitcodes.PREEMPTED
             break
+    is_cut = step < schedule.steps and code == exitcodes.DONE  # no batch came
     last = reader.flush({})
     if last.has_diverged:
         code = exitcodes.DIVERGED
+    elif is_cut:
+        if step > start and not schedule.is_save(step):
+            saver.save(step, state)
+        reason = hooks.stop_wanted() or "its data cannot be had"
+        journal.event("preemption", step=step, reason=reason)
+        code = exitcodes.PREEMPTED
     if not _tell_saves(saver.close, journal):
         code = exitcodes.SAVE_FAILED
     return state, code
