@@ -70,27 +70,6 @@ def write_arrays(folder: Any, snapshot: Snapshot) -> Digests:
     return digests
 
 
-def verify(folder: Any, digests: Digests, layouts: Mapping[str, ArrayLayout]) -> None:
-    """Reads this process's chunks back, from the disk where the system can be asked to
-    forget them.
-
-    Raises:
-      CheckpointError: naming the first that is not as it was written.
-    """
-
-    def check(item: tuple[str, str, str]) -> None:
-        name, path, digest = item
-        size = integrity.chunk_file_bytes(
-            layouts[name].chunk_shape, layouts[name].dtype
-        )
-        commits.forget(folder / path)
-        integrity.read(folder, FileRecord(path=path, bytes=size, xxh3_128=digest))
-
-    items = [(name, *item) for name in digests for item in digests[name].items()]
-    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
-        collections.deque(pool.map(check, items), maxlen=0)
-
-
 def describe_arrays(
     folder: Any, arrays: Mapping[str, ArrayLayout], digests: list[Digests]
 ) -> dict[str, ArrayRecord]:

@@ -23,7 +23,7 @@ import time
 import jax
 import numpy as np
 
-from jaxinfra.checkpoint import commits, lifecycle, restore
+from jaxinfra.checkpoint import commits, lifecycle, read_back, restore
 
 MB = 1 << 20
 ARRAY_MB = 64
@@ -73,7 +73,7 @@ def forget(folder: pathlib.Path) -> None:
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
-            commits.forget(path)
+            read_back.forget(path)
 
 
 def rates(folder: pathlib.Path, pairs: int, size_mb: int, has_orbax: bool) -> dict:

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jaxinfra.checkpoint import commits, integrity, lifecycle, restore, store
+from jaxinfra.checkpoint import commits, integrity, lifecycle, read_back, restore
 from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.checkpoint.retention import make_retain
 from jaxinfra.config import CheckpointConfig
@@ -118,7 +118,7 @@ def test_read_back_names_what_is_not_as_written(tmp_path):
     saves.close()
     record = integrity.load(tmp_path / "4").arrays["x"]
     digests = {"x": {chunk.path: chunk.xxh3_128 for chunk in record.chunks}}
-    store.verify(tmp_path / "4", digests, {"x": record})
+    read_back.read_back(tmp_path / "4", digests, {"x": record})
     (tmp_path / "4/arrays/x/c/0").unlink()
     with pytest.raises(commits.CheckpointError, match="x/c/0"):
-        store.verify(tmp_path / "4", digests, {"x": record})
+        read_back.read_back(tmp_path / "4", digests, {"x": record})
