@@ -254,11 +254,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
                 ),
                 ballot=processes.make_ballot(layout.mesh),
                 stop_wanted=stop_wanted,
-                profile=enter(
-                    facts.tracing(
-                        run_dir, start=config.profile.start, steps=config.profile.steps
-                    )
-                ),
+                profile=enter(facts.profiler(config.profile, run_dir)),
             ),
             saver=saver,
             journal=journal,

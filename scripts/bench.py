@@ -6,6 +6,8 @@
     python scripts/bench.py loop               host time a step that the loop costs
     python scripts/bench.py data [--peers]     the stream on one core, and Grain and
                                                torch's DataLoader on the same file
+    python scripts/bench.py checkpoint [--peers]   a state of 1 GB saved and restored,
+                                               against bare threads, and Orbax
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
+    verbs |= {"checkpoint": checkpoint}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -208,6 +211,26 @@ def faults(args) -> dict:
     from faults import table
 
     return table.measure(args, RESULTS)
+
+
+def checkpoint(args) -> dict:
+    """Rates of a save and of a verified restore from a cold page cache as ratios of
+    bare threads' and Orbax's, the time that the loop is blocked, and host memory at two
+    settings of checkpoint.staging_gib."""
+    script, size = str(PEERS / "checkpoint_rates.py"), "1024"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measure(*words: str) -> dict:
+            command = [sys.executable, script, *words]
+            return json.loads(_run(command, env=environment))
+
+        orbax = ["orbax"] if args.peers else []
+        result = measure("rates", folder, str(args.repeats), size, *orbax)
+        for staging in ("0", "256"):
+            found = measure("memory", folder, staging, size)
+            result |= {f"staging_{staging}_mb": found}
+    return result
 
 
 def shakespeare(args) -> dict:
@@ -509,8 +532,11 @@ def _script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def _run(command: list[str], **options) -> str:
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, **options
+    )
+    return done.stdout
 
 
 def _machine() -> dict:

@@ -183,13 +183,6 @@ def write_synced(path: Any, pieces: Iterable[Any]) -> None:
         os.fsync(file.fileno())
 
 
-def forget(path: Any) -> None:
-    """Lets the system drop a file from memory, so that it is read from the disk."""
-    if isinstance(path, pathlib.Path) and hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def sync_folders(root: pathlib.Path) -> None:
     """`sync_folder` for a folder and all below it, several at once."""
     folders = [pathlib.Path(folder) for folder, _, _ in os.walk(root)]

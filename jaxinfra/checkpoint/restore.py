@@ -59,7 +59,9 @@ def latest(folder: Any) -> int | None:
             rejected.append((step, str(error)))
         else:
             return step
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
 
 
 def restore(
@@ -119,7 +121,9 @@ def restore_latest(
             rejected.append((int(name.split(".")[0]), str(error)))
         else:
             return dataclasses.replace(restored, rejected=tuple(rejected))
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
 
 
 def _read_together(
@@ -158,10 +162,10 @@ def _read(
     return Restored(step=manifest.step, arrays=arrays, metadata=metadata)
 
 
-def _none_usable(folder: Any, rejected: list[tuple[int, str]]) -> None:
-    if rejected:
-        reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
-        raise NoUsableCheckpoint(
-            f"{folder} has checkpoints and none is usable, so nothing was started or "
-            f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
-        )
+def none_usable(folder: Any, rejected: list[tuple[int, str]]) -> NoUsableCheckpoint:
+    """The error of a run all of whose steps are damaged."""
+    reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+    return NoUsableCheckpoint(
+        f"{folder} has checkpoints and none is usable, so nothing was started or "
+        f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
+    )

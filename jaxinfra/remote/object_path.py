@@ -25,9 +25,9 @@ from jaxinfra.data.patience import PATIENCE
 TRY_SECS = 60.0  # of one request: 64 MiB at 1 MB/s
 SCHEMES = ("s3", "gs")
 _ABSENT = b"\x02"  # TensorStore's generation of a key that is not there
-_CODE = re.compile(r"\b([A-Z]{5,}(?:_[A-Z]+)*)\b")
-_REFUSED = {"PERMISSION_DENIED", "UNAUTHENTICATED"}
-_FINAL = {"NOT_FOUND", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION"}
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_FINAL = ("NOT_FOUND", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+_CODE = re.compile(rf"\b({'|'.join((*_REFUSED, *_FINAL))})\b")  # of what will not pass
 
 T = TypeVar("T")
 
@@ -172,15 +172,13 @@ class ObjectPath:
         """Our own words for what went wrong: a server's may hold keys."""
         if isinstance(error, TimeoutError):
             return NoAnswer()
-        found = _CODE.search(str(error))
-        code = found[1] if found else type(error).__name__
-        text = f"{self} cannot be {what}: {code}"
-        if code in _REFUSED:
+        if (found := _CODE.search(str(error))) is None:
+            return ServerFailed()
+        text = f"{self} cannot be {what}: {found[1]}"
+        if found[1] in _REFUSED:
             source = urls.CREDENTIALS[self.scheme]
             return DataError(f"{text}: access is refused; check {source}")
-        if code in _FINAL:
-            return DataError(f"{text}: check the bucket and the endpoint")
-        return ServerFailed()
+        return DataError(f"{text}: check the bucket and the endpoint")
 
 
 @functools.cache  # one set of connections; a forked process has its own
