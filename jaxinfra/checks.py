@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from jaxinfra import stages
+from jaxinfra import compositions, stages
 from jaxinfra.config import (
     AXES,
     REMAT_NAMES,
@@ -43,7 +43,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
             "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
-            "model.attention_scale_dim", "train.steps",
+            "model.attention_scale_dim", "model.router_groups",
+            "model.router_top_groups", "model.shared_experts", "model.capacity_factor",
+            "train.balance_loss", "train.router_z_loss", "train.router_bias_rate",
+            "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
@@ -62,7 +65,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "model.router_scale",
+            "optimizer.eps",
         ),
     ),
     "at least 0 and below 1": (
@@ -122,6 +126,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
+    compositions.check(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -218,6 +223,19 @@ def _check_model(config: Config) -> None:
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
         )
+    if groups := model.router_groups:
+        top, size = model.router_top_groups, model.num_experts // groups
+        if model.num_experts % groups or not 0 < top <= groups:
+            raise ConfigError(
+                f"model.router_groups={groups} must divide model.num_experts="
+                f"{model.num_experts}, and model.router_top_groups={top} be from 1 to"
+                " it; change one of them, or set model.router_groups to 0"
+            )
+        if top * size < model.experts_per_token:
+            raise ConfigError(
+                f"model.router_top_groups={top} groups have {top * size} experts, fewer"
+                f" than model.experts_per_token={model.experts_per_token}; raise it"
+            )
 
 
 def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
@@ -307,8 +325,6 @@ def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
     mesh = config.mesh
     for axis, what in {
-        "expert": "expert parallelism",
-        "context": "context parallelism",
         "pipeline": "pipeline parallelism",
     }.items():
         if (size := getattr(mesh, axis)) != 1:
@@ -330,6 +346,7 @@ def _check_mesh(config: Config) -> None:
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
+    compositions.check(config, sizes)
     _check_divisible(config, sizes)
 
 
@@ -342,6 +359,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     ]
     if config.model.expert_ffn_width:
         dims.append(("tensor", "expert_ffn_width"))
+    if _has_expert_layer(config):
+        dims.append(("expert", "num_experts"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
     for axis, name in dims if config.task == "text" else ():
@@ -351,6 +370,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
+    if config.task == "text" and sizes.get("context", 1) > 1:
+        _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
@@ -376,6 +397,30 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"mesh.slices={slices} divides neither mesh axis 'data' of size"
             f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
             f" mesh.data to a multiple of {slices}"
+        )
+
+
+def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
+    """What the way of config.parallel.context asks of rows and heads."""
+    way, parts = config.parallel.context, sizes["context"]
+    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
+    if config.train.length % cuts:
+        raise ConfigError(
+            f"train.length={config.train.length} does not divide into the {cuts} parts"
+            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
+            f" set train.length to a multiple of {cuts}, or change mesh.context"
+        )
+    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
+    copies = parts // math.gcd(heads, parts)
+    if (
+        way == "ulysses"
+        and config.model.num_heads // config.model.num_kv_heads % copies
+    ):
+        raise ConfigError(
+            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
+            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
+            f" of size {parts}, which parallel.context='ulysses' does; set"
+            " parallel.context to ring, or mesh.context to a divisor of the heads"
         )
 
 

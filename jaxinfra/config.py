@@ -114,7 +114,12 @@ class ModelConfig:
 
     Experts: a layer with feed_forward='experts' sends each token to the
     experts_per_token likeliest of num_experts; their shares are made to sum to 1 if
-    router_renormalize. expert_ffn_width 0 means ffn_width.
+    router_renormalize, then multiplied by router_scale. router: scores are a softmax
+    over experts, or each one's own sigmoid. router_groups: experts of the
+    router_top_groups best of so many groups alone are taken; 0 means all.
+    shared_experts: further ones that every token meets. expert_ffn_width 0 means
+    ffn_width. capacity_factor: in training an expert takes at most so many times its
+    even share of a row, in order of position, and the rest is dropped; 0 drops none.
     """
 
     vocab_size: int = 0
@@ -155,6 +160,12 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_ffn_width: int = 0
     router_renormalize: bool = True
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_scale: float = 1.0
+    router_groups: int = 0
+    router_top_groups: int = 0
+    shared_experts: int = 0
+    capacity_factor: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -220,8 +231,12 @@ class TrainConfig:
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
-    training alone. rounding: how an update enters parameters kept in bfloat16.
-    max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
+    training alone. balance_loss, router_z_loss: weights, in training alone, of how
+    unevenly each layer's experts are used (1 is even) and of the router's squared
+    log-sum-exp, means over a row's targets; router_bias_rate: how far each expert's
+    bias moves a step to even out their use. rounding: how an update enters parameters
+    kept in bfloat16. max_bad_steps: non-finite steps in a row before the run gives up
+    (exit 11).
     """
 
     steps: int = 300
@@ -237,6 +252,9 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    router_bias_rate: float = 0.0
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
@@ -307,11 +325,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the pipeline and context axes work."""
+    """How the pipeline, context and expert axes work.
+
+    context: keys and values go round the devices (ring), heads are exchanged for length
+    (ulysses), or keys and values are gathered. experts: tokens go to their experts
+    (dropless), or every expert meets every token (dense).
+    """
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
+    experts: Literal["dropless", "dense"] = "dropless"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +343,8 @@ class RuntimeConfig:
     """The processes and devices of the run; none of it changes a result.
 
     cpu_devices: simulate so many CPU devices; 0 means the real ones. coordinator,
-    num_processes, process_id: several processes (host:port of process 0).
+    num_processes, process_id: several processes (host:port of process 0); where none
+    are stated and `discover`, those that a launcher tells of (`launch.discovery`).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
     compile_cache: keep compiled programs in data.cache_dir.
     """
@@ -328,6 +353,7 @@ class RuntimeConfig:
     coordinator: str = ""
     num_processes: int = 1
     process_id: int = 0
+    discover: bool = True
     devices: int = 0
     compile_cache: bool = True
 
@@ -414,7 +440,9 @@ class Config:
 
 
 # Settings of a model that only training reads: they change no logit.
-FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
+FOR_TRAINING = (
+    "dropout", "init_std", "residual_scale_init", "document_mask", "capacity_factor",
+)  # fmt: skip
 
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
@@ -432,7 +460,8 @@ TEXT_KEYS = (
     "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
     "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "eval.sets",
+    "train.label_smoothing", "train.balance_loss", "train.router_z_loss",
+    "train.router_bias_rate", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

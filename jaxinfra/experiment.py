@@ -127,6 +127,7 @@ def build(
     eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
+    how["model_state"] = task.model_state
     return Experiment(
         config=config,
         layout=layout,
@@ -266,7 +267,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if failed:
             raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            weights = optim.averaged(state.opt_state, state.params)
+            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
         return code
 
 

@@ -22,7 +22,7 @@ from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, loss, seam
+from jaxinfra.ops import attention, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout
@@ -49,13 +49,13 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
-    first(key) -> (params, model_state); None: as `specs` say, and no model state.
+    first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
       what it does comes before microbatches are cut: rows get their ids there.
     observe(batch) -> metrics of a batch. unit: what the loss's weights count.
     flops_per_row: forward and backward; 0: not known, and no MFU is shown.
-    ending(params) -> text that a finished run ends with; None: nothing.
+    ending(params, model_state) -> text that a finished run ends with; None: nothing.
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
@@ -66,12 +66,13 @@ class Task(NamedTuple):
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
+    model_state: Callable[[], Tree] = tuple
     update_state: Callable[[Tree, Any], Tree] = lambda model_state, stats: model_state
     on_batch: Callable[[Any], Any] = lambda function: function
     observe: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
     unit: str = "row"
     flops_per_row: float = 0.0
-    ending: Callable[[Tree], str] | None = None
+    ending: Callable[[Tree, Tree], str] | None = None
     notes: str = ""
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
@@ -95,11 +96,19 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
-    )
+    dispatch = routers = None
+    # By their public names, which load them: most models need none of these.
+    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+        routers = jaxinfra.Routers(config)
+        dispatch = jaxinfra.make_dispatch(
+            config.model, policy=policy, rules=rules, way=config.parallel.experts
+        )
+    attend, order_T = attention.make_attend(rules), None
+    if (parts := layout.mesh.shape["context"]) > 1:
+        way = config.parallel.context
+        attend = jaxinfra.make_split_attend(rules, way=way)
+        order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
+    ops = seam.Ops(seam.make_einsum(policy, rules), attend, dispatch)
     model = transformer.make_model(
         config.model,
         ops=ops,
@@ -120,12 +129,15 @@ def text(
             label_smoothing=train.label_smoothing,
         ),
         document_mask=config.model.document_mask,
+        routers=routers,
+        order_T=order_T,
     )
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
     # The key tells the loss that it is trained by: without one it does not smooth.
-    is_random = config.model.dropout > 0 or train.label_smoothing > 0
+    only_in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
+    is_random = config.model.dropout > 0 or any(only_in_training)
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
@@ -138,13 +150,19 @@ def text(
         notes=attention.table(),
         model=model,
     )
+    if routers is not None:
+        task = task._replace(
+            model_state=routers.first_state, update_state=routers.update_state
+        )
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    ending = lambda weights: "--- sample ---\n{}".format(
-        *continued(config, layout, policy, tokenizer, weights, [prompt])
+    ending = lambda weights, model_state: "--- sample ---\n{}".format(
+        *continued(
+            config, layout, policy, tokenizer, weights | (model_state or {}), [prompt]
+        )
     )
     return task._replace(
         stream=batches.make_stream(

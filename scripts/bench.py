@@ -13,6 +13,11 @@
                                                against plain flax and scikit-learn
     python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
                                                against float32 masters: 500 steps
+    python scripts/bench.py device             the accelerator that is here, or the CPU:
+                                               kernels against float32, a step's MFU,
+                                               offload, bandwidths
+    python scripts/bench.py experts            a step of tiny_moe by every way to meet
+                                               experts, and without them
     python scripts/bench.py sft --model SOURCE   a published model that learns answers
                                                cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
-    verbs |= {"checkpoint": checkpoint}
+    verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -65,14 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=0, help="faults: stop after")
     parser.add_argument("--ledger", help="faults: the file of the verdicts so far")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="instead of results/<verb>.json"
+    )
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
     print(json.dumps(result, indent=1))
     if result.pop("is_trial", False):
         return result["failed"]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.verb}.json").write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or RESULTS / f"{args.verb}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -113,6 +122,22 @@ def step(args) -> dict:
         result["torch_compiled_secs"] = peer["median"]
         result["naive_over_torch"] = result["naive_secs"] / peer["median"]
     return result
+
+
+def device(args) -> dict:
+    """First contact with a device; see scripts/peers/device.py."""
+    sys.path.insert(0, str(PEERS))
+    import device as first_contact  # pyright: ignore[reportMissingImports]
+
+    return first_contact.report(args.repeats)
+
+
+def experts(args) -> dict:
+    """How tokens meet experts; see scripts/peers/experts.py."""
+    sys.path.insert(0, str(PEERS))
+    import experts as ways  # pyright: ignore[reportMissingImports]
+
+    return ways.report(args.repeats)
 
 
 def start(args) -> dict:

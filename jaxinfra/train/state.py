@@ -99,6 +99,7 @@ def init_state(
     dtype: jnp.dtype,
     seed: int,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
     weights: Tree | None = None,
 ) -> TrainState:
@@ -106,25 +107,24 @@ def init_state(
     `weights`.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
-    say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
+    say, of `dtype`, and `model_state()`. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    if weights is not None:
-        params, model_state = weights, ()
-    elif first is None:
-        params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
-        model_state = ()
+    if first is not None and weights is None:
+        params, inner = jax.jit(_placed(first, shardings, whole))(key)
     else:
-        params, model_state = jax.jit(_placed(first, shardings, whole))(key)
+        params, inner = weights, jax.device_put(model_state(), whole)
+    if params is None:
+        params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
     if loss_scale is not None:
         scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
         opt_state=init_opt_state(tx, params, shardings),
-        model_state=model_state,
+        model_state=inner,
         key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
     )
 
@@ -137,6 +137,7 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
@@ -144,22 +145,22 @@ def abstract_state(
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     if first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
-        model_state = ()
+        inner = jax.eval_shape(model_state)
     else:
-        params, model_state = jax.eval_shape(first, jax.random.key(0))
+        params, inner = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
-        model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    inner = jax.tree.map(lambda x: like(x, whole), inner)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(
             like, abstract_opt_state(tx, specs, layout), shardings.opt_state
         ),
-        model_state=model_state,
+        model_state=inner,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
