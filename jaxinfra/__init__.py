@@ -11,7 +11,8 @@ from typing import Any
 
 _HOMES = {
     "config": ("Config", "DataConfig", "EvalConfig", "LayerConfig", "MeshConfig",
-               "ModelConfig", "OptimizerConfig", "TrainConfig", "ConfigError"),
+               "ModelConfig", "OptimizerConfig", "QuantConfig", "TrainConfig",
+               "ConfigError"),
     "options": ("load_config",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
@@ -33,6 +34,9 @@ _HOMES = {
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
+    "quant.recipe": ("Recipe", "make_recipe"),
+    "quant.matmul": ("low_precision_einsum",),
+    "train.low_precision": ("in_low_precision", "low_precision_training"),
     "train.rounding": ("apply_stochastic",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),

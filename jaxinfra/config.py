@@ -17,6 +17,10 @@ Precision = Literal[
 ]
 
 
+# Those that are bfloat16 but for the matmuls of a recipe (`quant.*`).
+LOW_PRECISION = ("fp8", "int8", "mxfp8")
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
@@ -256,6 +260,23 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
+
+    scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
+    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
+    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
+    underflow and scales (metrics quant/...).
+    """
+
+    scaling: Literal["current", "delayed"] = "current"
+    backward: Literal["low", "compute"] = "low"
+    history: int = 16
+    skip: str = ""
+    figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out evaluation, of the averaged parameters where optimizer.ema_decay is set.
 
@@ -371,6 +392,7 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    quant: QuantConfig = QuantConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -104,7 +104,7 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
+        task.grad_fn or objective.grad_of(task.loss_fn),
         config.train.microbatches,
         shardings=places.grads,
     )
@@ -143,6 +143,7 @@ def build(
             dtype=policy.param,
             seed=config.run.seed,
             first=task.first,
+            model_state=task.model_state,
             loss_scale=policy.loss_scale,
         ),
     )
@@ -292,6 +293,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
         experiment.layout,
         dtype=experiment.policy.param,
         first=experiment.task.first,
+        model_state=experiment.task.model_state,
         loss_scale=experiment.policy.loss_scale,
     )
 

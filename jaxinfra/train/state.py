@@ -97,6 +97,7 @@ def init_state(
     dtype: jnp.dtype,
     seed: int,
     first: First | None = None,
+    model_state: Tree = (),
     loss_scale: float | None = None,
     weights: Tree | None = None,
 ) -> TrainState:
@@ -104,15 +105,15 @@ def init_state(
     `weights`.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
-    say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
+    say, of `dtype`, and `model_state` is as given. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
+    model_state = jax.device_put(model_state, whole)
     if weights is not None:
-        params, model_state = weights, ()
+        params = weights
     elif first is None:
         params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
-        model_state = ()
     else:
         params, model_state = jax.jit(_placed(first, shardings, whole))(key)
     if loss_scale is not None:
@@ -135,6 +136,7 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
+    model_state: Tree = (),
     loss_scale: float | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
@@ -142,11 +144,10 @@ def abstract_state(
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     if first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
-        model_state = ()
     else:
         params, model_state = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
-        model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    model_state = jax.tree.map(lambda x: like(x, whole), model_state)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
