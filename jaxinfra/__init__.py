@@ -37,6 +37,7 @@ _HOMES = {
     "quant.recipe": ("Recipe", "make_recipe"),
     "quant.matmul": ("low_precision_einsum",),
     "train.low_precision": ("in_low_precision", "low_precision_training"),
+    "train.adam8": ("other_moments", "scale_by_adam8"),
     "train.rounding": ("apply_stochastic",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),

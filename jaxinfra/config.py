@@ -238,7 +238,8 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none.
+    that keeps this part of itself each step; 0 means none. moments: how adamw's two
+    are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -257,6 +258,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +276,18 @@ class QuantConfig:
     history: int = 16
     skip: str = ""
     figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """In how many bits a block's weights and their gradients cross the fsdp axis.
+
+    gather: parameters, on their way to each use; reduce: gradients, on their way to
+    their shard. compute: as precision says.
+    """
+
+    gather: Literal["compute", "int8", "fp8"] = "compute"
+    reduce: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -393,6 +407,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     quant: QuantConfig = QuantConfig()
+    comm: CommConfig = CommConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()

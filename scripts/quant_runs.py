@@ -1,4 +1,4 @@
-"""What low precision costs in quality: one run of `tiny` at a time, for `bench.py quant`.
+"""What low precision costs in quality: runs of `tiny`, for `bench.py quant`.
 
     python scripts/quant_runs.py              every run that is not in the results yet
     python scripts/quant_runs.py fp8 0 1      kind, seeds
@@ -19,7 +19,7 @@ import time
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant.json"
 STEPS, SEEDS = 300, (0, 1, 2)
 _ADAMW = ["--optimizer.name", "adamw", "--optimizer.learning_rate", "1e-3"]
-_FSDP = ["--mesh.fsdp", "8"]
+_GATHERS = ["--precision", "bfloat16", "--mesh.fsdp", "8", "--comm.gather", "int8"]
 # Kind -> (settings, the kind it is measured against).
 KINDS = {
     "bfloat16": (["--precision", "bfloat16"], None),
@@ -35,15 +35,8 @@ KINDS = {
         ["--precision", "bfloat16", *_ADAMW, "--optimizer.moments", "8bit"],
         "adamw",
     ),
-    "int8 gathers": (
-        ["--precision", "bfloat16", *_FSDP, "--comm.gather", "int8"],
-        "bfloat16",
-    ),
-    "int8 gathers and reductions": (
-        ["--precision", "bfloat16", *_FSDP, "--comm.gather", "int8"]
-        + ["--comm.reduce", "int8"],
-        "bfloat16",
-    ),
+    "int8 gathers": (_GATHERS, "bfloat16"),
+    "int8 gathers and reductions": ([*_GATHERS, "--comm.reduce", "int8"], "bfloat16"),
 }
 
 

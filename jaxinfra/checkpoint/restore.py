@@ -4,6 +4,7 @@ A step that stands under its number was committed, so whatever is wrong with it 
 damage. It is reported, passed over, and left on disk.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -61,6 +62,15 @@ def latest(folder: str | os.PathLike) -> int | None:
         else:
             return step
     return _none_usable(folder, rejected)
+
+
+def newest_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array of the newest step whose manifest is good; of none,
+    nothing."""
+    for _, path in commits.step_folders(pathlib.Path(folder)):
+        with contextlib.suppress(CheckpointError):
+            return {n: a.shape for n, a in integrity.load(path).arrays.items()}
+    return {}
 
 
 def restore(

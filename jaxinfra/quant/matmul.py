@@ -132,7 +132,8 @@ def _contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
         dx = dot(to_x, for_x, w_codes, x_spec) * _align(scale_x, out_dims, x_dims)
         dw = dot(to_w, x_codes, for_w, w_spec) * _align(scale_w, out_dims, w_dims)
         dw = dw.astype(policy.reduce).astype(w.array.dtype)
-        return dx.astype(policy.compute), _cotangent(w, dw, (*figures, g_figures))
+        dx = jax.reshard(dx.astype(policy.compute), x_spec)
+        return dx, _cotangent(w, jax.reshard(dw, w_spec), (*figures, g_figures))
 
     contract.defvjp(forward, backward)
     return contract

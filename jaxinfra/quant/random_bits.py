@@ -20,13 +20,15 @@ def bits_like(
     """uint32 of x's shape, and laid out as it is, by each element's place in the global
     array. `rows`, uint32 of its first dim, count as the places along that."""
     spec = jax.typeof(x).sharding.spec
+    # A sharding is said where there is one: without a mesh, or on Auto axes, is none.
+    place = spec if any(entry is not None for entry in spec) else None
     index, stride = jnp.uint32(0), 1
     for dim in reversed(range(x.ndim)):
         if dim == 0 and rows is not None:
             # By itself: rows x stride would wrap and meet other rows' places.
             seed = mix(rows + seed).reshape(-1, *(1,) * (x.ndim - 1))
             break
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=spec)
-        index += place * jnp.uint32(stride % 2**32)
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=place)
+        index += along * jnp.uint32(stride % 2**32)
         stride *= x.shape[dim]
     return mix(index ^ seed)
