@@ -12,7 +12,7 @@ from typing import Any
 _HOMES = {
     "config": ("Config", "DataConfig", "EvalConfig", "LayerConfig", "MeshConfig",
                "ModelConfig", "OptimizerConfig", "QuantConfig", "TrainConfig",
-               "ConfigError"),
+               "CommConfig", "ConfigError"),
     "options": ("load_config",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
@@ -35,6 +35,7 @@ _HOMES = {
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
     "quant.recipe": ("Recipe", "make_recipe"),
+    "quant.communication": ("low_bit_traffic",),
     "quant.matmul": ("low_precision_einsum",),
     "train.low_precision": ("in_low_precision", "low_precision_training"),
     "train.adam8": ("other_moments", "scale_by_adam8"),

@@ -173,7 +173,13 @@ def text(
 def _in_precision(config: Config, layout: Layout, policy: Policy):
     """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
     it. What is for low precision is loaded, by its public name, where that is asked."""
-    einsum = seam.make_einsum(policy, layout.params)
+    comm = config.comm
+    if (comm.gather, comm.reduce) == ("compute", "compute"):
+        einsum = seam.make_einsum(policy, layout.params)
+    else:
+        einsum = jaxinfra.low_bit_traffic(
+            policy, layout.params, gather=comm.gather, reduce=comm.reduce
+        )
     if config.precision not in LOW_PRECISION:
         return einsum, lambda task, per_token: task
     return jaxinfra.low_precision_training(config, layout, policy, einsum)
