@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from jaxinfra import compositions, stages
 from jaxinfra.config import (
     AXES,
+    LOW_PRECISION,
     REMAT_NAMES,
     Config,
     ConfigError,
@@ -34,7 +35,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.num_kv_heads", "train.batch_size", "train.length",
             "train.microbatches", "train.save_every", "train.max_bad_steps",
             "mesh.slices", "parallel.virtual_stages", "runtime.num_processes",
-            "checkpoint.keep",
+            "checkpoint.keep", "quant.history",
         ),
     ),
     "at least 0": (
@@ -102,6 +103,8 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
     _check_training(config)
+    _check_quant(config)
+    _check_low_bit_state(config)
     _check_runtime(config)
     _check_available(config)
     _check_mesh(config)
@@ -277,6 +280,47 @@ def _check_training(config: Config) -> None:
         )
 
 
+def _check_quant(config: Config) -> None:
+    precision, quant = config.precision, config.quant
+    if precision in LOW_PRECISION and config.task == "own":
+        raise ConfigError(
+            f"precision={precision} multiplies the weights of text models by name, and"
+            f" config {config.name!r} has a task of its own; set precision to bfloat16"
+        )
+    if quant.scaling == "delayed" and precision != "fp8":
+        raise ConfigError(
+            f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
+            " set quant.scaling to current, or precision to fp8"
+        )
+    if quant.scaling == "delayed" and quant.backward == "compute":
+        raise ConfigError(
+            "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
+            " to low, or quant.scaling to current"
+        )
+
+
+def _check_low_bit_state(config: Config) -> None:
+    optimizer, comm = config.optimizer, config.comm
+    if optimizer.moments == "8bit" and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.moments='8bit' is for adamw, and optimizer.name="
+            f"{optimizer.name!r}; set optimizer.moments to float32"
+        )
+    for key in ("gather", "reduce"):
+        if (kind := getattr(comm, key)) == "compute":
+            continue
+        if config.precision in LOW_PRECISION:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
+                f" gathers what it multiplies; set comm.{key} to compute"
+            )
+        if config.task == "own":
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
+                f" has a task of its own; set comm.{key} to compute"
+            )
+
+
 def _check_remat(remat: str) -> None:
     if remat in ("none", "full", "dots"):
         return
@@ -329,12 +373,6 @@ def _check_available(config: Config) -> None:
     }.items():
         if (size := getattr(mesh, axis)) != 1:
             raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    if config.precision in ("fp8", "int8", "mxfp8"):
-        raise _not_here(
-            f"precision={config.precision}",
-            "that precision",
-            "set precision to float32 or bfloat16, bfloat16_params or float16",
-        )
     if "://" in (value := config.data.cache_dir):
         raise _not_here(
             f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"

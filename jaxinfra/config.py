@@ -18,6 +18,10 @@ Precision = Literal[
 ]
 
 
+# Those that are bfloat16 but for the matmuls of a recipe (`quant.*`).
+LOW_PRECISION = ("fp8", "int8", "mxfp8")
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
@@ -269,7 +273,8 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none.
+    that keeps this part of itself each step; 0 means none. moments: how adamw's two
+    are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -288,6 +293,36 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
+
+    scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
+    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
+    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
+    underflow and scales (metrics quant/...).
+    """
+
+    scaling: Literal["current", "delayed"] = "current"
+    backward: Literal["low", "compute"] = "low"
+    history: int = 16
+    skip: str = ""
+    figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """In how many bits a block's weights and their gradients cross the fsdp axis.
+
+    gather: parameters, on their way to each use; reduce: gradients, on their way to
+    their shard. compute: as precision says.
+    """
+
+    gather: Literal["compute", "int8", "fp8"] = "compute"
+    reduce: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -429,6 +464,8 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    quant: QuantConfig = QuantConfig()
+    comm: CommConfig = CommConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()

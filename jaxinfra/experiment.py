@@ -105,7 +105,7 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
+        task.grad_fn or objective.grad_of(task.loss_fn),
         config.train.microbatches,
         shardings=places.grads,
     )
