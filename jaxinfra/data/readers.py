@@ -8,6 +8,7 @@ A line is of `MAX_LINE_BYTES` at most, so that a file without line ends is an er
 before it fills the memory.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -110,25 +111,39 @@ def _csv_values(file: File, text_key: str) -> Iterator[Any]:
 
 
 def _parquet_values(file: File, text_key: str) -> Iterator[Any]:
-    pyarrow, parquet = _library("pyarrow", file), _library("pyarrow.parquet", file)
-    try:
-        with parquet.ParquetFile(_path_or_stream(file)) as table:
-            _column(file, table.schema_arrow.names, text_key)
-            for batch in table.iter_batches(_ROWS, columns=[text_key]):
-                yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise _damaged(file, error) from error
+    parquet = _library("pyarrow.parquet", file)
+    with _named_damage(file), parquet.ParquetFile(_path_or_stream(file)) as table:
+        _column(file, table.schema_arrow.names, text_key)
+        for batch in table.iter_batches(_ROWS, columns=[text_key]):
+            yield from _values(batch.column(0))
 
 
 def _arrow_values(file: File, text_key: str) -> Iterator[Any]:
     pyarrow, ipc = _library("pyarrow", file), _library("pyarrow.ipc", file)
+    with (
+        _named_damage(file),
+        _mapped(pyarrow, file) as data,
+        ipc.open_stream(data) as batches,
+    ):
+        column = _column(file, batches.schema.names, text_key)
+        for batch in batches:
+            yield from _values(batch.column(column))
+
+
+def _values(column: Any) -> list[Any]:
+    column.validate(full=True)  # else damaged places of texts end the interpreter
+    return column.to_pylist()
+
+
+@contextlib.contextmanager
+def _named_damage(file: File) -> Iterator[None]:
+    pyarrow = _library("pyarrow", file)
     try:
-        with _mapped(pyarrow, file) as data, ipc.open_stream(data) as batches:
-            column = _column(file, batches.schema.names, text_key)
-            for batch in batches:
-                yield from batch.column(column).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise _damaged(file, error) from error
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} is damaged or of another format ({error}); download it again"
+        ) from error
 
 
 TABLES: dict[str, Callable[[File, str], Iterator[Any]]] = {
@@ -181,12 +196,6 @@ def _library(name: str, file: File) -> Any:
         raise DataError(
             f"{file} needs the extra data: pip install 'jaxinfra[data]'"
         ) from error
-
-
-def _damaged(file: File, error: Exception) -> DataError:
-    return DataError(
-        f"{file} is damaged or of another format ({error}); download it again"
-    )
 
 
 class _ZstdFrames(io.RawIOBase):
