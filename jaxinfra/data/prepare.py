@@ -36,6 +36,7 @@ from jaxinfra.data import (
     sources,
     spans,
     splits,
+    urls,
     writer,
 )
 from jaxinfra.data import tokenizer as tokenizers
@@ -90,6 +91,7 @@ def prepare(
     and leaves nothing under the name of `out`.
     """
     check_options(split, held_out, seed, shard_tokens, layout)
+    writer.check_out(out)
     if num_workers < 1:
         raise DataError(f"workers={num_workers} must be 1 or more")
     steps = cleaning.steps(rules)
@@ -240,6 +242,7 @@ def _named_tokenizer(
                 f"tokenizer={name} has its own EOD and no BOS; leave them out"
             )
         return tokenizers.ByteTokenizer() if name == "byte" else None
+    urls.check_local(name, key="data.tokenizer", fix="copy its files here first")
     if not pathlib.Path(name).expanduser().exists():
         raise DataError(
             f"data.tokenizer={name!r} is not known: give byte, char, or a path that "
@@ -341,6 +344,7 @@ def _not_found(path: str | pathlib.Path) -> str:
     close = difflib.get_close_matches(str(path), [*CORPORA, *beside], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return (
-        f"data.path={str(path)!r} does not exist; give a folder that prepare wrote, "
-        f"{sources.ACCEPTED}, or a corpus that ships here ({', '.join(CORPORA)}){hint}"
+        f"data.path={urls.redacted(str(path))!r} does not exist; give a folder that "
+        f"prepare wrote, {sources.ACCEPTED}, or a corpus that ships "
+        f"here ({', '.join(CORPORA)}){hint}"
     )
