@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable
 from jaxinfra import compositions, stages
 from jaxinfra.config import (
     AXES,
+    LOW_PRECISION,
     REMAT_NAMES,
     Config,
     ConfigError,
     DataConfig,
     did_you_mean,
+    without_secrets,
 )
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
@@ -33,7 +35,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.num_kv_heads", "train.batch_size", "train.length",
             "train.microbatches", "train.save_every", "train.max_bad_steps",
             "mesh.slices", "parallel.virtual_stages", "runtime.num_processes",
-            "checkpoint.keep",
+            "checkpoint.keep", "quant.history",
         ),
     ),
     "at least 0": (
@@ -52,7 +54,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
             "eval.batches", "eval.batch_size", "runtime.cpu_devices",
             "runtime.process_id", "data.prefetch", "runtime.devices",
-            "data.shuffle_block",
+            "data.shuffle_block", "checkpoint.keep_every", "checkpoint.keep_best",
+            "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
         ),
@@ -100,6 +103,8 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
     _check_training(config)
+    _check_quant(config)
+    _check_low_bit_state(config)
     _check_runtime(config)
     _check_available(config)
     _check_mesh(config)
@@ -275,6 +280,47 @@ def _check_training(config: Config) -> None:
         )
 
 
+def _check_quant(config: Config) -> None:
+    precision, quant = config.precision, config.quant
+    if precision in LOW_PRECISION and config.task == "own":
+        raise ConfigError(
+            f"precision={precision} multiplies the weights of text models by name, and"
+            f" config {config.name!r} has a task of its own; set precision to bfloat16"
+        )
+    if quant.scaling == "delayed" and precision != "fp8":
+        raise ConfigError(
+            f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
+            " set quant.scaling to current, or precision to fp8"
+        )
+    if quant.scaling == "delayed" and quant.backward == "compute":
+        raise ConfigError(
+            "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
+            " to low, or quant.scaling to current"
+        )
+
+
+def _check_low_bit_state(config: Config) -> None:
+    optimizer, comm = config.optimizer, config.comm
+    if optimizer.moments == "8bit" and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.moments='8bit' is for adamw, and optimizer.name="
+            f"{optimizer.name!r}; set optimizer.moments to float32"
+        )
+    for key in ("gather", "reduce"):
+        if (kind := getattr(comm, key)) == "compute":
+            continue
+        if config.precision in LOW_PRECISION:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
+                f" gathers what it multiplies; set comm.{key} to compute"
+            )
+        if config.task == "own":
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
+                f" has a task of its own; set comm.{key} to compute"
+            )
+
+
 def _check_remat(remat: str) -> None:
     if remat in ("none", "full", "dots"):
         return
@@ -327,17 +373,10 @@ def _check_available(config: Config) -> None:
     }.items():
         if (size := getattr(mesh, axis)) != 1:
             raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    if config.precision in ("fp8", "int8", "mxfp8"):
+    if "://" in (value := config.data.cache_dir):
         raise _not_here(
-            f"precision={config.precision}",
-            "that precision",
-            "set precision to float32 or bfloat16, bfloat16_params or float16",
+            f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
         )
-    for key in ("run.dir", "data.cache_dir"):
-        if "://" in (value := _get(config, key)):
-            raise _not_here(
-                f"{key}={value!r}", "remote storage", f"set {key} to a local path"
-            )
 
 
 def _check_mesh(config: Config) -> None:
@@ -441,7 +480,20 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             "init.model=true takes the model of init.from, which is empty; set it"
         )
-    for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
+    is_url = "://" in run.dir
+    if is_url and not re.fullmatch(r"(s3|gs)://[^@/]{3,}(/.*)?", run.dir):
+        scheme = run.dir.partition("://")[0]
+        raise ConfigError(
+            f"run.dir={scheme}://... must be a path, s3://bucket/folder or gs://bucket/"
+            f"folder, without a user or a key in it{did_you_mean(scheme, ('s3', 'gs'))}"
+        )
+    if is_url and config.profile.steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} writes to a local run.dir alone; "
+            "set it to 0, or run.dir to a path"
+        )
+    local = {"run.dir": "" if is_url else run.dir, "data.cache_dir": data.cache_dir}
+    for key, path in local.items():
         file = _first_existing(path)
         if not os.path.isdir(file):
             raise ConfigError(
@@ -464,7 +516,10 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
-    if path and ("://" in path or os.path.exists(os.path.expanduser(path))):
+    # Models and tokenizers are read from folders, which may be in a bucket.
+    is_folder = key in ("data.tokenizer", "init.from")
+    is_url = path.startswith(("s3://", "gs://")) or ("://" in path and not is_folder)
+    if path and (is_url or os.path.exists(os.path.expanduser(path))):
         return  # what a server has is known when it is asked
     folder = os.path.dirname(path)
     try:
@@ -475,7 +530,8 @@ def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
     near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
     also = "".join(f", or {name!r}" for name in known)
     raise ConfigError(
-        f"{key}={path!r} is not there; give a path that exists{also}{near}"
+        f"{key}={without_secrets(path)!r} is not there; give a path that "
+        f"exists{also}{near}"
     )
 
 

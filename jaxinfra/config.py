@@ -9,6 +9,7 @@ change.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -17,12 +18,44 @@ Precision = Literal[
 ]
 
 
+# Those that are bfloat16 but for the matmuls of a recipe (`quant.*`).
+LOW_PRECISION = ("fp8", "int8", "mxfp8")
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
 
 class DataError(ValueError):
     """A bad file, option or data set: the message says what, the rule and the fix."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"']+")
+_SHOWN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^?#]*)(.*)", re.DOTALL)
+
+
+def redacted(url: str) -> str:
+    """The URL without what may be secret: user, password, query and fragment.
+
+    Where people write a password as it is, with /, ? or # in it, no rule tells it from
+    a path: of `host:80/a@b` too only what follows the @ is shown. A pathlib.Path of a
+    URL, which has lost a slash, is one here; another text is given as it is.
+    """
+    found = _SHOWN.fullmatch(url)
+    if not found:
+        return url
+    scheme, place, rest = found.groups()
+    server, _, path = place.partition("/")
+    if "@" in server or (":" in server and "@" in path):
+        place = ("...@" if "@" in path else "") + place.rpartition("@")[2]
+    elif ":" in server and "@" in rest:
+        return f"{scheme}..."
+    return scheme + place + (f"{rest[0]}..." if len(rest) > 1 else "")
+
+
+def without_secrets(text: str) -> str:
+    """The text with every URL in it `redacted`."""
+    return _URL.sub(lambda url: redacted(url[0]), text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -252,7 +285,8 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none.
+    that keeps this part of itself each step; 0 means none. moments: how adamw's two
+    are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -271,6 +305,36 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
+
+    scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
+    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
+    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
+    underflow and scales (metrics quant/...).
+    """
+
+    scaling: Literal["current", "delayed"] = "current"
+    backward: Literal["low", "compute"] = "low"
+    history: int = 16
+    skip: str = ""
+    figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """In how many bits a block's weights and their gradients cross the fsdp axis.
+
+    gather: parameters, on their way to each use; reduce: gradients, on their way to
+    their shard. compute: as precision says.
+    """
+
+    gather: Literal["compute", "int8", "fp8"] = "compute"
+    reduce: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -361,9 +425,24 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints: `keep` newest stay."""
+    """Which steps stay, and what a save takes of the host.
+
+    keep: so many newest stay. And so do, where not 0: every step that is a multiple of
+    keep_every; the keep_best best ones by best_metric, of those evaluated when they
+    were saved; all of the last keep_hours. staging_gib: host memory for copies on their
+    way to the disk or from it; 0: what the state takes, and a save blocks the loop
+    least. defer_copies: the devices copy the state, which takes room for a second one,
+    and its way to the host overlaps the next steps.
+    """
 
     keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    best_metric: str = "eval/loss"
+    best: Literal["lowest", "highest"] = "lowest"
+    keep_hours: float = 0.0
+    staging_gib: float = 0.0
+    defer_copies: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -397,6 +476,8 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    quant: QuantConfig = QuantConfig()
+    comm: CommConfig = CommConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -105,9 +105,8 @@ def _begin(config: Config) -> tuple[Config, Any]:
     come from: None where they are random, or the run has saved some."""
     if not config.init.from_:
         return config, None
-    old = runfolder.begun(config)
-    if runfolder.has_checkpoint(config) and old is not None:
-        return runfolder.as_begun(config, old), None
+    if runfolder.has_checkpoint(config) and (old := jaxinfra.begun(config)):
+        return jaxinfra.as_begun(config, old), None
     # By its public name, which loads the module: a plain run needs none of it.
     source = jaxinfra.open_source(config.init.from_)
     return (source.adopt(config) if config.init.model else config), source

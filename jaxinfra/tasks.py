@@ -9,7 +9,7 @@ module.
 
 import pathlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import runfolder, stages
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError, DataError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
@@ -27,7 +27,7 @@ from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout
 from jaxinfra.train import evaluate, facts, objective
-from jaxinfra.train.objective import LossFn
+from jaxinfra.train.objective import GradFn, LossFn
 
 
 class Stream(Protocol):
@@ -49,6 +49,7 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
+    grad_fn: of loss_fn, for training; None: `objective.grad_of(loss_fn)`.
     first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
@@ -63,6 +64,7 @@ class Task(NamedTuple):
 
     specs: Tree
     loss_fn: LossFn
+    grad_fn: GradFn | None = None
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
@@ -96,6 +98,7 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
+    einsum, low = _in_precision(config, layout, policy)
     dispatch = routers = None
     # By their public names, which load them: most models need none of these.
     if any(layer.feed_forward == "experts" for layer in config.model.layers):
@@ -108,7 +111,7 @@ def text(
         way = config.parallel.context
         attend = jaxinfra.make_split_attend(rules, way=way)
         order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
-    ops = seam.Ops(seam.make_einsum(policy, rules), attend, dispatch)
+    ops = seam.Ops(einsum, attend, dispatch)
     model = transformer.make_model(
         config.model,
         ops=ops,
@@ -138,6 +141,7 @@ def text(
     # The key tells the loss that it is trained by: without one it does not smooth.
     only_in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
     is_random = config.model.dropout > 0 or any(only_in_training)
+    is_random |= config.precision == "int8"  # gradients are rounded by chance
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
@@ -154,6 +158,7 @@ def text(
         task = task._replace(
             model_state=routers.first_state, update_state=routers.update_state
         )
+    task = low(task, per_token)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
@@ -180,6 +185,21 @@ def text(
         files={runfolder.TOKENIZER: tokenizer.to_json()},
         damage=lambda: [line for opened in data.values() for line in _taken(opened)],
     )
+
+
+def _in_precision(config: Config, layout: Layout, policy: Policy):
+    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
+    it. What is for low precision is loaded, by its public name, where that is asked."""
+    comm = config.comm
+    if (comm.gather, comm.reduce) == ("compute", "compute"):
+        einsum = seam.make_einsum(policy, layout.params)
+    else:
+        einsum = jaxinfra.low_bit_traffic(
+            policy, layout.params, gather=comm.gather, reduce=comm.reduce
+        )
+    if config.precision not in LOW_PRECISION:
+        return einsum, lambda task, per_token: task
+    return jaxinfra.low_precision_training(config, layout, policy, einsum)
 
 
 def open_sets(config: Config) -> dict[str, shards.Dataset]:
@@ -229,16 +249,26 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
     return shards.open_dataset(folder, damaged=config.data.damaged)
 
 
-def make_fetch(
+def fetched(
     config: Config,
     task: Task,
     sharding: jax.NamedSharding,
+    *,
+    start: int,
     tell_damage: Callable[[int, str], None],
-) -> Callable[[int], tuple]:
-    """step -> the rows of the task's stream, on the devices."""
+    gives_up: Callable[[], bool],
+    failed: list[DataError],
+) -> Iterator[device.Fetched]:
+    """Batches of the task's stream on the devices, from step `start` on, made ahead.
+
+    They end early where `gives_up` says so while one is waited for, or data cannot be
+    had, of which `failed` gets the error; of several processes, which must end at the
+    same step, that error ends this one.
+    """
     sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
     assert task.stream is not None
     host_rows = task.stream.batch
+    is_alone = jax.process_count() == 1
 
     def fetch(step: int) -> tuple:
         batch = device.to_device(
@@ -248,7 +278,14 @@ def make_fetch(
             tell_damage(step, line)
         return batch
 
-    return fetch
+    batches = device.prefetch(
+        fetch,
+        start,
+        config.train.steps,
+        depth=config.data.prefetch,
+        gives_up=lambda: is_alone and gives_up(),
+    )
+    return device.until_none_comes(batches, failed) if is_alone else batches
 
 
 def continued(

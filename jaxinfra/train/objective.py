@@ -30,12 +30,18 @@ class Aux(NamedTuple):
     """What a loss reports besides itself; all leaves are summed over microbatches.
 
     weight_sum: float32, number of targets. metrics: sums, shown divided by weight_sum.
-    stats: sums from which `update_state` makes the next model state.
+    stats: sums, and `Maxima`, from which `update_state` makes the next model state.
     """
 
     weight_sum: jax.Array
     metrics: dict[str, jax.Array]
     stats: Any = ()
+
+
+class Maxima(NamedTuple):
+    """A tree of statistics of which microbatches keep the largest, not the sum."""
+
+    tree: Any
 
 
 class LossFn(Protocol):
@@ -287,7 +293,7 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
         def add(total, part):
             result = placed(grad_fn(params, model_state, part, key))
-            return jax.tree.map(jnp.add, total, result), None
+            return jax.tree.map(_merge, total, result, is_leaf=_is_maxima), None
 
         parts = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], parts)
@@ -296,6 +302,14 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
         return jax.lax.scan(add, total, rest)[0]
 
     return accumulated
+
+
+def _is_maxima(node: Any) -> bool:
+    return isinstance(node, Maxima)
+
+
+def _merge(total: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.maximum if _is_maxima(total) else jnp.add, total, part)
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:

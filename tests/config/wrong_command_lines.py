@@ -178,7 +178,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--data.tokenizer", "bite"], ["data.tokenizer='bite'", "did you mean byte?"]),
     (["--data.tokenizer", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
     (["--data.bos", "sometimes"], ["data.bos", "always"]),
-    (["--run.dir", "s3://bucket/run"], ["run.dir=", "set run.dir to a local path"]),
+    (["--run.dir", "ftp://bucket/run"], ["run.dir=ftp://...", "gs://bucket/"]),
     (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
     (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),
     (["--eval.sets.A-b", "configs"], ["eval.sets.A-b", "a-z, 0-9 and _"]),
