@@ -40,7 +40,7 @@ class Launcher(NamedTuple):
     read: Callable[[Environment], Job]
 
 
-def find(environment: Environment) -> Job | None:
+def find_job(environment: Environment) -> Job | None:
     """The job that this process is part of; None if it is alone.
 
     Raises ConfigError where a launcher's variables cannot be read.
@@ -68,11 +68,11 @@ def find(environment: Environment) -> Job | None:
     return None
 
 
-def applied(config: Config, job: Job | None) -> Config:
+def with_job(config: Config, job: Job) -> Config:
     """`config` with the processes of `job`, where it states none itself."""
     runtime = config.runtime
     is_stated = runtime.coordinator or runtime.num_processes > 1
-    if job is None or is_stated or not runtime.discover:
+    if is_stated or not runtime.discover:
         return config
     found = dataclasses.replace(
         runtime,
