@@ -14,6 +14,7 @@ _HOMES = {
                "ModelConfig", "OptimizerConfig", "QuantConfig", "TrainConfig",
                "CommConfig", "ConfigError"),
     "options": ("load_config",),
+    "compositions": ("check_compositions",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
     "precision": ("Policy", "policy"),

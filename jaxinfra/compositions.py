@@ -128,7 +128,7 @@ APART = (
 )
 
 
-def check(config: Config, sizes: Sizes) -> None:
+def check_compositions(config: Config, sizes: Sizes) -> None:
     """Raises ConfigError for the first pair of `APART` that `config` asks for."""
     for pair in APART:
         one, other = FEATURES[pair.one], FEATURES[pair.other]

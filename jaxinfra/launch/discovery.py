@@ -102,6 +102,7 @@ def _openmpi(env: Environment) -> Job:
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
     if not (uri or env.get("MASTER_ADDR")):
         raise ValueError("mpirun -x MASTER_ADDR=HOST must name the host of process 0")
+    coordinator = ""
     if found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri):
         number = int(found[1]) >> 12  # it is a multiple of 4096
         host = found[2] or f"[{found[3]}]"

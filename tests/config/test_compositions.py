@@ -65,7 +65,7 @@ def test_what_does_not_compose_is_refused_with_reason_and_fix(pair):
     sizes = sizes_of(config)
     assert all(compositions.FEATURES[f].is_used(config, sizes) for f in features)
     with pytest.raises(ConfigError) as error:
-        compositions.check(config, sizes)
+        compositions.check_compositions(config, sizes)
     for part in (pair.why, pair.fix):
         assert part in str(error.value)
 
@@ -77,7 +77,7 @@ def test_all_other_pairs_are_let_through():
             is_apart = frozenset((one, other)) in apart
             if one != other and not is_apart and "quantized" not in (one, other):
                 config = config_with(one, other)
-                compositions.check(config, sizes_of(config))
+                compositions.check_compositions(config, sizes_of(config))
 
 
 def test_the_table_names_every_feature_and_every_reason():

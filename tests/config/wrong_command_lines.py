@@ -97,7 +97,6 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--optimizer.name", "adam"], ["must be one of", "did you mean adamw?"]),
     (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
     (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
-    (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
     # The mesh
     (
         ["--runtime.cpu_devices=4", "--eval.batch_size=3"],
