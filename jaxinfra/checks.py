@@ -130,7 +130,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
-    jaxinfra.check_compositions(config, sizes)
+    _check_together(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -380,12 +380,18 @@ def _check_available(config: Config) -> None:
         )
 
 
+def _check_together(config: Config, sizes: dict[str, int]) -> None:
+    """On one device, in plain precision, everything goes together."""
+    if max(sizes.values(), default=1) > 1 or config.precision in LOW_PRECISION:
+        jaxinfra.check_compositions(config, sizes)
+
+
 def _check_mesh(config: Config) -> None:
     if count := known_device_count(config):
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
-    jaxinfra.check_compositions(config, sizes)
+    _check_together(config, sizes)
     _check_divisible(config, sizes)
 
 

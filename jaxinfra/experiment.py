@@ -111,10 +111,8 @@ def build(
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        has_digest = config.train.log_batch_digest
-        return task.observe(batch) | (
-            {"digest": device.digest(batch)} if has_digest else {}
-        )
+        digest = device.digest(batch) if config.train.log_batch_digest else None
+        return task.observe(batch) | ({} if digest is None else {"digest": digest})
 
     train_step = steps.make_train_step(
         task.on_batch(grad_fn),

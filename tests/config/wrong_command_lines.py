@@ -97,7 +97,28 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--optimizer.name", "adam"], ["must be one of", "did you mean adamw?"]),
     (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
     (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
-    (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
+    (
+        ["--quant.scaling", "delayed"],
+        ["quant.scaling='delayed' is for precision fp8", "precision=float32"],
+    ),
+    (
+        ["--precision=fp8", "--quant.scaling=delayed", "--quant.backward=compute"],
+        ["keeps scales of gradients", "quant.backward to low"],
+    ),
+    (["--quant.history", "0"], ["quant.history=0", "at least 1"]),
+    (["--optimizer.moments", "8bit", "--optimizer.name", "muon"], ["is for adamw"]),
+    (
+        ["--comm.gather", "int8", "--precision", "int8"],
+        ["comm.gather='int8'", "int8 gathers what it multiplies"],
+    ),
+    (
+        ["--config", "digits_convnet", "--precision", "fp8"],
+        ["precision=fp8", "a task of its own", "bfloat16"],
+    ),
+    (
+        ["--config", "digits_convnet", "--comm.reduce", "int8"],
+        ["comm.reduce='int8'", "a task of its own"],
+    ),
     # The mesh
     (
         ["--runtime.cpu_devices=4", "--eval.batch_size=3"],
