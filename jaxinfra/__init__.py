@@ -22,6 +22,7 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.loss": ("LossConfig", "cross_entropy"),
+    "launch.discovery": ("find_job", "with_job"),
     "parallel.context": ("make_split_attend", "row_order"),
     "parallel.expert": ("make_dispatch",),
     "quant.arrays": ("QuantizedArray", "dequantize", "quantize"),

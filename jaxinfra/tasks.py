@@ -7,6 +7,7 @@ checkpoints and the meshes are the same. `interop.flax_bridge` makes one of a fl
 module.
 """
 
+import functools
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -164,10 +165,10 @@ def text(
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
+    biases = routers.biases if routers else lambda model_state: {}
+    sampled = functools.partial(continued, config, layout, policy, tokenizer)
     ending = lambda weights, model_state: "--- sample ---\n{}".format(
-        *continued(
-            config, layout, policy, tokenizer, weights | (model_state or {}), [prompt]
-        )
+        *sampled(weights | biases(model_state), [prompt])
     )
     return task._replace(
         stream=batches.make_stream(

@@ -180,11 +180,11 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
         return found.arrays
 
     def router_bias(layout: Layout) -> jax.Array:
-        is_scaled = precision.policy(config.precision).loss_scale is not None
-        path = f"model_state/{'inner/' if is_scaled else ''}router_bias"
-        shape = (config.model.num_layers, config.model.num_experts)
+        # Alone in the model state, or within what another feature keeps there.
+        shapes = restore.newest_shapes(folder)
+        [path] = [name for name in shapes if name.endswith("/router_bias")]
         place = jax.NamedSharding(layout.mesh, jax.P())
-        like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        like = jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=place)
         return arrays_of({path: like})[path]
 
     length = config.model.max_length or config.train.length

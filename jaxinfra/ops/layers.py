@@ -206,8 +206,10 @@ def dropout(
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
     if order_T is not None:
-        spec = jax.typeof(x_BTD).sharding.spec
-        kept_BTD = jax.reshard(kept_BTD[:, order_T], spec)
+        kept_BTD = kept_BTD[:, order_T]
+    spec = jax.typeof(x_BTD).sharding.spec
+    if spec[1] is not None:  # rows are drawn whole
+        kept_BTD = jax.reshard(kept_BTD, spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 

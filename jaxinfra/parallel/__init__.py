@@ -6,6 +6,9 @@ or as a `GradFn`, and no model knows of them.
 | file | subject |
 |---|---|
 | `expert` | tokens go to the devices of their experts and come back |
+| `context` | attention over rows whose length is split; the balanced order |
+| `ring` | keys that go round, or all come at once |
+| `meeting` | a part of the queries meets a part of the keys: kernel, merger, gradient |
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
 batch as `data` does. A token's router, always float32, runs where the token is. Without
@@ -16,6 +19,19 @@ With it an expert takes `capacity_factor` times its even share of each row, in o
 position, through buffers of fixed size and a plain all-to-all; a token that finds no
 room keeps what its other experts give. `--parallel.experts dense` computes every expert
 on every token instead and is the oracle of both.
+
+**Context.** `--mesh.context P` splits rows of `train.length` tokens. Targets, positions
+and segments are made of whole rows and then laid out in the order in which every device
+has the same work, so no loss, dropout mask or queue of an expert changes.
+`--parallel.context`:
+
+- `ring`: keys and values go round P devices while what is here is computed; memory for
+  two parts of them. Half of all scores are computed, as causality asks. Splash inside
+  on TPU (not for layers with a window), blocks of 512 queries elsewhere.
+- `all_gather`: one collective, memory for the keys of whole rows; with short windows
+  only the chunks in sight are computed.
+- `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
+  a device, or be shared out among the queries of one.
 
 Balance, z and capacity are defined for one row, then averaged over rows by their
 numbers of targets. So `--mesh.*`, `--train.microbatches` and stages change no number.
