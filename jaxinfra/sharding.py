@@ -25,9 +25,9 @@ class Rules:
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
-    vocab: Axes = ("tensor",)
+    vocab: Axes = ("pipeline", "tensor")  # a pipeline's stages share the head
     experts: Axes = ()
-    layers: Axes = ()
+    layers: Axes = ("pipeline",)
 
 
 class Layout(NamedTuple):
@@ -46,7 +46,6 @@ _KEYS = {
     "embed": "model.width",
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
-    "layers": "model.repeats",
 }
 
 
@@ -122,30 +121,43 @@ def bytes_per_device(tree) -> int:
 
 def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
     """`partition` without `axis`: how a parameter is laid out while it is used."""
-    entries = []
-    for entry in partition:
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        kept = tuple(name for name in axes if name != axis)
-        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
-    return PartitionSpec(*entries)
+    named = {name for entry in partition for name in _axes_of(entry)}
+    return among(partition, tuple(named - {axis}))
 
 
 def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
     """Inside a shard_map: the part of an array laid out as `partition`, made whole over
     `axis`. Its transpose is a reduce-scatter."""
     for dim, entry in enumerate(partition):
-        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
+        if axis in _axes_of(entry):
             local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
     return local
 
 
-def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
-    """Inside a shard_map: the sum over `axis`, of which each device keeps its part if
-    `partition` splits a dim over it, else all."""
+def all_reduce(local: jax.Array, partition: PartitionSpec, axes: Axes):
+    """Inside a shard_map: the sum over `axes`, of which each device keeps its part
+    along `fsdp`, if that is one of them and `partition` splits a dim over it, else
+    all."""
     for dim, entry in enumerate(partition):
-        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
-            return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
-    return jax.lax.psum(local, axis)
+        if "fsdp" in axes and "fsdp" in _axes_of(entry):
+            axes = tuple(axis for axis in axes if axis != "fsdp")
+            local = jax.lax.psum_scatter(
+                local, "fsdp", scatter_dimension=dim, tiled=True
+            )
+    return jax.lax.psum(local, axes)
+
+
+def among(partition: PartitionSpec, axes: Axes) -> PartitionSpec:
+    """`partition` as far as it is over `axes`."""
+    entries = []
+    for entry in partition:
+        kept = tuple(name for name in _axes_of(entry) if name in axes)
+        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    return PartitionSpec(*entries)
+
+
+def _axes_of(entry) -> Axes:
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def _names(rules: Rules) -> Axes:
