@@ -87,7 +87,7 @@ def run(
     manual = functools.partial(sharding.among, axes=MANUAL)
 
     def body(params, batch, key, scale):
-        params = jax.tree.map(sharding.all_gather, params, params_at_rest)
+        params = _each_device(sharding.all_gather, params, params_at_rest)
         to_chunks = functools.partial(_to_chunks, placed=placed)
         params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
         grads, sums = _walk(schedule, stack, placed, params, batch, key, scale)
@@ -99,11 +99,10 @@ def run(
         for name in ("prefix", "suffix"):  # each is made on one stage
             grads |= {name: jax.lax.psum(grads[name], "pipeline")}
 
-        def reduce(g, spec):
-            g = sharding.all_reduce(g.astype(stack.loss.policy.reduce), spec, ROW_AXES)
-            return g.astype(jnp.float32)
-
-        return jax.tree.map(reduce, grads, grads_at_rest), sums
+        grads = jax.tree.map(lambda g: g.astype(stack.loss.policy.reduce), grads)
+        reduce = functools.partial(sharding.all_reduce, axes=ROW_AXES)
+        grads = _each_device(reduce, grads, grads_at_rest)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     has_grads = schedules.has_backward(schedule)
     mapped = jax.shard_map(
@@ -291,6 +290,18 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     )
     carry, _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, program))
     return carry.grads, carry.sums
+
+
+def _each_device(function, tree: Tree, specs: Tree) -> Tree:
+    """function(part, spec) of every leaf, where a device's part is a plain array: jax
+    0.10 does not lower psum_scatter of one that is split over Explicit axes."""
+    explicit = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+    return jax.shard_map(
+        lambda tree: jax.tree.map(function, tree, specs),
+        in_specs=(explicit,),
+        out_specs=explicit,
+        check_vma=False,
+    )(tree)
 
 
 def _add(grads: Tree, dends: Tree) -> Tree:
