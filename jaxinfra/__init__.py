@@ -33,6 +33,7 @@ _HOMES = {
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
     "train.rounding": ("apply_stochastic",),
+    "train.pipelined": ("make_pipelined",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),
     "train.step": ("make_train_step",),

@@ -104,8 +104,8 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
-        config.train.microbatches,
+        task.grad_fn or objective.grad_of(task.loss_fn),
+        1 if task.grad_fn else config.train.microbatches,
         shardings=places.grads,
     )
 

@@ -12,6 +12,11 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfra.mesh import all_gather as all_gather
+from jaxinfra.mesh import all_reduce as all_reduce
+from jaxinfra.mesh import among as among
+from jaxinfra.mesh import gathered as gathered
+
 Axes = tuple[str, ...]
 
 
@@ -117,47 +122,6 @@ def bytes_per_device(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
-    """`partition` without `axis`: how a parameter is laid out while it is used."""
-    named = {name for entry in partition for name in _axes_of(entry)}
-    return among(partition, tuple(named - {axis}))
-
-
-def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
-    """Inside a shard_map: the part of an array laid out as `partition`, made whole over
-    `axis`. Its transpose is a reduce-scatter."""
-    for dim, entry in enumerate(partition):
-        if axis in _axes_of(entry):
-            local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
-    return local
-
-
-def all_reduce(local: jax.Array, partition: PartitionSpec, axes: Axes):
-    """Inside a shard_map: the sum over `axes`, of which each device keeps its part
-    along `fsdp`, if that is one of them and `partition` splits a dim over it, else
-    all."""
-    for dim, entry in enumerate(partition):
-        if "fsdp" in axes and "fsdp" in _axes_of(entry):
-            axes = tuple(axis for axis in axes if axis != "fsdp")
-            local = jax.lax.psum_scatter(
-                local, "fsdp", scatter_dimension=dim, tiled=True
-            )
-    return jax.lax.psum(local, axes)
-
-
-def among(partition: PartitionSpec, axes: Axes) -> PartitionSpec:
-    """`partition` as far as it is over `axes`."""
-    entries = []
-    for entry in partition:
-        kept = tuple(name for name in _axes_of(entry) if name in axes)
-        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
-    return PartitionSpec(*entries)
-
-
-def _axes_of(entry) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def _names(rules: Rules) -> Axes:

@@ -25,9 +25,9 @@ from jaxinfra.models import transformer
 from jaxinfra.ops import attention, layers, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
-from jaxinfra.sharding import Layout
+from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import evaluate, facts, objective
-from jaxinfra.train.objective import LossFn
+from jaxinfra.train.objective import GradFn, LossFn
 
 
 class Stream(Protocol):
@@ -48,6 +48,7 @@ class Task(NamedTuple):
 
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
+    grad_fn: of a whole step's batch; None: loss_fn's, summed over train.microbatches.
     stream, eval_sets: None, and empty, to build a step without data.
     first(key) -> (params, model_state); None: as `specs` say, and no model state.
     update_state(model_state, stats of the loss) -> the next model_state.
@@ -63,6 +64,7 @@ class Task(NamedTuple):
 
     specs: Tree
     loss_fn: LossFn
+    grad_fn: GradFn | None = None
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
@@ -95,32 +97,53 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
-    )
-    model = transformer.make_model(
-        config.model,
-        ops=ops,
-        policy=policy,
-        rules=rules,
-        remat=train.remat,
-        unroll=train.unroll,
-    )
-    loss_fn = objective.next_token_loss(
-        model,
-        loss.LossConfig(
-            vocab_size=config.model.vocab_size,
+
+    def model_of(rules: Rules) -> transformer.Model:
+        ops = seam.Ops(
+            seam.make_einsum(policy, rules),
+            attention.make_attend(rules),
+            layers.dense_dispatch,
+        )
+        return transformer.make_model(
+            config.model,
+            ops=ops,
             policy=policy,
             rules=rules,
-            chunk=train.loss_chunk,
-            softcap=config.model.logit_softcap,
-            z_loss=train.z_loss,
-            label_smoothing=train.label_smoothing,
-        ),
-        document_mask=config.model.document_mask,
+            remat=train.remat,
+            unroll=train.unroll,
+        )
+
+    model, grad_fn, notes = model_of(rules), None, attention.table()
+    loss_config = loss.LossConfig(
+        vocab_size=config.model.vocab_size,
+        policy=policy,
+        rules=rules,
+        chunk=train.loss_chunk,
+        softcap=config.model.logit_softcap,
+        z_loss=train.z_loss,
+        label_smoothing=train.label_smoothing,
     )
+    document_mask = config.model.document_mask
+    if layout.mesh.shape["pipeline"] == 1:
+        loss_fn = objective.next_token_loss(
+            model, loss_config, document_mask=document_mask
+        )
+    else:
+        # By its public name, which loads the module: one stage needs none of it.
+        piped = jaxinfra.make_pipelined(
+            model_of,
+            config.model,
+            loss_config,
+            layout=layout,
+            schedule=config.parallel.schedule,
+            virtual_stages=config.parallel.virtual_stages,
+            microbatches=train.microbatches,
+            document_mask=document_mask,
+            remat=train.remat,
+            unroll=train.unroll,
+        )
+        grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
+        notes += f"\n{piped.drawing}"
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
@@ -129,13 +152,14 @@ def text(
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
+        grad_fn=grad_fn,
         on_batch=lambda function: objective.with_row_ids(
             function, rules, is_random=is_random
         ),
         observe=_padding,
         unit="token",
         flops_per_row=per_token * train.length,
-        notes=attention.table(),
+        notes=notes,
         model=model,
     )
     if data is None:

@@ -111,10 +111,7 @@ def cut(
     small = [var for var in dparams_vars if len(var.aval.shape) < 2]
     done, _ = _needed(jaxpr.eqns, [dx_var, *small], given | {dy_var, *kept})
     may_leave = {*kept, dy_var, *small} | {
-        var
-        for eqn in done
-        for var in eqn.outvars
-        if var in on_x or var in on_dy
+        var for eqn in done for var in eqn.outvars if var in on_x or var in on_dy
     }
     _, left = _needed(jaxpr.eqns, dparams_vars, given | may_leave)
     left = [var for var in left if var in may_leave]

@@ -306,7 +306,9 @@ def _each_device(function, tree: Tree, specs: Tree) -> Tree:
 
 def _add(grads: Tree, dends: Tree) -> Tree:
     """`grads` with those of the embedding, the head and what else is of no layer."""
-    return grads | {name: jax.tree.map(jnp.add, grads[name], d) for name, d in dends.items()}
+    return grads | {
+        name: jax.tree.map(jnp.add, grads[name], d) for name, d in dends.items()
+    }
 
 
 def _take(tree: Tree, slot) -> Tree:

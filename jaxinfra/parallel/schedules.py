@@ -109,9 +109,7 @@ def make(name: str, *, stages: int, virtual: int, microbatches: int) -> Schedule
     v, s = np.divmod(chunks, S)
     forward_at = groups * S * V + v * S + within + s
     first_back = V * S - 1
-    backward_at = (
-        first_back + groups * S * V + (V - 1 - v) * S + within + (S - 1 - s)
-    )
+    backward_at = first_back + groups * S * V + (V - 1 - v) * S + within + (S - 1 - s)
     weight_at = None
     if name == "gpipe":
         backward_at = (M + S - 1) + ms + (S - 1 - s)
@@ -173,7 +171,7 @@ def lower(schedule: Schedule) -> tuple[Program, Slots]:
     tick in which it is last read; slots are given out by colouring these intervals, so
     that there are as many as are in use at once.
     """
-    S, V, M = schedule.stages, schedule.virtual, schedule.microbatches
+    S, M = schedule.stages, schedule.microbatches
     last = schedule.chunks - 1
     forward = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "forward")}
     backward = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "backward")}

@@ -1,5 +1,7 @@
-"""Next-token prediction through a pipeline, as a `GradFn` and, forward only, a
-`LossFn`: what `objective.grad_of(next_token_loss(...))` gives, summed over microbatches.
+"""Next-token prediction through a pipeline: a `GradFn`, and forward only a `LossFn`.
+
+They give what `objective.next_token_loss` and its gradient give, summed over
+microbatches.
 """
 
 import dataclasses
@@ -22,10 +24,12 @@ from jaxinfra.train.objective import GradFn, Gradients, LossFn
 
 
 class Pipelined(NamedTuple):
-    """grad_fn: of a step's batch. loss_fn: of a batch of any size, for evaluation."""
+    """grad_fn: of a step's batch. loss_fn: of a batch of any size, for evaluation.
+    drawing: of the schedule, as text."""
 
     grad_fn: GradFn
     loss_fn: LossFn
+    drawing: str
 
 
 def make_pipelined(
@@ -53,6 +57,10 @@ def make_pipelined(
     smooth = dataclasses.replace(loss_config, rules=rules)
     stack = Stack(model_of(rules), cfg, sharp, remat, unroll)
 
+    whole = schedules.make(
+        schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
+    )
+
     def run(table, params, batch, key, scale=1.0):
         targets = objective.make_targets(
             batch.tokens_BT1, batch.segments_BT1, layout.params, batch.weights_BT1
@@ -79,13 +87,10 @@ def make_pipelined(
         return grads, sums.nll, aux
 
     def grad_fn(params, model_state, batch, key):
-        table = schedules.make(
-            schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
-        )
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(table, params, batch, key))
+            return Gradients(*run(whole, params, batch, key))
         scale = model_state.scale
-        grads, loss_sum, aux = run(table, params, batch, key, scale)
+        grads, loss_sum, aux = run(whole, params, batch, key, scale)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):
@@ -99,4 +104,4 @@ def make_pipelined(
         _, loss_sum, aux = run(table, params, batch, key)
         return loss_sum, aux
 
-    return Pipelined(grad_fn, loss_fn)
+    return Pipelined(grad_fn, loss_fn, schedules.draw(whole))

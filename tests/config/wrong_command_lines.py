@@ -105,7 +105,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ),
     (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
     (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
-    (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),
+    (["--mesh.pipeline", "64"], ["mesh.pipeline=64", "model.repeats=4", "4 or less"]),
     (["--mesh.expert", "2"], ["mesh.expert=2", "expert parallelism"]),
     (["--mesh.context", "2"], ["mesh.context=2", "context parallelism"]),
     (
