@@ -1,4 +1,4 @@
-"""The layers of one stage of a pipeline: forward, back, and weight gradients of a chunk.
+"""The layers of one stage of a pipeline: forward, back, weight gradients of a chunk.
 
 A chunk is up to three groups of layers: the prefix, in the first chunk; some repeats of
 the pattern, in all; the suffix, in the last. Layers of a group run one after another;

@@ -9,7 +9,7 @@ What the forward part leaves follows `train.remat`; the cut replaces `jax.checkp
 inside which weight gradients could not be told from those of the activations.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ def cut(
         return y, dx, jax.tree.leaves(dparams)
 
     closed = jax.make_jaxpr(whole)(free, x, x)
-    jaxpr = closed.jaxpr
+    jaxpr = _inlined(closed.jaxpr)
     *free_vars, x_var, dy_var = jaxpr.invars
     y_var, dx_var, *dparams_vars = jaxpr.outvars
     on_x = _depending(jaxpr.eqns, {x_var})
@@ -174,5 +174,37 @@ def _needed(
     return chosen[::-1], list(read)
 
 
+def _inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """`jaxpr` with the equations of jitted functions in place of their calls, so that a
+    result is not taken to read what only another result of the same call does."""
+
+    def flat(eqns, env: dict) -> Iterator[core.JaxprEqn]:
+        read = lambda atom: atom if _is_literal(atom) else env.get(atom, atom)
+        for eqn in eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            inner = eqn.params.get("jaxpr") if eqn.primitive.name in _CALLS else None
+            if inner is None or inner.consts:
+                outs = [core.Var(var.aval) for var in eqn.outvars]
+                env.update(zip(eqn.outvars, outs, strict=True))
+                yield eqn.replace(invars=inputs, outvars=outs)
+                continue
+            inside = dict(zip(inner.jaxpr.invars, inputs, strict=True))
+            yield from flat(inner.jaxpr.eqns, inside)
+            for var, atom in zip(eqn.outvars, inner.jaxpr.outvars, strict=True):
+                env[var] = atom if _is_literal(atom) else inside.get(atom, atom)
+
+    env: dict = {}
+    eqns = list(flat(jaxpr.eqns, env))
+    outs = [a if _is_literal(a) else env.get(a, a) for a in jaxpr.outvars]
+    return jaxpr.replace(eqns=eqns, outvars=outs)
+
+
+_CALLS = ("jit", "pjit")
+
+
+def _is_literal(atom) -> bool:
+    return isinstance(atom, core.Literal)
+
+
 def _variables(atoms: Iterable) -> list:
-    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+    return [atom for atom in atoms if not _is_literal(atom)]

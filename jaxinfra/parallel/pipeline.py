@@ -80,10 +80,10 @@ def run(
         prefix=len(cfg.prefix),
         suffix=len(cfg.suffix),
     )
-    params_at_rest, grads_at_rest = (
-        jax.tree.map(lambda of: sharding.spec(rules, *of.axes), stack.model.specs)
-        for rules in (layout.params, layout.grads)
+    at_rest = lambda rules: jax.tree.map(
+        lambda of: sharding.spec(rules, *of.axes), stack.model.specs
     )
+    params_at_rest, grads_at_rest = at_rest(layout.params), at_rest(layout.grads)
     manual = functools.partial(sharding.among, axes=MANUAL)
 
     def body(params, batch, key, scale):

@@ -188,6 +188,8 @@ def lower(schedule: Schedule) -> tuple[Program, Slots]:
         dy_spans.append(_Span(c % S, arrives, tick, (m, c)))
     for (m, c), tick in weight.items():
         left_spans.append(_Span(c % S, backward[m, c], tick, (m, c)))
+    _check_arrivals("inputs", x_spans)
+    _check_arrivals("gradients", dy_spans)
     x_slots, num_x = _colour(x_spans)
     dy_slots, num_dy = _colour(dy_spans)
     left_slots, num_left = _colour(left_spans)
@@ -355,6 +357,18 @@ def _too_early(schedule, kind, m, c, tick, what) -> ValueError:
         f"{kind} of microbatch {m} in chunk {c} (stage {c % schedule.stages}) is at "
         f"tick {tick}, before {what} is there"
     )
+
+
+def _check_arrivals(what: str, spans: Sequence[_Span]) -> None:
+    """One thing at a time can be put into a stash."""
+    seen: set[tuple[int, int]] = set()
+    for span in spans:
+        if (span.stage, span.first) in seen:
+            raise ValueError(
+                f"stage {span.stage} would get two {what} at tick {span.first}; one "
+                "of them must be made at another"
+            )
+        seen.add((span.stage, span.first))
 
 
 def _colour(spans: Sequence[_Span]) -> tuple[dict[tuple[int, int], int], int]:
