@@ -16,6 +16,10 @@
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
                                                .gguf) against transformers: the same
                                                perplexity, the same greedy text
+    python scripts/bench.py meshes [--full] [--secs N]   every mesh of 8 devices, by
+                                               schedule and kind, against one device
+    python scripts/bench.py pipeline --peers   bytes that pipelines take on 8 v5p chips,
+                                               by their compiler, against plain autodiff
 
 Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares
 this environment: `--peers` makes one for it in the cache folder. Machines are noisy:
@@ -48,11 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
     verbs |= {"rounding": rounding, "sft": sft, "data": data}
+    verbs |= {"meshes": meshes, "pipeline": pipeline}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
     parser.add_argument("--model", help="folder or .gguf file, for sft, published")
+    parser.add_argument("--full", action="store_true", help="all meshes, not a sample")
+    parser.add_argument(
+        "--secs", type=float, default=math.inf, help="begin no case after"
+    )
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
@@ -388,6 +397,41 @@ def published(args) -> dict:
         "score_secs_with_start": score_secs,
         "generate_secs_with_start": time.perf_counter() - begin,
         "transformers": {k: v for k, v in theirs.items() if k.endswith("secs")},
+    }
+
+
+def meshes(args) -> dict:
+    """Loss and gradients of every mesh of 8 devices against one device; what
+    results/meshes.json has is not run again."""
+    import meshes as body  # pyright: ignore[reportMissingImports]
+
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={body.DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    result, path = {}, RESULTS / "meshes.json"
+    for result in body.measured(path, full=args.full, secs=args.secs):
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def pipeline(args) -> dict:
+    """Bytes of one step's gradient by every schedule, as the TPU's compiler says."""
+    import jax
+
+    versions = [f"jax[tpu]=={jax.__version__}", "optax", "flax", "tensorstore"]
+    python = _peer_environment("tpu", versions)
+    path = RESULTS / "pipeline.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = pathlib.Path(folder, "found.json")
+        found.write_text(json.dumps(known.get("cases", {})))
+        _run([python, str(PEERS / "pipeline_memory.py"), str(found)])
+        cases = json.loads(found.read_text())
+    bytes_of = lambda name: cases[name]["temporaries_gb"]
+    return {
+        "cases": cases,
+        "1f1b_over_autodiff": bytes_of("1f1b") / bytes_of("gpipe by autodiff"),
+        "1f1b_over_gpipe": bytes_of("1f1b") / bytes_of("gpipe"),
+        "1f1b_64_over_32": bytes_of("1f1b, 64 microbatches") / bytes_of("1f1b"),
     }
 
 
