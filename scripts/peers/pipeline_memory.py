@@ -164,17 +164,20 @@ def by_autodiff(model, inner, loss_config, layout, microbatches, remat):
         context = model.prepare(seam.Context(t.positions_BT, t.segments_BT))
         x = model.embed(weights, t.tokens_BT, context)
         parts = objective.split((x, t.positions_BT, t.segments_BT), microbatches)
+        rows = jax.P(None, pipeline.ROW_AXES)
         y_SMBTD = jax.shard_map(
             stages,
-            in_specs=(jax.P("pipeline"), jax.P(), jax.P(), jax.P()),
-            out_specs=jax.P("pipeline"),
-            axis_names={"pipeline"},
+            in_specs=(jax.P("pipeline"), rows, rows, rows),
+            out_specs=jax.P("pipeline", *rows),
+            axis_names=set(pipeline.MANUAL),
             check_vma=False,
         )(weights["pattern"][0], *parts)
         is_last = (jnp.arange(STAGES) == STAGES - 1)[:, None, None, None, None]
         y = jnp.sum(jnp.where(is_last, y_SMBTD, 0), axis=0, dtype=y_SMBTD.dtype)
-        y = y.reshape(
-            x.shape, out_sharding=sharding.spec(rules, "batch", "length", None)
+        y = jax.lax.reshape(
+            jnp.swapaxes(y, 0, 1),  # as objective.split had the rows
+            x.shape,
+            out_sharding=sharding.spec(rules, "batch", "length", "width"),
         )
         h_BTD, head_VD = model.unembed(weights, y)
         sums = loss.cross_entropy(

@@ -1,5 +1,6 @@
 """Rules between settings; the messages stand in wrong_command_lines."""
 
+import dataclasses
 import typing
 
 import pytest
@@ -37,6 +38,12 @@ def test_every_number_is_in_one_range():
         ["--mesh.fsdp=3", "--zero=0", "--train.batch_size=12"],
         ["--mesh.data=1", "--mesh.fsdp=8", "--runtime.cpu_devices=8"],
         ["--runtime.num_processes=2", "--runtime.coordinator=[::1]:80"],
+        ["--mesh.pipeline=3", "--train.microbatches=2", "--zero=3"],
+        [
+            "--mesh.pipeline=2",
+            "--parallel.schedule=interleaved",
+            "--parallel.virtual_stages=2",
+        ],
         ["--run.seed=4294967295"],
         ["--run.dir=/no/such/folder/yet"],
         ["--data.path=."],
@@ -93,6 +100,12 @@ def test_zero_is_3_without_a_pipeline_and_1_with_one():
     assert checks.resolve_zero(CONFIG) == 3
     assert checks.resolve_zero(config("--mesh.pipeline=2")) == 1
     assert checks.resolve_zero(config("--zero=2", "--mesh.pipeline=2")) == 2
+
+
+def test_a_pipeline_is_refused_for_a_task_of_ones_own():
+    own = dataclasses.replace(config("--mesh.pipeline=2"), task="own")
+    with pytest.raises(ConfigError, match="mesh.pipeline=2 cuts a stack of layers"):
+        checks.check(own)
 
 
 def test_a_vocabulary_must_hold_the_tokenizers_ids():

@@ -45,6 +45,6 @@ def test_the_whole_step_lowers_with_explicit_shardings(name):
     assert found["secs"] < LIMIT_SECS
     assert found["devices"] == stated_devices(name)
     assert found["explicit"]
-    assert found["params_split_over"] == ["fsdp", "tensor"]
+    assert found["params_split_over"] == ["fsdp", "pipeline", "tensor"]
     assert found["donated"] == found["leaves"], "every array of the state is donated"
     assert found["state_keeps_its_layout"]

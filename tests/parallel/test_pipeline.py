@@ -11,6 +11,7 @@ from parallel.pipelines import EXPERTS, ODD
 from jaxinfra import experiment, params
 from jaxinfra.config import MeshConfig, ParallelConfig
 from jaxinfra.parallel import schedules
+from jaxinfra.train import objective
 
 LOSS = 1e-5  # relative: float32 sums in another order
 GRADIENT = 1e-4  # the same, of each tensor; a wrong term is at least 1e-2
@@ -143,6 +144,34 @@ def test_an_unfitting_batch_of_evaluation_runs_in_fewer_microbatches():
             jax.make_jaxpr(built.task.loss_fn)(here, (), pipelines.rows(built), None)
         )
     assert f"length={table.ticks}" in text
+
+
+@pytest.mark.slow
+def test_1f1b_keeps_as_much_for_any_number_of_microbatches_and_gpipe_more():
+    """By the compiler; rows of a microbatch stay as many, so the batch grows."""
+
+    def temporary_bytes(schedule, microbatches):
+        config = pipelines.config({"pipeline": 2}, schedule=schedule, remat="full")
+        train = {"microbatches": microbatches, "batch_size": 4 * microbatches}
+        train = dataclasses.replace(config.train, length=64, **train)
+        built = pipelines.build(dataclasses.replace(config, train=train))
+        place = experiment.batch_sharding(built.layout)
+        of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        shape = (train.batch_size, train.length + 1)
+        tokens, segments = of(np.int32, *shape), of(np.int32, *shape)
+        batch = objective.Rows(tokens, segments, of(np.uint32, shape[0]))
+        with jax.set_mesh(built.layout.mesh):
+            weights = experiment.abstract_state(built).params
+            lowered = jax.jit(built.task.grad_fn).lower(weights, (), batch, None)
+            program = lowered.compile(pipelines.QUICK)
+        # What is the same for all: the batch's own tokens, targets, positions.
+        return program.memory_analysis().temp_size_in_bytes
+
+    x_bytes = 4 * 4 * 64 * 16  # of a microbatch between two layers
+    grown = temporary_bytes("1f1b", 16) - temporary_bytes("1f1b", 4)
+    assert grown < 12 * x_bytes / 2  # ids of tokens alone, 5 arrays of them
+    grown = temporary_bytes("gpipe", 16) - temporary_bytes("gpipe", 4)
+    assert grown > 12 * 2 * x_bytes  # inputs of chunks, and gradients of their outputs
 
 
 def test_padded_layers_of_an_uneven_stack_stay_zero():
