@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import sharding
+from jaxinfra import mesh, sharding
 from jaxinfra.ops import loss
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import placement, schedules
@@ -165,7 +165,7 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     def leave(microbatch, y_BTD, grads):
         """The loss of what the last chunk made, by all stages together."""
         one, _ = of(microbatch)
-        y_BTD = jax.lax.psum(jnp.where(stage == last, y_BTD, 0), "pipeline")
+        y_BTD = _to_all(y_BTD, stage == last)
         (h_BTD, head_VD), pull = jax.vjp(model.unembed, ends, y_BTD)
         tokens = (one.targets_MBT, one.weights_MBT, stack.loss)
         if not has_grads:
@@ -176,7 +176,7 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
 
     def go_back(microbatch, dx_BTD, grads):
         """The gradient of the embedding, by all stages together."""
-        dx_BTD = jax.lax.psum(jnp.where(stage == 0, dx_BTD, 0), "pipeline")
+        dx_BTD = _to_all(dx_BTD, stage == 0)
         _, pull = jax.vjp(functools.partial(enter, microbatch), ends)
         return _add(grads, pull(dx_BTD)[0])
 
@@ -319,6 +319,14 @@ def _take(tree: Tree, slot) -> Tree:
 def _put(tree: Tree, values: Tree, slot) -> Tree:
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=slot, axis=0)
     return jax.tree.map(put, tree, values)
+
+
+def _to_all(x: jax.Array, is_source) -> jax.Array:
+    """`x` of the one stage that is the source, on every stage."""
+    # XLA's CPU backend aborts on a bfloat16 sum in a region that is manual in part.
+    dtype = jnp.float32 if mesh.platform() == "cpu" else x.dtype
+    own = jnp.where(is_source, x, 0).astype(dtype)
+    return jax.lax.psum(own, "pipeline").astype(x.dtype)
 
 
 def _to_next(x: jax.Array, stages: int, *, by: int = 1) -> jax.Array:

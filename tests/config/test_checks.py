@@ -104,7 +104,7 @@ def test_zero_is_3_without_a_pipeline_and_1_with_one():
 
 def test_a_pipeline_is_refused_for_a_task_of_ones_own():
     own = dataclasses.replace(config("--mesh.pipeline=2"), task="own")
-    with pytest.raises(ConfigError, match="mesh.pipeline=2 cuts a stack of layers"):
+    with pytest.raises(ConfigError, match=r"mesh\.pipeline=2 cuts a stack of layers"):
         checks.check(own)
 
 

@@ -116,7 +116,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["--mesh.pipeline=2", "--parallel.schedule=2f2b"],
-        ["parallel.schedule", "must be one of", "did you mean 1f1b?"],
+        ["parallel.schedule='2f2b'", "must be one of gpipe, 1f1b, interleaved"],
     ),
     (["--mesh.expert", "2"], ["mesh.expert=2", "expert parallelism"]),
     (["--mesh.context", "2"], ["mesh.context=2", "context parallelism"]),

@@ -121,7 +121,8 @@ def test_twenty_steps_are_those_of_one_device(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_narrow_precisions_are_as_near_as_they_are_on_one_device(name):
-    config = pipelines.config({"pipeline": 2, "data": 2}, precision_name=name)
+    sizes = {"pipeline": 2, "data": 2, "tensor": 2}
+    config = pipelines.config(sizes, precision_name=name)
     expected, _, weights = pipelines.gradients(pipelines.serial(config))
     found, _, _ = pipelines.gradients(config, weights)
     assert found.loss_sum == pytest.approx(expected.loss_sum, rel=BFLOAT16)
