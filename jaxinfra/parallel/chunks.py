@@ -211,12 +211,11 @@ class _Group(NamedTuple):
 
     def weigh(self, flag, params, left, context, number):
         def work(unused):
-            return unused, [
-                phase.weigh(p, (context, number + i), values)
-                for i, (phase, p, values) in enumerate(
-                    zip(self.phases, params, left, strict=True)
-                )
-            ]
+            made = []
+            for i, phase in enumerate(self.phases):
+                assert phase.weigh is not None
+                made.append(phase.weigh(params[i], (context, number + i), left[i]))
+            return unused, made
 
         return self._where(flag, work, jnp.float32(0))[1]
 
