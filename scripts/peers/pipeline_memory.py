@@ -25,13 +25,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
+import program_flops  # beside this file
 from jax.experimental import topologies
 
 import jaxinfra as ji
 from jaxinfra import params, precision, sharding
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
-from jaxinfra.parallel import pipeline
+from jaxinfra.parallel import pipeline, schedules
 from jaxinfra.train import objective, pipelined
 
 STAGES, LENGTH, VOCAB = 8, 4096, 128_256
@@ -125,7 +126,31 @@ def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
         "compile_secs": time.monotonic() - began,
         "jax": jax.__version__,
     }
-    return figures, program.as_text()
+    text = program.as_text()
+    if schedule != "autodiff":
+        table = schedules.make(
+            schedule, stages=STAGES, virtual=virtual, microbatches=microbatches
+        )
+        often = microbatches / table.ticks
+        shares = dict.fromkeys(("forward", "backward", "weight"), virtual * often)
+        shares |= dict.fromkeys(("enter", "leave"), often)
+        figures["matmul_flops"] = program_flops.matmul_flops(text, shares)
+        figures["over_schedule"] = figures["matmul_flops"] / implied_flops(
+            microbatches, remat
+        )
+    return figures, text
+
+
+def implied_flops(microbatches: int, remat: str) -> float:
+    """Matmul FLOPs a device that the schedule means, attention's own left out: a layer
+    forward, again, and twice back; with full remat once more, but for its last matmul,
+    whose result no gradient needs. The head's part of a stage, three times."""
+    D, F, H = MODEL.width, MODEL.ffn_width, MODEL.head_width
+    heads = 2 * MODEL.num_heads + 2 * MODEL.num_kv_heads
+    layer = 2 * LENGTH * (D * H * heads + 3 * D * F)
+    passes = 4 * layer + (layer - 2 * LENGTH * D * F if remat == "full" else 0)
+    head = 3 * 2 * LENGTH * D * VOCAB / STAGES
+    return microbatches * (MODEL.repeats / STAGES * passes + head)
 
 
 def by_autodiff(model, inner, loss_config, layout, microbatches, remat):
