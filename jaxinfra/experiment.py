@@ -27,7 +27,7 @@ from jaxinfra import (
     tasks,
 )
 from jaxinfra.checkpoint import processes
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.data import device
 from jaxinfra.precision import Policy
 from jaxinfra.resilience import exitcodes, preemption
@@ -45,8 +45,8 @@ class Experiment(NamedTuple):
 
     train_step(state, batch) -> (state, metrics), jitted with its state donated.
     eval_step(params, model_state, batch) -> (loss_sum, Aux), jitted.
-    init(weights=None) -> the first TrainState, sharded. schedule(step) -> part of the
-    peak.
+    init(weights=None) -> the first TrainState, sharded; abstract() -> its shapes.
+    schedule(step) -> part of the peak.
     """
 
     config: Config
@@ -59,6 +59,7 @@ class Experiment(NamedTuple):
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[jax.Array, objective.Aux]]
     init: Callable[..., TrainState]
+    abstract: Callable[[], TrainState]
 
     @property
     def model(self) -> Any:
@@ -105,7 +106,8 @@ def build(
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
         task.grad_fn or objective.grad_of(task.loss_fn),
-        1 if task.grad_fn else config.train.microbatches,
+        # A pipeline cuts the batch itself.
+        config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1,
         shardings=places.grads,
     )
 
@@ -124,6 +126,9 @@ def build(
         update_state=task.update_state,
     )
     eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
+    parts = (task.specs, tx, places, layout)
+    how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
+    how["model_state"] = task.model_state
     return Experiment(
         config=config,
         layout=layout,
@@ -134,17 +139,8 @@ def build(
         schedule=schedule,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step),
-        init=functools.partial(
-            states.init_state,
-            task.specs,
-            tx,
-            places,
-            layout,
-            dtype=policy.param,
-            seed=config.run.seed,
-            first=task.first,
-            loss_scale=policy.loss_scale,
-        ),
+        init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
+        abstract=functools.partial(states.abstract_state, *parts, **how),
     )
 
 
@@ -201,14 +197,15 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         stop = enter(preemption.stop_requests())
         owner = enter(states.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))
-        abstract = abstract_state(experiment)
+        abstract = experiment.abstract()
         saver = states.Saver(
             run_dir,
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
             stream=stream.identity(),
-            config=options.to_json(config),
-            keep=config.checkpoint.keep,
+            config=options.recorded(config),
+            settings=config.checkpoint,
+            journal=journal,
             owner=owner,
             group=group,
         )
@@ -231,11 +228,18 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         )
         for passed_over, why in saver.rejected:
             journal.say(f"step {passed_over} is passed over: {why}")
-        fetched = device.prefetch(
-            tasks.make_fetch(config, task, rows, journal.damage),
-            start,
-            config.train.steps,
-            depth=config.data.prefetch,
+        stop_wanted = lambda: preemption.why_stop(
+            stop, since_secs=started_secs, max_secs=config.train.max_secs
+        )
+        failed: list[DataError] = []
+        fetched = tasks.fetched(
+            config,
+            task,
+            rows,
+            start=start,
+            tell_damage=journal.damage,
+            gives_up=lambda: stop_wanted() is not None,
+            failed=failed,
         )
         state, code = loop.run(
             experiment.train_step,
@@ -251,14 +255,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
                     state.model_state,
                 ),
                 ballot=processes.make_ballot(layout.mesh),
-                stop_wanted=lambda: preemption.why_stop(
-                    stop, since_secs=started_secs, max_secs=config.train.max_secs
-                ),
-                profile=enter(
-                    facts.tracing(
-                        run_dir, start=config.profile.start, steps=config.profile.steps
-                    )
-                ),
+                stop_wanted=stop_wanted,
+                profile=enter(facts.profiler(config.profile, run_dir)),
             ),
             saver=saver,
             journal=journal,
@@ -267,8 +265,11 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if code == exitcodes.SAVE_FAILED:
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
+        if failed:
+            raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            weights = optim.averaged(state.opt_state, state.params)
+            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
         return code
 
 
@@ -277,7 +278,7 @@ def trace(experiment: Experiment) -> int:
     assert experiment.task.stream is not None
     rows = experiment.task.stream.batch(0, np.arange(1))
     batch = abstract_batch(experiment, rows)
-    experiment.train_step.lower(abstract_state(experiment), batch)
+    experiment.train_step.lower(experiment.abstract(), batch)
     table = params.table(experiment.task.specs)
     print(*filter(None, (table, experiment.task.notes)), sep="\n")
     return exitcodes.DONE
@@ -285,15 +286,7 @@ def trace(experiment: Experiment) -> int:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
-    return states.abstract_state(
-        experiment.task.specs,
-        experiment.tx,
-        experiment.shardings,
-        experiment.layout,
-        dtype=experiment.policy.param,
-        first=experiment.task.first,
-        loss_scale=experiment.policy.loss_scale,
-    )
+    return experiment.abstract()
 
 
 def abstract_batch(experiment: Experiment, rows: Any) -> Any:

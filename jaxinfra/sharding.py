@@ -31,7 +31,8 @@ class Rules:
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("pipeline", "tensor")  # a pipeline's stages share the head
-    experts: Axes = ()
+    experts: Axes = ("expert",)
+    rows: Axes = ("data", "fsdp")  # of a batch whose tokens are with their experts
     layers: Axes = ("pipeline",)
 
 
@@ -51,6 +52,7 @@ _KEYS = {
     "embed": "model.width",
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
+    "experts": "model.num_experts",
 }
 
 

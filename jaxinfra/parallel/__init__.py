@@ -1,19 +1,38 @@
-"""Work split over devices beyond what the sharding of arrays says: pipelines.
+"""What is split by hand: pipeline, experts, context.
 
-A pipeline (`pipeline`) is three things apart. `schedules`, jax-free: a schedule is a
-table tick x stage, checked, drawn as text, its bubble counted; gpipe, 1f1b,
-interleaved, zero_bubble, or a table of one's own. `placement`, jax-free: which repeats
-of the stack each chunk of layers holds, and how they travel there from where they are
-at rest. `pipeline`: one program that walks any such table; `chunks` has what a stage
-does with its layers, `phases` cuts a layer's pull-back into parts, so that weight
-gradients can wait. `train.pipelined` makes a `GradFn` of it.
+Everything else is sharding by type (`sharding`); these enter by the seam (`ops.seam`)
+or as a `GradFn`, and no model knows of them.
 
-What composes with a pipeline: data, fsdp, tensor, context and expert axes, every zero,
-float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables, a
-prefix and a suffix, repeats that do not divide. With zero 3 the parameters of a stage
-are gathered once a step and are whole meanwhile; zero is 1 unless it is set. What does
-not: a task of one's own (its layers are not known), more stages than repeats.
+| file | subject |
+|---|---|
+| `schedules` | a schedule is a table tick x stage: made, checked, drawn |
+| `placement` | which repeats each chunk of layers holds, how they travel |
+| `pipeline`, `chunks`, `phases` | the executor, a stage, a layer cut in parts |
+| `expert` | tokens go to the devices of their experts and come back |
 
-Limits: the row of what is rematerialised is a layer; a stage's prefix and suffix are
-held by every stage. Sums over microbatches are in another order than without.
+**Pipelines.** `--mesh.pipeline S` with `--parallel.schedule` gpipe, 1f1b, interleaved
+(`--parallel.virtual_stages V`) or zero_bubble; a table of one's own runs as well. One
+program walks any table; `train.pipelined` makes a `GradFn` of it, and a forward-only
+`LossFn` for evaluation. Embedding and head belong to no stage: their vocabulary is
+split over all. Repeats that do not divide are shared out as evenly as can be, prefix
+and suffix counted. It composes with data, fsdp (every zero), tensor and context axes,
+float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables. With
+zero 3 the parameters of a stage are gathered once a step and are whole meanwhile; zero
+is 1 unless it is set. Refused: expert layers and precisions with scales of their own,
+whose statistics the executor does not carry; a task of one's own, whose layers are not
+known; more stages than repeats.
+Limits: prefix and suffix are held by every stage.
+
+**Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
+batch as `data` does. A token's router, always float32, runs where the token is. Without
+`model.capacity_factor` no token is dropped (`dropless`): rows are grouped by expert,
+exchanged by one ragged all-to-all and multiplied by a grouped matmul; the buffer that
+receives them must have room for the worst case, in which all tokens go to one device.
+With it an expert takes `capacity_factor` times its even share of each row, in order of
+position, through buffers of fixed size and a plain all-to-all; a token that finds no
+room keeps what its other experts give. `--parallel.experts dense` computes every expert
+on every token instead and is the oracle of both.
+
+Balance, z and capacity are defined for one row, then averaged over rows by their
+numbers of targets. So `--mesh.*`, `--train.microbatches` and stages change no number.
 """

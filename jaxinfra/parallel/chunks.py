@@ -25,13 +25,20 @@ GROUPS = ("prefix", "pattern", "suffix")
 class Stack(NamedTuple):
     """The model that is pipelined. model: a `models.transformer.Model`, and loss: of
     its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
-    keeps for its backward pass. unroll: the repeats of a chunk as a flat program."""
+    keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
+    order_T: see Context, where it has no place here, since it is not traced."""
 
     model: Any
     cfg: ModelConfig
     loss: LossConfig
     remat: str = "none"
     unroll: bool = False
+    order_T: Any = None
+
+    def layer(self, params, x_BTD, context: Context, layer: LayerConfig, number):
+        """One layer's y_BTD."""
+        context = context._replace(order_T=self.order_T)
+        return self.model.block(params, x_BTD, context, layer, number, None)[0]
 
 
 class Left(NamedTuple):
@@ -182,9 +189,7 @@ class _Group(NamedTuple):
 
     def forward(self, params, x_BTD, context, number):
         for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
-            x_BTD, _ = self.stack.model.block(
-                p, x_BTD, context, layer, number + i, None
-            )
+            x_BTD = self.stack.layer(p, x_BTD, context, layer, number + i)
         return x_BTD
 
     def keep(self, flag, params, x_BTD, context, number):
@@ -248,7 +253,7 @@ def _unless(flag, group: _Group, params, x_BTD, context, number):
 
 def _cut(stack: Stack, x_BTD, context, layer, params, *, split: bool) -> Phases:
     def block(params, x_BTD, context):
-        return stack.model.block(params, x_BTD, context[0], layer, context[1], None)[0]
+        return stack.layer(params, x_BTD, context[0], layer, context[1])
 
     about = (context, jnp.int32(0))
     return cut(block, params, x_BTD, about, remat=stack.remat, split=split)

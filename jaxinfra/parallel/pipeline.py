@@ -53,8 +53,11 @@ class Microbatches(NamedTuple):
 def inside(rules: Rules) -> Rules:
     """The rules of a model that runs in the executor, where a device has its own rows
     and layers, and parameters are whole over `fsdp`."""
-    batch = tuple(axis for axis in rules.batch if axis not in MANUAL)
-    return dataclasses.replace(rules, batch=batch, embed=(), layers=())
+    batch, rows = (
+        tuple(axis for axis in axes if axis not in MANUAL)
+        for axes in (rules.batch, rules.rows)
+    )
+    return dataclasses.replace(rules, batch=batch, rows=rows, embed=(), layers=())
 
 
 def run(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfra import sharding
 from jaxinfra.config import ModelConfig
@@ -44,18 +45,20 @@ def make_pipelined(
     document_mask: bool = True,
     remat: str = "none",
     unroll: bool = False,
+    order_T: np.ndarray | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
-    again in the backward pass keeps of that, for one microbatch at a time.
+    again in the backward pass keeps of that, for one microbatch at a time. order_T:
+    where each row's tokens stand, of `context.row_order`.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
-    stack = Stack(model_of(rules), cfg, sharp, remat, unroll)
+    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
@@ -63,7 +66,11 @@ def make_pipelined(
 
     def run(table, params, batch, key, scale=1.0):
         targets = objective.make_targets(
-            batch.tokens_BT1, batch.segments_BT1, layout.params, batch.weights_BT1
+            batch.tokens_BT1,
+            batch.segments_BT1,
+            layout.params,
+            batch.weights_BT1,
+            order_T=order_T,
         )
         parts = pipeline.Microbatches(
             targets.tokens_BT,

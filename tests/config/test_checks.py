@@ -1,6 +1,5 @@
 """Rules between settings; the messages stand in wrong_command_lines."""
 
-import dataclasses
 import typing
 
 import pytest
@@ -100,12 +99,6 @@ def test_zero_is_3_without_a_pipeline_and_1_with_one():
     assert checks.resolve_zero(CONFIG) == 3
     assert checks.resolve_zero(config("--mesh.pipeline=2")) == 1
     assert checks.resolve_zero(config("--zero=2", "--mesh.pipeline=2")) == 2
-
-
-def test_a_pipeline_is_refused_for_a_task_of_ones_own():
-    own = dataclasses.replace(config("--mesh.pipeline=2"), task="own")
-    with pytest.raises(ConfigError, match=r"mesh\.pipeline=2 cuts a stack of layers"):
-        checks.check(own)
 
 
 def test_a_vocabulary_must_hold_the_tokenizers_ids():

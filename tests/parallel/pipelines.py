@@ -19,7 +19,7 @@ from jaxinfra.config import (
 )
 from jaxinfra.train import objective
 
-ROWS, LENGTH, VOCAB = 8, 6, 61  # all dims of the model differ too
+ROWS, LENGTH, VOCAB = 8, 24, 61  # all dims of the model differ too
 QUICK = {"xla_backend_optimization_level": 0}
 
 # Every feature of a stack that a chunk must get right, at once.
@@ -32,12 +32,6 @@ ODD = {
     "dropout": 0.3,
     "qk_norm": "head",
 }
-EXPERTS = {
-    "pattern": (LayerConfig(feed_forward="experts"),),
-    "num_experts": 3,
-    "experts_per_token": 2,
-    "expert_ffn_width": 20,
-}
 
 
 def config(
@@ -49,6 +43,7 @@ def config(
     zero: int = -1,
     precision_name: str = "float32",
     model: dict[str, Any] | None = None,
+    way: str = "ring",
     **train: Any,
 ) -> Config:
     """A tiny model on this mesh, its vocabulary prime."""
@@ -66,7 +61,7 @@ def config(
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         mesh=MeshConfig(**{"data": 1, **sizes}),
-        parallel=ParallelConfig(schedule=schedule, virtual_stages=virtual),
+        parallel=ParallelConfig(schedule=schedule, virtual_stages=virtual, context=way),
         precision=precision_name,
         zero=zero,
     )

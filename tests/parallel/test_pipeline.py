@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from parallel import pipelines, tiny_runs
-from parallel.pipelines import EXPERTS, ODD
+from parallel.pipelines import ODD
 
 from jaxinfra import experiment, params
 from jaxinfra.config import MeshConfig, ParallelConfig
@@ -47,7 +47,9 @@ MORE = [
         {"model": {"repeats": 5}, "remat": "save:attention+ffn_in"},
     ),
     ({"pipeline": 2, "data": 4}, {"microbatches": 1}),
-    ({"pipeline": 2, "tensor": 2}, {"model": EXPERTS, "schedule": "zero_bubble"}),
+    ({"pipeline": 2, "context": 2, "tensor": 2}, {"way": "ring"}),
+    ({"pipeline": 2, "context": 2}, {"way": "ulysses", "schedule": "zero_bubble"}),
+    ({"pipeline": 2, "context": 4}, {"way": "all_gather", "remat": "full"}),
     (
         {"pipeline": 4, "data": 2},
         {
