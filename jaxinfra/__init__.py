@@ -47,6 +47,7 @@ _HOMES = {
     "train.low_precision": ("in_low_precision", "low_precision_training"),
     "train.adam8": ("other_moments", "scale_by_adam8"),
     "train.rounding": ("apply_stochastic",),
+    "train.pipelined": ("make_pipelined",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),
     "train.step": ("make_train_step",),

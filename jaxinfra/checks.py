@@ -138,7 +138,8 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
 def resolve_zero(config: Config) -> int:
     """What the fsdp axis shards, 0 to 3: -1 is 3, or 1 with a pipeline.
 
-    With 3, a pipeline would gather the parameters again in every microbatch.
+    A pipeline keeps a stage's parameters whole from its first microbatch to its last,
+    so 3 would gather them all at once and save memory only between steps.
     """
     if config.zero != -1:
         return config.zero
@@ -368,12 +369,6 @@ def _check_runtime(config: Config) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
-    mesh = config.mesh
-    for axis, what in {
-        "pipeline": "pipeline parallelism",
-    }.items():
-        if (size := getattr(mesh, axis)) != 1:
-            raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
     if "://" in (value := config.data.cache_dir):
         raise _not_here(
             f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
@@ -415,6 +410,7 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
+    _check_pipeline(config, sizes.get("pipeline", 1))
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
@@ -442,6 +438,31 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"mesh.slices={slices} divides neither mesh axis 'data' of size"
             f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
             f" mesh.data to a multiple of {slices}"
+        )
+
+
+def _check_pipeline(config: Config, stages: int) -> None:
+    """What `stages` stages ask for, and what a schedule asks for."""
+    parallel, model = config.parallel, config.model
+    virtual = parallel.virtual_stages
+    if virtual > 1 and parallel.schedule != "interleaved":
+        raise ConfigError(
+            f"parallel.virtual_stages={virtual} needs parallel.schedule=interleaved,"
+            f" not {parallel.schedule}; set one of them"
+        )
+    if stages == 1:
+        return
+    if parallel.schedule == "interleaved" and virtual == 1:
+        raise ConfigError(
+            "parallel.schedule=interleaved with parallel.virtual_stages=1 is 1f1b; set"
+            " parallel.virtual_stages to 2 or more"
+        )
+    if model.repeats < stages * virtual:
+        raise ConfigError(
+            f"model.repeats={model.repeats} is below mesh.pipeline={stages} x"
+            f" parallel.virtual_stages={virtual}, and each needs a repeat of"
+            f" model.pattern; set mesh.pipeline to {model.repeats // virtual or 1} or"
+            " less"
         )
 
 

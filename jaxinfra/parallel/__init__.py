@@ -1,14 +1,30 @@
-"""What is split by hand: experts, context, pipeline.
+"""What is split by hand: pipeline, experts, context.
 
 Everything else is sharding by type (`sharding`); these enter by the seam (`ops.seam`)
 or as a `GradFn`, and no model knows of them.
 
 | file | subject |
 |---|---|
+| `schedules` | a schedule is a table tick x stage: made, checked, drawn |
+| `placement` | which repeats each chunk of layers holds, how they travel |
+| `pipeline`, `chunks`, `phases` | the executor, a stage, a layer cut in parts |
 | `expert` | tokens go to the devices of their experts and come back |
 | `context` | attention over rows whose length is split; the balanced order |
 | `ring` | keys that go round, or all come at once |
 | `meeting` | a part of the queries meets a part of the keys: kernel, merger, gradient |
+
+**Pipelines.** `--mesh.pipeline S` with `--parallel.schedule` gpipe, 1f1b, interleaved
+(`--parallel.virtual_stages V`) or zero_bubble; a table of one's own runs as well. One
+program walks any table; `train.pipelined` makes a `GradFn` of it, and a forward-only
+`LossFn` for evaluation. Embedding and head belong to no stage: their vocabulary is
+split over all. Repeats that do not divide are shared out as evenly as can be, prefix
+and suffix counted. It composes with data, fsdp (every zero), tensor and context axes,
+float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables. With
+zero 3 the parameters of a stage are gathered once a step and are whole meanwhile; zero
+is 1 unless it is set. Refused: expert layers and precisions with scales of their own,
+whose statistics the executor does not carry; a task of one's own, whose layers are not
+known; more stages than repeats.
+Limits: prefix and suffix are held by every stage.
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
 batch as `data` does. A token's router, always float32, runs where the token is. Without

@@ -11,7 +11,7 @@ from jaxinfra.config import ConfigError
 ASKS = {
     "data": ("tiny", {"mesh": {"data": 2}}),
     "fsdp": ("tiny", {"mesh": {"fsdp": 2}}),
-    "expert": ("tiny_moe", {"mesh": {"expert": 2}}),
+    "expert": ("tiny", {"mesh": {"expert": 2}}),
     "ring": ("tiny", {"mesh": {"context": 2}}),
     "ulysses": ("tiny", {"mesh": {"context": 2}, "parallel": {"context": "ulysses"}}),
     "all_gather": (
@@ -23,6 +23,7 @@ ASKS = {
     "slices": ("tiny", {"mesh": {"slices": 2, "data": 2}}),
     "dropless": ("tiny_moe", {"model": {"capacity_factor": 0.0}}),
     "bounded": ("tiny_moe", {"model": {"capacity_factor": 1.25}}),
+    "dense experts": ("tiny_moe", {"parallel": {"experts": "dense"}}),
     "microbatches": ("tiny", {"train": {"microbatches": 2}}),
     "remat": ("tiny", {"train": {"remat": "full"}}),
     "dropout": ("tiny", {"model": {"dropout": 0.1}}),

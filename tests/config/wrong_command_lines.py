@@ -126,7 +126,19 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ),
     (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
     (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
-    (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),
+    (["--mesh.pipeline", "64"], ["mesh.pipeline=64", "model.repeats=4", "4 or less"]),
+    (
+        ["--parallel.virtual_stages", "2"],
+        ["parallel.virtual_stages=2", "parallel.schedule=interleaved", "not 1f1b"],
+    ),
+    (
+        ["--mesh.pipeline=2", "--parallel.schedule=interleaved"],
+        ["interleaved", "is 1f1b", "parallel.virtual_stages to 2 or more"],
+    ),
+    (
+        ["--mesh.pipeline=2", "--parallel.schedule=2f2b"],
+        ["parallel.schedule='2f2b'", "must be one of gpipe, 1f1b, interleaved"],
+    ),
     (
         ["--config", "tiny_moe", "--mesh.expert", "3"],
         ["model.num_experts=8", "'expert' of size 3", "set mesh.expert to"],
