@@ -3,7 +3,7 @@
 The public names below load their module when first used (PEP 562), so `import jaxinfra`
 is free and loads no jax. README has them with an example; each package's docstring is
 the chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`,
-`resilience`, `generate`, `interop`.
+`resilience`, `generate`, `tune`, `interop`.
 """
 
 import importlib
@@ -42,6 +42,7 @@ _HOMES = {
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
+    "tune.frozen": ("partly_frozen",),
     "interop.flax_bridge": ("from_linen", "from_nnx"),
     "interop.lm_eval_adapter": ("make_lm",),
     "interop.pretrained": ("Source", "open_source"),

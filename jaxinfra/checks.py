@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.shuffle_block",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
+            "lora.rank", "lora.group",
         ),
     ),
     "above 0": (
@@ -60,7 +61,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "optimizer.eps", "lora.alpha",
         ),
     ),
     "at least 0 and below 1": (
@@ -95,6 +96,7 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_model(config)
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
+        _check_tuning(config)
     _check_training(config)
     _check_runtime(config)
     _check_available(config)
@@ -272,6 +274,28 @@ def _check_remat(remat: str) -> None:
                 f"train.remat={remat!r}: there is no activation {name!r}; the names"
                 f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
             )
+
+
+def _check_tuning(config: Config) -> None:
+    lora, freeze = config.lora, config.train.freeze
+    if lora.rank and freeze:
+        raise ConfigError(
+            f"train.freeze={freeze!r}: lora.rank={lora.rank} freezes all but adapters;"
+            " name what is trained beside them in lora.whole, or leave one of them out"
+        )
+    key = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
+    if (lora.rank or freeze) and not config.init.from_:
+        raise ConfigError(
+            f"{key} trains beside parameters that are there already; set init.from to"
+            " a run, a published folder or a .gguf file"
+        )
+    if not lora.rank and lora.base != "plain":
+        raise ConfigError(
+            f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
+            " none; set lora.rank, or lora.base to plain"
+        )
+    if lora.rank and not lora.targets.split():
+        raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
 
 
 def _check_runtime(config: Config) -> None:

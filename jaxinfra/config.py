@@ -203,7 +203,8 @@ class TrainConfig:
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
-    training alone. rounding: how an update enters parameters kept in bfloat16.
+    training alone. freeze: patterns, as LoraConfig's, of parameters that stay as they
+    come from init.from. rounding: how an update enters parameters kept in bfloat16.
     max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
     """
 
@@ -220,6 +221,7 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    freeze: str = ""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
@@ -334,6 +336,26 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, which alone are trained, beside the parameters of init.from.
+
+    A matrix W that the patterns `targets` match becomes W + alpha / rank * A B, of A
+    and B with `rank` columns and rows; rank 0 means none. whole: patterns of parameters
+    that are trained as they are too. A pattern is a part of a path or several, with *
+    and ?: ffn, attention/query, *norm, suffix/0; several are set apart by spaces. base:
+    how the adapted matrices are kept; group: weights that share a scale there, 0: all
+    of a channel.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "attention up gate down"
+    whole: str = ""
+    base: Literal["plain", "int8", "int4", "nf4"] = "plain"
+    group: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints: `keep` newest stay."""
 
@@ -377,6 +399,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
     profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 
@@ -396,11 +419,11 @@ RESUMABLE = (
 # Keys that only the task of text reads; a config file with a task of its own names
 # those that it reads too in TASK_KEYS.
 TEXT_KEYS = (
-    "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
+    "init", "lora", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
     "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
     "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "eval.sets",
+    "train.label_smoothing", "train.freeze", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
 
     train_step(state, batch) -> (state, metrics), jitted with its state donated.
     eval_step(params, model_state, batch) -> (loss_sum, Aux), jitted.
-    init(weights=None) -> the first TrainState, sharded. schedule(step) -> part of the
+    init(begun=None) -> the first TrainState, sharded. schedule(step) -> part of the
     peak.
     """
 
@@ -212,14 +212,15 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             owner=owner,
             group=group,
         )
-        state = saver.restore(accept_changes=config.run.accept_changes)
-        if state is None and source is not None:
+        begun, state = None, saver.restore(accept_changes=config.run.accept_changes)
+        if source is not None and (state is None or task.frozen is not None):
             weights, told = source.begin(
                 config.model, layout=layout, dtype=experiment.policy.param
             )
             journal.say(told)
-            state = experiment.init(weights=weights)
-        state = experiment.init() if state is None else state
+            begun = task.adopt(weights)
+        state = experiment.init(begun=begun) if state is None else state
+        state = states.with_frozen(state, begun)
         start = int(jax.device_get(state.step))
         told = {"attempt": owner.attempt, "rejected": saver.rejected}
         told |= facts.bytes_at_rest(state, task.specs, layout, experiment.policy)
@@ -245,10 +246,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             schedule=facts.loop_schedule(config, task.flops_per_row, layout.mesh),
             hooks=loop.Hooks(
                 evaluate=lambda state: evaluate.evaluate(
-                    experiment.eval_step,
-                    eval_sets,
-                    optim.averaged(state.opt_state, state.params),
-                    state.model_state,
+                    experiment.eval_step, eval_sets, *states.to_use(state)
                 ),
                 ballot=processes.make_ballot(layout.mesh),
                 stop_wanted=lambda: preemption.why_stop(
@@ -268,7 +266,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            journal.say(task.ending(*states.to_use(state)))
         return code
 
 
@@ -292,6 +290,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
         experiment.layout,
         dtype=experiment.policy.param,
         first=experiment.task.first,
+        frozen=experiment.task.frozen,
         loss_scale=experiment.policy.loss_scale,
     )
 

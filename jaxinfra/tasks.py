@@ -55,10 +55,13 @@ class Task(NamedTuple):
       what it does comes before microbatches are cut: rows get their ids there.
     observe(batch) -> metrics of a batch. unit: what the loss's weights count.
     flops_per_row: forward and backward; 0: not known, and no MFU is shown.
-    ending(params) -> text that a finished run ends with; None: nothing.
+    ending(params, model_state) -> text that a finished run ends with; None: nothing.
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
+    adopt(weights) -> (params, model_state) that begin from the weights of a source.
+    frozen: shapes of those that are not trained (`tune`); None: all are. whole(params,
+      model_state) -> the parameters with those.
     """
 
     specs: Tree
@@ -71,11 +74,14 @@ class Task(NamedTuple):
     observe: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
     unit: str = "row"
     flops_per_row: float = 0.0
-    ending: Callable[[Tree], str] | None = None
+    ending: Callable[[Tree, Tree], str] | None = None
     notes: str = ""
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
     damage: Callable[[], list[str]] = list
+    adopt: Callable[[Tree], tuple[Tree, Tree]] = lambda weights: (weights, ())
+    frozen: Tree = None
+    whole: Callable[[Tree, Tree], Tree] = lambda params, model_state: params
 
 
 class GetTask(Protocol):
@@ -138,13 +144,16 @@ def text(
         notes=attention.table(),
         model=model,
     )
+    if config.lora.rank or config.train.freeze:
+        # By their public names, which load the module: a plain run needs none of it.
+        task = jaxinfra.partly_frozen(task, config, layout, policy)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    ending = lambda weights: "--- sample ---\n{}".format(
-        *continued(config, layout, policy, tokenizer, weights, [prompt])
+    ending = lambda *trained: "--- sample ---\n{}".format(
+        *continued(config, layout, policy, tokenizer, task.whole(*trained), [prompt])
     )
     return task._replace(
         stream=batches.make_stream(

@@ -152,26 +152,21 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
     if config.task != "text":
         raise ConfigError(f"{run} trained a task of its own and not a model of text")
 
+    length = config.model.max_length or config.train.length
+    model = dataclasses.replace(config.model, max_length=length)
+    if config.lora.rank or config.train.freeze:
+        # By its public name, which loads the module: a plain run needs none of it.
+        read_tuned = functools.partial(jaxinfra.read_tuned, run, pinned, config)
+        return Source(f"{run}@{step}", model, read_tuned)
+
     part, stored = "params", precision.policy(config.precision).param
     if config.optimizer.ema_decay:  # the average is what the run evaluates
         part, stored = "opt_state/average", jnp.float32
 
     def read(model: ModelConfig, specs: Tree, *, layout: Layout, dtype: Any) -> Tree:
-        abstract = params.abstract(specs, layout, layout.params, stored)
-        wanted = {f"{part}/{path}": leaf for path, leaf in params.named(abstract)}
-        shapes = {f"{part}/{path}": s.shape for path, s in params.named(specs)}
-        if pinned is None:  # passes over a step that is found damaged only now
-            found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
-        else:
-            found = restore.restore(folder, pinned, wanted, logical_shapes=shapes)
-        assert found is not None
-        for bad, why in found.rejected:
-            _LOG.warning("step %d is passed over: %s", bad, why)
-        arrays = [found.arrays[name].astype(dtype) for name in wanted]
-        return params.unflatten(abstract, arrays)
+        weights, _ = read_trained(run, pinned, config, specs, layout)
+        return jax.tree.map(lambda x: x.astype(dtype), weights)
 
-    length = config.model.max_length or config.train.length
-    model = dataclasses.replace(config.model, max_length=length)
     return Source(f"{run}@{step}", model, read)
 
 

@@ -22,7 +22,8 @@ from jaxinfra.config import ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
-from jaxinfra.train.objective import Scaled
+from jaxinfra.train import objective, optim
+from jaxinfra.train.objective import Frozen, Scaled
 
 # key -> (params, model_state)
 First = Callable[[jax.Array], tuple[Tree, Tree]]
@@ -98,18 +99,18 @@ def init_state(
     seed: int,
     first: First | None = None,
     loss_scale: float | None = None,
-    weights: Tree | None = None,
+    begun: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
     """The first state: random parameters by `seed`, the same numbers on every mesh, or
-    `weights`.
+    what was `begun`: parameters and model state.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
     say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    if weights is not None:
-        params, model_state = weights, ()
+    if begun is not None:
+        params, model_state = begun
     elif first is None:
         params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
         model_state = ()
@@ -135,14 +136,17 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
+    frozen: Tree = None,
     loss_scale: float | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed.
+    `frozen`: those of parameters that are not trained, None if all are."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    if first is None:
+    if frozen is not None or first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
-        model_state = ()
+        digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        model_state = () if frozen is None else Frozen((), frozen, digest)
     else:
         params, model_state = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
@@ -173,6 +177,37 @@ def logical_shapes(
             params_lib.named(state), _parameters_of(state, specs, layout), strict=True
         )
     }
+
+
+def to_use(state: TrainState) -> tuple[Tree, Tree]:
+    """(parameters, model state) to evaluate and to sample with: those of the average
+    where there is one."""
+    params = optim.averaged(state.opt_state, state.params)
+    return params, objective.unscaled(state.model_state)
+
+
+def without_frozen(state: TrainState) -> TrainState:
+    """`state` as it is saved."""
+    return _map_frozen(lambda frozen: frozen._replace(base=()), state)
+
+
+def with_frozen(state: TrainState, begun: tuple[Tree, Tree] | None) -> TrainState:
+    """A state as it was saved, or its like, with the frozen parameters of `begun`.
+
+    Raises ConfigError if they are not those that it was trained beside.
+    """
+    if begun is None:
+        return state
+
+    def put(saved: Frozen) -> Frozen:
+        if not np.array_equal(*jax.device_get((saved.digest, begun[1].digest))):
+            raise ConfigError(
+                "init.from holds other parameters than those that the run has trained "
+                "beside; put them back, or choose another --run.dir"
+            )
+        return begun[1]._replace(inner=saved.inner)
+
+    return _map_frozen(put, state)
 
 
 class Owner:
@@ -227,7 +262,7 @@ class Saver:
         group: ProcessGroup,
     ):
         self._folder = run_dir / runfolder.CHECKPOINTS
-        self._abstract, self._shapes = abstract, logical_shapes
+        self._abstract, self._shapes = without_frozen(abstract), logical_shapes
         self._stream, self._config, self._group = stream, config, group
         self._owner = owner
         self.rejected: tuple[tuple[int, str], ...] = ()
@@ -285,7 +320,7 @@ class Saver:
         """Starts to save; the state may be donated when this returns."""
         self._checkpointer.save(
             step,
-            dict(params_lib.named(state)),
+            dict(params_lib.named(without_frozen(state))),
             metadata={"config": self._config, "data": self._stream},
             logical_shapes=self._shapes,
         )
@@ -302,6 +337,11 @@ class Saver:
     def close(self) -> list[lifecycle.SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
+
+
+def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:
+    is_frozen = lambda x: isinstance(x, Frozen)
+    return jax.tree.map(lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen)
 
 
 def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:
