@@ -20,6 +20,7 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.loss": ("LossConfig", "cross_entropy"),
+    "quant.arrays": ("QuantizedArray", "dequantize", "quantize"),
     "models.transformer": ("Model", "make_model"),
     "data.prepare": ("prepare", "prepared"),
     "data.tokenizer_files": ("load_tokenizer",),
