@@ -44,6 +44,7 @@ _HOMES = {
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
     "tune.frozen": ("partly_frozen",),
+    "interop.tuned_runs": ("read_tuned",),
     "interop.flax_bridge": ("from_linen", "from_nnx"),
     "interop.lm_eval_adapter": ("make_lm",),
     "interop.pretrained": ("Source", "open_source"),

@@ -419,9 +419,10 @@ RESUMABLE = (
 # Keys that only the task of text reads; a config file with a task of its own names
 # those that it reads too in TASK_KEYS.
 TEXT_KEYS = (
-    "init", "lora", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
-    "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
-    "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
+    "init", "lora", "model", "sample", "data.path", "data.tokenizer", "data.eod",
+    "data.bos", "data.split", "data.held_out", "data.shuffle", "data.sets",
+    "data.weights", "data.shuffle_block", "data.damaged", "data.cache_gib",
+    "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
     "train.label_smoothing", "train.freeze", "eval.sets",
 )  # fmt: skip

@@ -12,7 +12,6 @@ A source is one of
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,15 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import options, params, precision, runfolder
+import jaxinfra
+from jaxinfra import options, params, runfolder
 from jaxinfra.checkpoint import restore
 from jaxinfra.config import FOR_TRAINING, Config, ConfigError, DataError, ModelConfig
-from jaxinfra.interop import hf, same_model, tokenizers_of
+from jaxinfra.interop import hf, runs, same_model, tokenizers_of
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout
-
-_LOG = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -154,20 +152,11 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
 
     length = config.model.max_length or config.train.length
     model = dataclasses.replace(config.model, max_length=length)
+    read = runs.read_whole
     if config.lora.rank or config.train.freeze:
         # By its public name, which loads the module: a plain run needs none of it.
-        read_tuned = functools.partial(jaxinfra.read_tuned, run, pinned, config)
-        return Source(f"{run}@{step}", model, read_tuned)
-
-    part, stored = "params", precision.policy(config.precision).param
-    if config.optimizer.ema_decay:  # the average is what the run evaluates
-        part, stored = "opt_state/average", jnp.float32
-
-    def read(model: ModelConfig, specs: Tree, *, layout: Layout, dtype: Any) -> Tree:
-        weights, _ = read_trained(run, pinned, config, specs, layout)
-        return jax.tree.map(lambda x: x.astype(dtype), weights)
-
-    return Source(f"{run}@{step}", model, read)
+        read = jaxinfra.read_tuned
+    return Source(f"{run}@{step}", model, functools.partial(read, run, pinned, config))
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

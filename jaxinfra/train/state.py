@@ -341,7 +341,9 @@ class Saver:
 
 def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:
     is_frozen = lambda x: isinstance(x, Frozen)
-    return jax.tree.map(lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen)
+    return jax.tree.map(
+        lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen
+    )
 
 
 def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:

@@ -161,7 +161,9 @@ def by_row(
         if not any(pairs):
             return base
         is_layered = spec.axes[0] == "layers"
-        ids = np.broadcast_to(ids_B, (spec.shape[0], len(ids_B))) if is_layered else ids_B
+        ids = (
+            np.broadcast_to(ids_B, (spec.shape[0], len(ids_B))) if is_layered else ids_B
+        )
         names = (None, "batch") if is_layered else ("batch",)
         ids = jax.device_put(
             ids, sharding.sharding(layout, layout.params, ids.shape, names)
@@ -180,35 +182,38 @@ def _stacked(
     pairs: list[tuple[dict[str, jax.Array] | None, float]],
     spec: ParamSpec,
     layout: Layout,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """`a` and `b` of several pairs and a last one of zeros, along a dim that follows
     the layers; ranks are filled up by zeros, which change nothing."""
     dim = spec.axes.count("layers")
     rank = max(pair["a"].shape[-1] for pair, _ in pairs if pair)
     wanted = pair_specs(spec, rank)
 
-    def stack(name: str) -> jax.Array:
+    def stack(name: str, found: list[jax.Array | None]) -> jax.Array:
         to = wanted[name]
-        at = len(to.shape) - 1 if name == "a" else to.contract[0]  # the dim of ranks
-        arrays = [jnp.zeros(to.shape)] * (len(pairs) + 1)
-        for i, (pair, scale) in enumerate(pairs):
-            if pair:
+        ranks = len(to.shape) - 1 if name == "a" else to.contract[0]
+        arrays = [jnp.zeros(to.shape)] * (len(found) + 1)
+        for i, (array, (_, scale)) in enumerate(zip(found, pairs, strict=True)):
+            if array is not None:
                 missing = [(0, 0)] * len(to.shape)
-                missing[at] = (0, rank - pair[name].shape[at])
-                arrays[i] = jnp.pad(pair[name], missing) * (scale if name == "b" else 1)
+                missing[ranks] = (0, rank - array.shape[ranks])
+                arrays[i] = jnp.pad(array, missing) * (scale if name == "b" else 1.0)
         return jnp.stack(arrays, axis=dim)
 
-    axes = {name: (*s.axes[:dim], None, *s.axes[dim:]) for name, s in wanted.items()}
-    shape = (len(pairs) + 1,)
-    made = []
-    for name in ("a", "b"):
-        to = wanted[name].shape
+    def made(name: str) -> jax.Array:
+        to = wanted[name]
+        several = lambda dims, one: (*dims[:dim], one, *dims[dim:])
         place = sharding.sharding(
-            layout, layout.params, (*to[:dim], *shape, *to[dim:]), axes[name]
+            layout,
+            layout.params,
+            several(to.shape, len(pairs) + 1),
+            several(to.axes, None),
         )
-        auto = jax.sharding.auto_axes(lambda: stack(name), out_sharding=place)
-        made.append(jax.jit(auto)())
-    return made
+        of_name = functools.partial(stack, name)
+        auto = jax.sharding.auto_axes(of_name, out_sharding=place)
+        return jax.jit(auto)([pair and pair[name] for pair, _ in pairs])
+
+    return made("a"), made("b")
 
 
 def _merged(w: LowRank) -> jax.Array:

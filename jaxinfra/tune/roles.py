@@ -1,4 +1,4 @@
-"""Which parameters are trained, frozen or adapted: patterns on the paths of a spec tree.
+"""Which parameters are trained, frozen or adapted: patterns on paths of a spec tree.
 
 A pattern is one or more whole parts of a path, with `*` and `?` as in file names:
 `ffn`, `attention/query`, `pattern/0`, `*norm`.
@@ -6,8 +6,6 @@ A pattern is one or more whole parts of a path, with `*` and `?` as in file name
 
 import fnmatch
 from typing import Literal
-
-import jax
 
 from jaxinfra import params
 from jaxinfra.config import Config, ConfigError, did_you_mean
@@ -27,7 +25,7 @@ def roles(specs: Tree, config: Config) -> Tree:
     Raises ConfigError for a pattern that matches nothing, or where nothing is trained.
     """
     named = dict(params.named(specs))
-    found: dict[str, Role]
+    found: dict[str, str]
     if config.lora.rank:
         matrices = {path: s for path, s in named.items() if s.kind == "matrix"}
         adapted = _matched("lora.targets", config.lora.targets, matrices)
@@ -51,9 +49,9 @@ def _matched(key: str, patterns: str, named: dict[str, ParamSpec]) -> list[str]:
     for pattern in patterns.split():
         matched = [path for path in named if is_match(path, pattern)]
         if not matched:
+            what = "matrix" if key == "lora.targets" else "parameter"
             raise ConfigError(
-                f"{key}={patterns!r}: {pattern!r} matches "
-                f"{'no matrix' if key == 'lora.targets' else 'no parameter'}; there are "
+                f"{key}={patterns!r}: {pattern!r} matches no {what}; there are "
                 f"{', '.join(_parts(named))}{did_you_mean(pattern, _parts(named))}"
             )
         found += matched
@@ -63,10 +61,3 @@ def _matched(key: str, patterns: str, named: dict[str, ParamSpec]) -> list[str]:
 def _parts(named: dict[str, ParamSpec]) -> list[str]:
     """The last parts of all paths, each once."""
     return list(dict.fromkeys(path.rpartition("/")[2] for path in named))
-
-
-def select(role: Role, tree_of_roles: Tree, tree: Tree) -> Tree:
-    """`tree` with None in place of what has another role."""
-    return jax.tree.map(
-        lambda own, leaf: leaf if own == role else None, tree_of_roles, tree
-    )
