@@ -27,6 +27,7 @@ from jaxinfra.sharding import Rules
 class Model(NamedTuple):
     """A model's specs and its functions; `forward` is made of them.
 
+    prepare(context) -> context, with what all layers share
     embed(params, tokens_BT, context) -> x_BTD
     block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache)
     unembed(params, x_BTD) -> (normed h_BTD, head_VD); logits are h head^T
@@ -34,6 +35,7 @@ class Model(NamedTuple):
     """
 
     specs: Tree
+    prepare: Callable[[Context], Context]
     embed: Callable[..., jax.Array]
     block: Callable[..., tuple[jax.Array, Any]]
     unembed: Callable[..., tuple[jax.Array, jax.Array]]
@@ -63,13 +65,16 @@ def make_model(
         unroll=unroll,
     )
 
+    def prepare(context):
+        return context._replace(rotations=_rotations(context.positions_BT, cfg))
+
     def forward(params, tokens_BT, context, caches=None):
-        context = context._replace(rotations=_rotations(context.positions_BT, cfg))
+        context = prepare(context)
         x_BTD = embed(params, tokens_BT, context)
         x_BTD, caches = stack(params, x_BTD, context, caches)
         return *unembed(params, x_BTD), caches
 
-    return Model(param_specs(cfg), embed, block, unembed, forward)
+    return Model(param_specs(cfg), prepare, embed, block, unembed, forward)
 
 
 def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
