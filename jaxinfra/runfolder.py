@@ -28,6 +28,7 @@ from jaxinfra.config import FOR_TRAINING, Config, ConfigError
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
+COMPRESSED = "compressed"  # of a step's metadata: how its parameters are kept
 _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 

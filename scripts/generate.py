@@ -125,7 +125,7 @@ def _weights(
 ) -> Any:
     """The parameters of SOURCE, with the adapters that each prompt is to have."""
     if set(args.adapter) <= {"none"}:
-        return source.load(layout=layout, dtype=policy.param)
+        return source.load_kept(layout=layout, dtype=policy.param)
     from jaxinfra.interop import tuned_runs
 
     named = [adapter for adapter in dict.fromkeys(args.adapter) if adapter != "none"]

@@ -26,6 +26,8 @@ from jaxinfra.config import FOR_TRAINING, Config, ConfigError, DataError, ModelC
 from jaxinfra.interop import hf, runs, same_model, tokenizers_of
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
+from jaxinfra.quant import compression, rescaled
+from jaxinfra.quant.compression import Compression
 from jaxinfra.sharding import Layout
 
 
@@ -33,19 +35,29 @@ class Source(NamedTuple):
     """A model and its parameters, not read yet.
 
     read(model, specs, layout=, dtype=) -> parameters of `param_specs(model)`, where
-    `model` is the source's or one that computes the same.
+    `model` is the source's or one that computes the same; some of them in few bits if
+    the source is `compressed`.
     """
 
     where: str
     model: ModelConfig
     read: Callable[..., Tree]
     family: str = ""  # of published ones
+    compressed: Compression | None = None
 
     def load(self, *, layout: Layout, dtype: Any) -> Tree:
-        """The parameters of the source's own model, laid out as `layout.params`
-        says."""
+        """The parameters of the source's own model, arrays of `dtype`, laid out as
+        `layout.params` says."""
+        return self._plain(self.load_kept(layout=layout, dtype=dtype), dtype)
+
+    def load_kept(self, *, layout: Layout, dtype: Any) -> Tree:
+        """As `load`, but what the source keeps in few bits stays so: for what only
+        runs the model."""
         specs = param_specs(self.model)
         return self.read(self.model, specs, layout=layout, dtype=dtype)
+
+    def _plain(self, weights: Tree, dtype: Any) -> Tree:
+        return weights if self.compressed is None else rescaled.plain(weights, dtype)
 
     def adopt(self, config: Config) -> Config:
         """`config` with the source's model, but for what only training reads, and for
@@ -88,6 +100,7 @@ class Source(NamedTuple):
         theirs, ours = self.model.vocab_size, model.vocab_size
         same = dataclasses.replace(model, vocab_size=theirs)
         weights = self.read(same, param_specs(same), layout=layout, dtype=dtype)
+        weights = self._plain(weights, dtype)
         specs = param_specs(model)
         told = f"parameters from {self.where}: {params.count(param_specs(same)):,}"
         if theirs == ours:
@@ -145,8 +158,8 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
     step = restore.latest(folder) if step is None else step
     if step is None:
         raise ConfigError(f"{folder} has no checkpoint yet; train first")
-    config = restore.restore(folder, step, {}).metadata["config"]
-    config = options.from_json(config, fill=True)
+    metadata = restore.restore(folder, step, {}).metadata
+    config = options.from_json(metadata["config"], fill=True)
     if config.task != "text":
         raise ConfigError(f"{run} trained a task of its own and not a model of text")
 
@@ -156,7 +169,12 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
     if config.lora.rank or config.train.freeze:
         # By its public name, which loads the module: a plain run needs none of it.
         read = jaxinfra.read_tuned
-    return Source(f"{run}@{step}", model, functools.partial(read, run, pinned, config))
+    of_run, how = (run, pinned, config), None
+    if runfolder.COMPRESSED in metadata["data"]:
+        how = compression.from_json(metadata["data"][runfolder.COMPRESSED])
+        read, of_run = runs.read_compressed, (*of_run, how)
+    read = functools.partial(read, *of_run)
+    return Source(f"{run}@{step}", model, read, compressed=how)
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

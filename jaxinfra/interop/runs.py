@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from jaxinfra import params, precision, runfolder
 from jaxinfra.checkpoint import restore
 from jaxinfra.config import Config, ModelConfig
 from jaxinfra.params import Tree
+from jaxinfra.quant import compression, rescaled
+from jaxinfra.quant.compression import Compression
 from jaxinfra.sharding import Layout
 
 _LOG = logging.getLogger(__name__)
@@ -26,13 +28,21 @@ def read_params(
     *,
     layout: Layout,
     beside: Shapes | None = None,
+    kept_as: Callable[[jnp.dtype], Tree] | None = None,
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """(what the run evaluates of its trained parameters, which are of `specs`, and the
-    arrays that stand `beside` them, by path) of a step, None: the newest good one."""
+    arrays that stand `beside` them, by path) of a step, None: the newest good one.
+
+    kept_as(dtype) -> shapes of parameters that are not arrays of that dtype alone.
+    """
     part, dtype = "params", precision.policy(config.precision).param
     if config.optimizer.ema_decay:  # the average is what the run evaluates
         part, dtype = "opt_state/average", jnp.float32
-    abstract = params.abstract(specs, layout, layout.params, dtype)
+    abstract = (
+        kept_as(dtype)
+        if kept_as
+        else params.abstract(specs, layout, layout.params, dtype)
+    )
     wanted = {f"{part}/{path}": leaf for path, leaf in params.named(abstract)}
     shapes = {f"{part}/{path}": spec.shape for path, spec in params.named(specs)}
     folder, every = run / runfolder.CHECKPOINTS, wanted | dict(beside or {})
@@ -61,3 +71,28 @@ def read_whole(
     del model  # the run's own
     weights, _ = read_params(run, step, config, specs, layout=layout)
     return jax.tree.map(lambda x: x.astype(dtype), weights)
+
+
+def read_compressed(
+    run: pathlib.Path,
+    step: int | None,
+    config: Config,
+    how: Compression,
+    model: ModelConfig,
+    specs: Tree,
+    *,
+    layout: Layout,
+    dtype: Any,
+) -> Tree:
+    """The parameters of a run that was compressed, as they are kept."""
+    del model  # the run's own
+    weights, _ = read_params(
+        run,
+        step,
+        config,
+        specs,
+        layout=layout,
+        kept_as=lambda kept: compression.abstract(specs, how, layout, kept),
+    )
+    cast = lambda leaf: leaf if rescaled.in_few_bits(leaf) else leaf.astype(dtype)
+    return jax.tree.map(cast, weights, is_leaf=rescaled.in_few_bits)

@@ -7,6 +7,7 @@ contract as they are and note the sums of their inputs. No model knows of it.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def compress(
     made: dict[str, list[Any]] = {"prefix": [], "pattern": [], "suffix": []}
     errors: dict[str, float] = {}
     for number, of in enumerate(_layers(cfg, weights, specs)):
-        start = f"{of.part}/{of.index}/"
+        start = f"{of.part}/{of.place}/"
         chosen = {
             path: spec
             for path, spec in params.named(of.specs)
@@ -99,7 +100,7 @@ class _Layer(NamedTuple):
     """A layer: where it stands in the model, its settings, parameters and specs."""
 
     part: str
-    index: int
+    place: int
     layer: LayerConfig
     weights: Tree
     specs: Tree
@@ -125,11 +126,12 @@ def _inputs(equation: str, x: jax.Array, num_experts_dims: int) -> Inputs:
     w = rest.partition("->")[0]
     stacks = "".join(d for d in w[:num_experts_dims] if d in dims)
     summed = "".join(d for d in w[num_experts_dims:] if d in dims)
-    other = summed.lower()
     x = x.astype(jnp.float32)
     whole = lambda ndim: jax.P(*(None,) * ndim)
+    other = summed.lower()  # the same dims once more
+    again = dims.translate(str.maketrans(summed, other))
     hessian = jnp.einsum(
-        f"{dims},{dims.translate(str.maketrans(summed, other))}->{stacks}{summed}{other}",
+        f"{dims},{again}->{stacks}{summed}{other}",
         x,
         x,
         precision=jax.lax.Precision.HIGHEST,
@@ -208,10 +210,8 @@ def _in_few_bits(
         return rounded, rounding_rules.output_error(w_NO, rounded, inputs.hessian)
 
     rounded, error = (jax.vmap(one) if experts else one)(w_ENO, inputs)
-    if how.group:
-        parts = (*summed[:-1], summed[-1] // group)
-    else:
-        parts = (1,) * len(summed)
+    by_group = (*summed[:-1], summed[-1] // group)
+    parts = by_group if how.group else (1,) * len(summed)
     scales = rounded.scales_GO.reshape(*stacks, *parts, *spec.shape[last + 1 :])
     dims = tuple(dim - w.ndim for dim in spec.contract)
     q = arrays.encode(rounded.w_NO.reshape(w.shape), scales, how.format, dims)
@@ -226,7 +226,7 @@ def _layers(cfg: ModelConfig, weights: Tree, specs: Tree) -> Iterator[_Layer]:
         yield _Layer("prefix", i, layer, weights["prefix"][i], specs["prefix"][i])
     for r in range(cfg.repeats):
         for i, layer in enumerate(cfg.pattern):
-            own = jax.tree.map(lambda x: x[r], weights["pattern"][i])
+            own = jax.tree.map(operator.itemgetter(r), weights["pattern"][i])
             one = jax.tree.map(_unstacked, specs["pattern"][i])
             yield _Layer("pattern", i, layer, own, one)
     for i, layer in enumerate(cfg.suffix):

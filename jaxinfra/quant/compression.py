@@ -112,7 +112,13 @@ def placed(tree: Any, spec: ParamSpec, layout: Layout) -> Any:
 
     def put(x: Any, place: jax.NamedSharding) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            place.shard_shape(x.shape)  # ValueError where it does not divide
+            for size, axes in zip(x.shape, place.spec):
+                named = (axes,) if isinstance(axes, str) else axes or ()
+                if size % (parts := sharding.axis_product(layout.mesh, named)):
+                    raise ValueError(
+                        f"{size} groups do not divide over {parts} devices of mesh "
+                        f"axes {named}"
+                    )
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         return jax.device_put(x, place)
 

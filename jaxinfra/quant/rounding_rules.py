@@ -16,10 +16,10 @@ from jaxinfra.quant import formats
 from jaxinfra.quant.formats import FormatName
 
 # Parts of a group's largest magnitude that its scale may reach up to: what is beyond is
-# cut off, which pays where few weights are large. Source: AutoAWQ's and GPTQ's searches.
-REACHES = tuple(1.0 - 0.04 * i for i in range(16))
+# cut off, which pays where few weights are large. Source: the published code of both.
+REACHES = tuple(1.0 - 0.04 * i for i in range(11))
 # Exponents of the inputs' magnitudes among which AWQ's factors are sought; 0: none.
-EXPONENTS = tuple(i / 20 for i in range(20))
+EXPONENTS = tuple(i / 10 for i in range(10))
 DAMPING = 0.01  # of the mean of the Hessian's diagonal. Source: arXiv:2210.17323
 BLOCK = 128  # inputs after which GPTQ updates all that follow
 
@@ -48,7 +48,7 @@ def gptq(
     Source: arXiv:2210.17323 algorithm 1; a group's scales are chosen when its turn
     comes, as in the published code.
     """
-    N, O = w_NO.shape
+    N = len(w_NO)
     diagonal_N = jnp.diagonal(hessian_NN)
     is_dead_N = diagonal_N == 0  # an input that was never seen
     w_NO = jnp.where(is_dead_N[:, None], 0.0, w_NO)
@@ -98,7 +98,7 @@ def gptq(
         )
 
     with jax.default_matmul_precision("highest"):
-        state = (w_NO, jnp.zeros_like(w_NO), jnp.zeros((N // size, O)))
+        state = (w_NO, jnp.zeros_like(w_NO), jnp.zeros_like(w_NO[::size]))
         _, rounded_NO, scales_BO = jax.lax.fori_loop(0, N // size, block, state)
     scales_GO = scales_BO if group < N else per_channel_GO
     return Rounded(rounded_NO, scales_GO, jnp.ones(N))
@@ -111,33 +111,40 @@ def awq(
     form: FormatName,
     group: int,
 ) -> Rounded:
-    """To the nearest, after inputs were scaled by a power of their mean magnitudes: the
-    power, and how far scales reach, that make the error of the outputs least.
+    """To the nearest, after inputs were scaled by the power of their mean magnitudes
+    that makes the error of the outputs least; then scales reach as far as pays.
 
     Source: arXiv:2306.00978 eq. 4 and 5; the error is taken by the Hessian and not by
     running the layer again.
     """
     diagonal_N = jnp.diagonal(hessian_NN)
 
-    def scaled(exponent: jax.Array) -> tuple[jax.Array, Rounded]:
+    def powers(exponent: jax.Array) -> jax.Array:
         powers_N = jnp.maximum(magnitude_N, 1e-4 * jnp.mean(magnitude_N)) ** exponent
-        powers_N /= jnp.sqrt(jnp.max(powers_N) * jnp.min(powers_N))
-        grown_NO = w_NO * powers_N[:, None]
-        scales_GO = _best_scales(grown_NO, diagonal_N / powers_N**2, form, group)
-        rounded_NO = _round(grown_NO, _spread(scales_GO, group), form)
-        d_NO = rounded_NO / powers_N[:, None] - w_NO
-        error = jnp.sum(d_NO * (hessian_NN @ d_NO))
-        return error, Rounded(rounded_NO, scales_GO, 1.0 / powers_N)
+        return powers_N / jnp.sqrt(jnp.max(powers_N) * jnp.min(powers_N))
 
-    with jax.default_matmul_precision("highest"):
-        errors = jax.lax.map(lambda e: scaled(e)[0], jnp.array(EXPONENTS))
-        return scaled(jnp.array(EXPONENTS)[jnp.argmin(errors)])[1]
+    def error(exponent: jax.Array) -> jax.Array:
+        powers_N = powers(exponent)
+        rounded = nearest(w_NO * powers_N[:, None], form, group)
+        rounded = rounded._replace(factors_N=1.0 / powers_N)
+        return output_error(w_NO, rounded, hessian_NN)
+
+    exponents = jnp.array(EXPONENTS)
+    powers_N = powers(exponents[jnp.argmin(jax.lax.map(error, exponents))])
+    grown_NO = w_NO * powers_N[:, None]
+    scales_GO = _best_scales(grown_NO, diagonal_N / powers_N**2, form, group)
+    rounded_NO = _round(grown_NO, _spread(scales_GO, group), form)
+    return Rounded(rounded_NO, scales_GO, 1.0 / powers_N)
 
 
 def output_error(w_NO: jax.Array, rounded: Rounded, hessian_NN: jax.Array) -> jax.Array:
     """Squared error of the outputs, over that of outputs that are all zero."""
     d_NO = rounded.w_NO * rounded.factors_N[:, None] - w_NO
-    of = lambda x_NO: jnp.sum(x_NO * (hessian_NN @ x_NO))
+
+    def of(x_NO: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.sum(x_NO * jnp.matmul(hessian_NN, x_NO, precision=highest))
+
     return of(d_NO) / of(w_NO)
 
 

@@ -5,6 +5,7 @@ A pattern is one or more whole parts of a path, with `*` and `?` as in file name
 """
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Literal
 
 from jaxinfra import params
@@ -27,8 +28,7 @@ def roles(specs: Tree, config: Config) -> Tree:
     named = dict(params.named(specs))
     found: dict[str, str]
     if config.lora.rank:
-        matrices = {path: s for path, s in named.items() if s.kind == "matrix"}
-        adapted = _matched("lora.targets", config.lora.targets, matrices)
+        adapted = matrices("lora.targets", config.lora.targets, specs)
         whole = _matched("lora.whole", config.lora.whole, named)
         found = dict.fromkeys(named, "frozen")
         found |= dict.fromkeys(adapted, "adapted") | dict.fromkeys(whole, "trained")
@@ -43,13 +43,21 @@ def roles(specs: Tree, config: Config) -> Tree:
     return params.unflatten(specs, list(found.values()))
 
 
-def _matched(key: str, patterns: str, named: dict[str, ParamSpec]) -> list[str]:
+def matrices(key: str, patterns: str, specs: Tree) -> list[str]:
+    """Paths of the matrices that any of the patterns matches; each must match some,
+    else ConfigError, which names `key`."""
+    named = {path: s for path, s in params.named(specs) if s.kind == "matrix"}
+    return _matched(key, patterns, named, "matrix")
+
+
+def _matched(
+    key: str, patterns: str, named: Mapping[str, ParamSpec], what: str = "parameter"
+) -> list[str]:
     """Paths that any of the patterns matches; each must match some."""
     found = []
     for pattern in patterns.split():
         matched = [path for path in named if is_match(path, pattern)]
         if not matched:
-            what = "matrix" if key == "lora.targets" else "parameter"
             raise ConfigError(
                 f"{key}={patterns!r}: {pattern!r} matches no {what}; there are "
                 f"{', '.join(_parts(named))}{did_you_mean(pattern, _parts(named))}"
@@ -58,6 +66,7 @@ def _matched(key: str, patterns: str, named: dict[str, ParamSpec]) -> list[str]:
     return found
 
 
-def _parts(named: dict[str, ParamSpec]) -> list[str]:
-    """The last parts of all paths, each once."""
-    return list(dict.fromkeys(path.rpartition("/")[2] for path in named))
+def _parts(named: Mapping[str, ParamSpec]) -> list[str]:
+    """The parts of all paths but numbers, each once."""
+    parts = [part for path in named for part in path.split("/")]
+    return [part for part in dict.fromkeys(parts) if not part.isdecimal()]
