@@ -43,6 +43,7 @@ _HOMES = {
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
+    "quant.aware": ("quantize_aware",),
     "tune.frozen": ("partly_frozen",),
     "interop.tuned_runs": ("read_tuned",),
     "interop.flax_bridge": ("from_linen", "from_nnx"),

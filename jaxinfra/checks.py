@@ -52,7 +52,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.shuffle_block",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
-            "lora.rank", "lora.group",
+            "lora.rank", "lora.group", "train.quantize_group",
         ),
     ),
     "above 0": (
@@ -294,6 +294,20 @@ def _check_tuning(config: Config) -> None:
             f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
             " none; set lora.rank, or lora.base to plain"
         )
+    if (lora.rank or freeze) and config.train.quantize_aware != "none":
+        raise ConfigError(
+            f"train.quantize_aware={config.train.quantize_aware!r} trains all matrices,"
+            f" and {key} does not; set train.quantize_aware to none (lora.base keeps"
+            " what adapters stand beside in few bits)"
+        )
+    nf4 = {"lora.group": (lora.base, lora.group)}
+    nf4["train.quantize_group"] = (
+        config.train.quantize_aware,
+        config.train.quantize_group,
+    )
+    for name, (form, group) in nf4.items():
+        if form == "nf4" and not group:
+            raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")
     if lora.rank and not lora.targets.split():
         raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
 

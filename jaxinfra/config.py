@@ -204,7 +204,9 @@ class TrainConfig:
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
     training alone. freeze: patterns, as LoraConfig's, of parameters that stay as they
-    come from init.from. rounding: how an update enters parameters kept in bfloat16.
+    come from init.from. quantize_aware: matrices are rounded so in the loss, to the
+    nearest, quantize_group inputs to a scale (0: all), as `compress` then keeps them.
+    rounding: how an update enters parameters kept in bfloat16.
     max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
     """
 
@@ -222,6 +224,8 @@ class TrainConfig:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     freeze: str = ""
+    quantize_aware: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantize_group: int = 64
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
@@ -424,7 +428,8 @@ TEXT_KEYS = (
     "data.weights", "data.shuffle_block", "data.damaged", "data.cache_gib",
     "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "train.freeze", "eval.sets",
+    "train.label_smoothing", "train.freeze", "train.quantize_aware",
+    "train.quantize_group", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

@@ -127,6 +127,9 @@ def text(
         ),
         document_mask=config.model.document_mask,
     )
+    if train.quantize_aware != "none":
+        # By its public name, which loads the module: a plain run needs none of it.
+        loss_fn = jaxinfra.quantize_aware(loss_fn, model.specs, config)
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
@@ -145,7 +148,7 @@ def text(
         model=model,
     )
     if config.lora.rank or config.train.freeze:
-        # By their public names, which load the module: a plain run needs none of it.
+        # Likewise.
         task = jaxinfra.partly_frozen(task, config, layout, policy)
     if data is None:
         return task

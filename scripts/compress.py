@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfra.config import Config, ConfigError, DataError
+from jaxinfra.config import Config, ConfigError, DataError, ModelConfig
 from jaxinfra.data import prepare, shards, sources
 from jaxinfra.generate import benchmarks, settings
 from jaxinfra.resilience import exitcodes
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         for option, low in least.items():
             if (value := getattr(args, option)) < low:
                 raise ConfigError(f"--{option} {value} must be {low} or more")
+        if args.format == "nf4" and not args.group:
+            raise ConfigError("--format nf4 has groups by definition; set --group 64")
         if args.text and args.data:
             raise ConfigError("--text and --data are both given; leave one of them out")
         if config.precision not in ("float32", "bfloat16_params"):
@@ -82,8 +84,6 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     from jaxinfra import experiment, launcher, precision, sharding
     from jaxinfra.generate import score
     from jaxinfra.interop import export, pretrained, tokenizers_of
-    from jaxinfra.models import transformer
-    from jaxinfra.ops import attention, layers, seam
     from jaxinfra.quant import calibration
     from jaxinfra.quant.compression import Compression
     from jaxinfra.tune import roles
@@ -97,14 +97,7 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     texts = read_texts(args, tokenizer)
     parts = sharding.axis_product(layout.mesh, layout.params.batch)
     rows = calibration_rows(texts.ids_N, args.rows, args.length, parts)
-    # Rows of every model fit one device along their length.
-    rules = dataclasses.replace(layout.params, length=())
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
-    )
-    model = transformer.make_model(source.model, ops=ops, policy=policy, rules=rules)
+    model = model_of(source.model, policy, layout)
     measure = functools.partial(
         perplexity,
         texts.held_out,
@@ -145,6 +138,20 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     print(f"  perplexity {before:.4f} -> {after:.4f} ({after / before - 1:+.2%})")
     print(f"  {sizes[0]:.3f} GB -> {sizes[1]:.3f} GB")
     return exitcodes.DONE
+
+
+def model_of(cfg: ModelConfig, policy: Any, layout: Any) -> Any:
+    """The functions of the model, for whole rows on each device."""
+    from jaxinfra.models import transformer
+    from jaxinfra.ops import attention, layers, seam
+
+    rules = dataclasses.replace(layout.params, length=())
+    ops = seam.Ops(
+        seam.make_einsum(policy, rules),
+        attention.make_attend(rules),
+        layers.dense_dispatch,
+    )
+    return transformer.make_model(cfg, ops=ops, policy=policy, rules=rules)
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> Texts:
