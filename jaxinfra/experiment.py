@@ -110,10 +110,8 @@ def build(
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        has_digest = config.train.log_batch_digest
-        return task.observe(batch) | (
-            {"digest": device.digest(batch)} if has_digest else {}
-        )
+        more = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
+        return task.observe(batch) | more
 
     train_step = steps.make_train_step(
         task.on_batch(grad_fn),
