@@ -89,6 +89,11 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     from jaxinfra.tune import roles
 
     source = pretrained.open_source(args.source)
+    if source.router_bias is not None:
+        raise ConfigError(
+            f"--from {args.source} has biases of routers, which a compressed model does"
+            " not hold; convert it to a published folder first"
+        )
     tokenizer = tokenizers_of.open_tokenizer(args.source, source.model)
     launcher.start_jax(config)
     config = settings.for_model(config, source.model, num_devices=jax.device_count())
@@ -143,13 +148,14 @@ def compress(config: Config, args: argparse.Namespace) -> int:
 def model_of(cfg: ModelConfig, policy: Any, layout: Any) -> Any:
     """The functions of the model, for whole rows on each device."""
     from jaxinfra.models import transformer
-    from jaxinfra.ops import attention, layers, seam
+    from jaxinfra.ops import attention, seam
+    from jaxinfra.parallel import expert
 
     rules = dataclasses.replace(layout.params, length=())
     ops = seam.Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),
-        layers.dense_dispatch,
+        expert.make_dispatch(cfg, policy=policy, rules=rules),
     )
     return transformer.make_model(cfg, ops=ops, policy=policy, rules=rules)
 

@@ -44,17 +44,21 @@ class Source(NamedTuple):
     read: Callable[..., Tree]
     family: str = ""  # of published ones
     compressed: Compression | None = None
+    router_bias: Callable[[Layout], jax.Array] | None = None
 
     def load(self, *, layout: Layout, dtype: Any) -> Tree:
         """The parameters of the source's own model, arrays of `dtype`, laid out as
-        `layout.params` says."""
+        `layout.params` says, with `router_bias` beside them if there is one."""
         return self._plain(self.load_kept(layout=layout, dtype=dtype), dtype)
 
     def load_kept(self, *, layout: Layout, dtype: Any) -> Tree:
         """As `load`, but what the source keeps in few bits stays so: for what only
         runs the model."""
         specs = param_specs(self.model)
-        return self.read(self.model, specs, layout=layout, dtype=dtype)
+        weights = self.read(self.model, specs, layout=layout, dtype=dtype)
+        if self.router_bias is None:
+            return weights
+        return weights | {"router_bias": self.router_bias(layout)}
 
     def _plain(self, weights: Tree, dtype: Any) -> Tree:
         return weights if self.compressed is None else rescaled.plain(weights, dtype)
@@ -173,8 +177,16 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
     if runfolder.COMPRESSED in metadata["data"]:
         how = compression.from_json(metadata["data"][runfolder.COMPRESSED])
         read, of_run = runs.read_compressed, (*of_run, how)
-    read = functools.partial(read, *of_run)
-    return Source(f"{run}@{step}", model, read, compressed=how)
+    has_bias = config.model.num_experts and config.train.router_bias_rate
+    return Source(
+        f"{run}@{step}",
+        model,
+        functools.partial(read, *of_run),
+        compressed=how,
+        router_bias=functools.partial(runs.read_router_bias, run, pinned, config)
+        if has_bias
+        else None,
+    )
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -57,6 +57,19 @@ def read_params(
     return weights, {name: found.arrays[name] for name in beside or {}}
 
 
+def read_router_bias(
+    run: pathlib.Path, step: int | None, config: Config, layout: Layout
+) -> jax.Array:
+    """The biases of the run's routers, [layers, experts]."""
+    is_scaled = precision.policy(config.precision).loss_scale is not None
+    path = f"model_state/{'inner/' if is_scaled else ''}router_bias"
+    shape = (config.model.num_layers, config.model.num_experts)
+    place = jax.NamedSharding(layout.mesh, jax.P())
+    like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    _, found = read_params(run, step, config, {}, layout=layout, beside={path: like})
+    return found[path]
+
+
 def read_whole(
     run: pathlib.Path,
     step: int | None,

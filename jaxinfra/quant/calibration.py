@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxinfra import params, sharding
 from jaxinfra.config import LayerConfig, ModelConfig
+from jaxinfra.ops import layers
 from jaxinfra.ops.seam import Context, Einsum, Names
 from jaxinfra.params import ParamSpec, Tree
 from jaxinfra.quant import arrays, compression, rounding_rules
@@ -60,7 +61,7 @@ def compress(
         functools.partial(_forward, block=model.block), static_argnums=(3,)
     )
     placed = [_placed(ids_BT, layout) for ids_BT in batches]
-    contexts = [model.prepare(_context(ids_BT)) for ids_BT in placed]
+    contexts = [_context(ids_BT, cfg) for ids_BT in placed]
     embed = jax.jit(model.embed)
     xs = [embed(weights, *batch) for batch in zip(placed, contexts, strict=True)]
     made: dict[str, list[Any]] = {"prefix": [], "pattern": [], "suffix": []}
@@ -266,8 +267,9 @@ def _laid_out(tree: Tree, specs: Tree, layout: Layout) -> Tree:
     return jax.tree.map(one, specs, tree)
 
 
-def _context(ids_BT: jax.Array) -> Context:
-    return Context(jnp.zeros_like(ids_BT) + jnp.arange(ids_BT.shape[1]))
+def _context(ids_BT: jax.Array, cfg: ModelConfig) -> Context:
+    positions_BT = jnp.zeros_like(ids_BT) + jnp.arange(ids_BT.shape[1])
+    return Context(positions_BT, rotations=layers.rotations_of(cfg, positions_BT))
 
 
 def _placed(ids_BT: np.ndarray, layout: Layout) -> jax.Array:

@@ -37,8 +37,15 @@ class Parts(NamedTuple):
     whole: Callable[[Tree, Frozen], Tree]
 
 
-def make_parts(specs: Tree, config: Config, layout: Layout, policy: Policy) -> Parts:
-    """The parts that `train.freeze` or `lora` of `config` make.
+def make_parts(
+    specs: Tree,
+    config: Config,
+    layout: Layout,
+    policy: Policy,
+    model_state: Callable[[], Tree] = tuple,
+) -> Parts:
+    """The parts that `train.freeze` or `lora` of `config` make; `model_state()` is the
+    first one of the whole.
 
     Raises ConfigError for patterns that match nothing, and for groups that do not fit.
     """
@@ -80,7 +87,8 @@ def make_parts(specs: Tree, config: Config, layout: Layout, policy: Policy) -> P
             weights,
         )
         auto = jax.sharding.auto_axes(based, out_sharding=places)
-        return taken, Frozen((), jax.jit(auto)(weights), digest(weights, layout))
+        inner = jax.device_put(model_state(), jax.NamedSharding(layout.mesh, jax.P()))
+        return taken, Frozen(inner, jax.jit(auto)(weights), digest(weights, layout))
 
     def whole(taken: Tree, frozen: Frozen) -> Tree:
         def one(role: roles.Role, spec: ParamSpec, base: Any, own: Any) -> Any:
@@ -102,13 +110,14 @@ def make_parts(specs: Tree, config: Config, layout: Layout, policy: Policy) -> P
 def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) -> Task:
     """`task` with the parts of `config`: its specs are those of what is trained, its
     model state is a `Frozen`. Raises as `make_parts`."""
-    parts = make_parts(task.specs, config, layout, policy)
+    assert task.grad_fn is None, "checks refuses what brings its own gradients"
+    parts = make_parts(task.specs, config, layout, policy, task.model_state)
 
     def loss_fn(trained, model_state, batch, key):
         whole = parts.whole(trained, model_state)
         return task.loss_fn(whole, model_state.inner, batch, key)
 
-    def first(key):
+    def first(key: Any) -> Any:
         raise ConfigError(
             "lora and train.freeze train beside the parameters of init.from; set it"
         )
@@ -126,7 +135,7 @@ def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) ->
         update_state=update_state,
         adopt=parts.adopt,
         frozen=parts.frozen,
-        whole=parts.whole,
+        whole=lambda *state: task.whole(parts.whole(*state), state[1].inner),
         notes="\n".join(filter(None, (told, task.notes))),
     )
 

@@ -13,7 +13,8 @@ from jaxinfra.config import ConfigError, LayerConfig
 from jaxinfra.generate import score
 from jaxinfra.models import transformer
 from jaxinfra.models.specs import param_specs
-from jaxinfra.ops import attention, layers, seam
+from jaxinfra.ops import attention, seam
+from jaxinfra.parallel import expert
 from jaxinfra.quant import calibration, compression, rescaled
 from jaxinfra.quant.compression import Compression
 
@@ -35,7 +36,7 @@ def compressed(how_of, sizes, cfg=small.MODEL):
         ops = seam.Ops(
             seam.make_einsum(small.POLICY, rules),
             attention.make_attend(rules),
-            layers.dense_dispatch,
+            expert.make_dispatch(cfg, policy=small.POLICY, rules=rules),
         )
         model = transformer.make_model(cfg, ops=ops, policy=small.POLICY, rules=rules)
         how = how_of(model.specs)
