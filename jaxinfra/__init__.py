@@ -3,7 +3,7 @@
 The public names below load their module when first used (PEP 562), so `import jaxinfra`
 is free and loads no jax. README has them with an example; each package's docstring is
 the chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`,
-`resilience`, `generate`, `interop`.
+`resilience`, `generate`, `tune`, `interop`.
 """
 
 import importlib
@@ -67,6 +67,9 @@ _HOMES = {
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
+    "quant.aware": ("quantize_aware",),
+    "tune.frozen": ("partly_frozen",),
+    "interop.tuned_runs": ("read_tuned",),
     "interop.checkpoints": ("export_orbax", "export_safetensors",
                             "import_checkpoint"),
     "interop.flax_bridge": ("from_linen", "from_nnx"),

@@ -59,6 +59,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
+            "lora.rank", "lora.group", "train.quantize_group",
         ),
     ),
     "above 0": (
@@ -68,7 +69,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
             "model.rope_scaling.original_length", "model.router_scale",
-            "optimizer.eps",
+            "optimizer.eps", "lora.alpha",
         ),
     ),
     "at least 0 and below 1": (
@@ -103,6 +104,7 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_model(config)
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
+        _check_tuning(config)
     _check_training(config)
     _check_quant(config)
     _check_low_bit_state(config)
@@ -338,6 +340,31 @@ def _check_remat(remat: str) -> None:
                 f"train.remat={remat!r}: there is no activation {name!r}; the names"
                 f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
             )
+
+
+def _check_tuning(config: Config) -> None:
+    lora, freeze = config.lora, config.train.freeze
+    key = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
+    if (lora.rank or freeze) and not config.init.from_:
+        raise ConfigError(
+            f"{key} trains beside parameters that are there already; set init.from to"
+            " a run, a published folder or a .gguf file"
+        )
+    if not lora.rank and lora.base != "plain":
+        raise ConfigError(
+            f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
+            " none; set lora.rank, or lora.base to plain"
+        )
+    aware = (config.train.quantize_aware, config.train.quantize_group)
+    groups = {
+        "lora.group": (lora.base, lora.group),
+        "train.quantize_group": aware,
+    }
+    for name, (form, group) in groups.items():
+        if form == "nf4" and not group:
+            raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")
+    if lora.rank and not lora.targets.split():
+        raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
 
 
 def _check_runtime(config: Config) -> None:

@@ -104,6 +104,11 @@ FEATURES: dict[str, Feature] = {
     "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
     "float16": _precision("float16"),
     "quantized": _precision("fp8", "int8", "mxfp8"),
+    "adapters": _key("lora.rank", lambda config: config.lora.rank > 0),
+    "freeze": _key("train.freeze", lambda config: bool(config.train.freeze)),
+    "aware": _key(
+        "train.quantize_aware", lambda config: config.train.quantize_aware != "none"
+    ),
     "own task": Feature(
         lambda config, sizes: config.task == "own",
         lambda config, sizes: "a task of its own",
@@ -129,6 +134,45 @@ APART = (
         "own task",
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
+    ),
+    *(
+        Pair(part, "pipeline", "its stages take what is trained alone", fix)
+        for part, fix in (
+            ("adapters", "set mesh.pipeline to 1"),
+            ("freeze", "set mesh.pipeline to 1"),
+        )
+    ),
+    Pair(
+        "aware",
+        "pipeline",
+        "it gives its gradients itself, at matrices that are not rounded",
+        "set mesh.pipeline to 1",
+    ),
+    *(
+        Pair(part, "quantized", "it scales what is trained alone", fix)
+        for part, fix in (
+            ("adapters", "set precision to bfloat16; lora.base keeps few bits"),
+            ("freeze", "set precision to bfloat16"),
+        )
+    ),
+    Pair(
+        "aware",
+        "quantized",
+        "matrices would be rounded twice",
+        "set train.quantize_aware to none, or precision to bfloat16",
+    ),
+    *(
+        Pair("aware", part, "it trains all matrices, of which these keep some", fix)
+        for part, fix in (
+            ("adapters", "set train.quantize_aware to none"),
+            ("freeze", "set train.quantize_aware to none"),
+        )
+    ),
+    Pair(
+        "adapters",
+        "freeze",
+        "adapters freeze all else",
+        "name what is trained beside them in lora.whole",
     ),
     Pair(
         "dropless",

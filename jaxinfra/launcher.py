@@ -102,13 +102,16 @@ def start_jax(config: Config, local_id: int | None = None) -> None:
 
 def _begin(config: Config) -> tuple[Config, Any]:
     """The config with the model that init.model takes, and where the first parameters
-    come from: None where they are random, or the run has saved some."""
+    come from: None where they are random, or the run has saved them all."""
     if not config.init.from_:
         return config, None
-    if runfolder.has_checkpoint(config) and (old := jaxinfra.begun(config)):
+    old = jaxinfra.begun(config) if runfolder.has_checkpoint(config) else None
+    if old and not (config.lora.rank or config.train.freeze):
         return jaxinfra.as_begun(config, old), None
     # By its public name, which loads the module: a plain run needs none of it.
     source = jaxinfra.open_source(config.init.from_)
+    if old:
+        return jaxinfra.as_begun(config, old), source
     return (source.adopt(config) if config.init.model else config), source
 
 

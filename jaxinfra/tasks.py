@@ -7,7 +7,6 @@ checkpoints and the meshes are the same. `interop.flax_bridge` makes one of a fl
 module.
 """
 
-import functools
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +61,9 @@ class Task(NamedTuple):
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
+    adopt(weights) -> (params, model_state) that begin from the weights of a source.
+    frozen: shapes of those that are not trained (`tune`); None: all are. whole(params,
+      model_state) -> the parameters with those.
     """
 
     specs: Tree
@@ -81,6 +83,9 @@ class Task(NamedTuple):
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
     damage: Callable[[], list[str]] = list
+    adopt: Callable[[Tree], tuple[Tree, Tree]] = lambda weights: (weights, None)
+    frozen: Tree = None
+    whole: Callable[[Tree, Tree], Tree] = lambda params, state: params
 
 
 class GetTask(Protocol):
@@ -160,6 +165,9 @@ def text(
             routers=routers,
             order_T=order_T,
         )
+    if train.quantize_aware != "none":
+        # By its public name, which loads the module: a plain run needs none of it.
+        loss_fn = jaxinfra.quantize_aware(loss_fn, model.specs, config)
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
@@ -182,18 +190,21 @@ def text(
     )
     if routers is not None:
         task = task._replace(
-            model_state=routers.first_state, update_state=routers.update_state
+            model_state=routers.first_state,
+            update_state=routers.update_state,
+            whole=lambda params, state: params | routers.biases(state),
         )
     task = low(task, per_token)
+    if config.lora.rank or config.train.freeze:
+        # Likewise.
+        task = jaxinfra.partly_frozen(task, config, layout, policy)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    biases = routers.biases if routers else lambda model_state: {}
-    sampled = functools.partial(continued, config, layout, policy, tokenizer)
-    ending = lambda weights, model_state: "--- sample ---\n{}".format(
-        *sampled(weights | biases(model_state), [prompt])
+    ending = lambda *trained: "--- sample ---\n{}".format(
+        *continued(config, layout, policy, tokenizer, task.whole(*trained), [prompt])
     )
     return task._replace(
         stream=batches.make_stream(

@@ -81,6 +81,19 @@ class Scaled(NamedTuple):
     good_steps: jax.Array
 
 
+class Frozen(NamedTuple):
+    """A model state, and beside it parameters that no step changes and no checkpoint
+    holds (`tune`).
+
+    base: as the model's, None where a parameter is trained. digest: uint32 [2], of the
+    parameters that it was made from.
+    """
+
+    inner: Any
+    base: Any
+    digest: jax.Array
+
+
 # The loss is a sum, so a target's part of it is near 1 and not 1 / tokens: the scale
 # that fits may be below 1. Source: arXiv:1710.03740 section 3.2; torch.amp.GradScaler
 # (half at an overflow, double after 2000 good steps).

@@ -71,6 +71,27 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["init.model=true", "init.from", "set it"],
     ),
     (["--init.from", "runs/nowhere@7"], ["init.from=", "is not there"]),
+    # Parts of a model
+    (["--lora.rank", "4"], ["lora.rank=4", "set init.from"]),
+    (["--train.freeze", "ffn"], ["train.freeze='ffn'", "set init.from"]),
+    (
+        ["--lora.rank", "4", "--init.from", "configs", "--train.freeze", "ffn"],
+        ["train.freeze=ffn", "lora.rank=4", "lora.whole"],
+    ),
+    (["--lora.base", "nf4"], ["lora.base='nf4'", "lora.rank=0", "set lora.rank"]),
+    (["--lora.base", "nf5"], ["must be one of", "did you mean nf4?"]),
+    (
+        ["--lora.rank", "4", "--init.from", "configs", "--lora.targets", " "],
+        ["lora.targets is empty"],
+    ),
+    (
+        ["--train.quantize_aware=nf4", "--train.quantize_group=0"],
+        ["train.quantize_group=0", "set it to 64"],
+    ),
+    (
+        ["--train.quantize_aware=int8", "--init.from=configs", "--train.freeze=ffn"],
+        ["train.quantize_aware=int8", "train.freeze=ffn", "to none"],
+    ),
     (
         [
             "--model.rope_scaling.kind",
