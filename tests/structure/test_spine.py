@@ -40,6 +40,7 @@ WITHOUT_JAX = (
     "jaxinfra.config",
     "jaxinfra.checks",
     "jaxinfra.compositions",
+    "jaxinfra.feature_checks",
     "jaxinfra.options",
     "jaxinfra.resuming",
     "jaxinfra.runfolder",
