@@ -105,7 +105,7 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
+        task.grad_fn or objective.grad_of(task.loss_fn),
         config.train.microbatches,
         shardings=places.grads,
     )
@@ -127,6 +127,7 @@ def build(
     eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
+    how["model_state"] = task.model_state
     return Experiment(
         config=config,
         layout=layout,
@@ -201,7 +202,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
             stream=stream.identity(),
-            config=options.to_json(config),
+            config=options.recorded(config),
             settings=config.checkpoint,
             journal=journal,
             owner=owner,
@@ -266,7 +267,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if failed:
             raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            weights = optim.averaged(state.opt_state, state.params)
+            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
         return code
 
 

@@ -25,7 +25,7 @@ from importlib import metadata
 from typing import Any
 
 import jaxinfra
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import Config, ConfigError, without_secrets
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
@@ -65,7 +65,7 @@ def check_resume(config: Config) -> None:
     if path.is_file() and not config.run.accept_changes:
         try:
             tree = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is no JSON ({error}); put it back") from error
         jaxinfra.refuse_changes(tree, config, where=str(path))
 
@@ -103,7 +103,7 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "commit": _commit(),
-        "arguments": sys.argv[1:],
+        "arguments": [without_secrets(word) for word in sys.argv[1:]],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": devices,
     }

@@ -26,7 +26,8 @@ class Rules:
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("tensor",)
-    experts: Axes = ()
+    experts: Axes = ("expert",)
+    rows: Axes = ("data", "fsdp")  # of a batch whose tokens are with their experts
     layers: Axes = ()
 
 
@@ -47,6 +48,7 @@ _KEYS = {
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
     "layers": "model.repeats",
+    "experts": "model.num_experts",
 }
 
 

@@ -178,10 +178,13 @@ def load(step_folder: pathlib.Path) -> Manifest:
     path = step_folder / MANIFEST
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
+            # Sized before it is read; an object store's file ends where it ends.
+            size = file.seek(0, os.SEEK_END)
+            _require(size <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
+            file.seek(0)
+            text = file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    _require(len(text) <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
     manifest = parse(text)
     # A step may stand in a folder set aside for the moment, as `20.replaced`.
     wanted = step_folder.name.split(".")[0]
@@ -261,8 +264,11 @@ def read(step_folder: Any, record: FileRecord) -> None:
     Raises:
       CheckpointError: naming the file.
     """
-    _check_size(step_folder / record.path, record)  # Before room is made.
-    read_into(step_folder, record, bytearray(record.bytes))
+    _check_size(step_folder / record.path, record)  # Before pieces are counted.
+    # One buffer again and again: a sparse file may have any size.
+    piece = memoryview(bytearray(max(1, min(record.bytes, _PIECE_BYTES))))
+    whole, rest = divmod(record.bytes, len(piece))
+    read_into(step_folder, record, *[piece] * whole, piece[:rest])
 
 
 @functools.singledispatch

@@ -4,6 +4,7 @@ A step that stands under its number was committed, so whatever is wrong with it 
 damage. It is reported, passed over, and left on disk.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -62,6 +63,15 @@ def latest(folder: Any) -> int | None:
     if rejected:
         raise none_usable(folder, rejected)
     return None
+
+
+def newest_shapes(folder: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array of the newest step whose manifest is good; of none,
+    nothing."""
+    for _, path in commits.step_folders(commits.place(folder)):
+        with contextlib.suppress(CheckpointError):
+            return {n: a.shape for n, a in integrity.load(path).arrays.items()}
+    return {}
 
 
 def restore(

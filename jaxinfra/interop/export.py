@@ -59,7 +59,7 @@ def write_published(
     dtype = np.dtype(dtype)
     fields |= {"dtype": dtype.name, "torch_dtype": dtype.name}
     fields |= _ids(files)
-    with _made(folder) as made:
+    with made_folder(folder) as made:
         _write(made / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
         hf.write_params(
             made,
@@ -97,7 +97,7 @@ def write_run(
         )
     config = Config(name=name, model=model, precision=RUN_PRECISIONS[dtype])
     specs = param_specs(model)
-    with _made(folder) as made:
+    with made_folder(folder) as made:
         runfolder.write_json(made / "config.json", options.to_json(config))
         if tokenizer is not None:
             runfolder.write_json(made / runfolder.TOKENIZER, tokenizer.to_json())
@@ -157,7 +157,7 @@ def _is_map(described: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _made(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def made_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which gets its name when the block ends well."""
     if folder.exists():
         raise ConfigError(f"--to {folder} is there already; choose another folder")

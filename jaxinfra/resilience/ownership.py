@@ -165,7 +165,7 @@ def _refuse_if_alive(
     try:
         with open(path) as file:  # On NFS, opening a file fetches its true mtime.
             age_secs = aside.stat().st_mtime - os.fstat(file.fileno()).st_mtime
-            owner = parse(file.read())
+            owner = parse(file.read(1 << 16))
     except FileNotFoundError:
         return  # Its successor removed it: the attempt after it exists.
     if owner.get("released") is True:

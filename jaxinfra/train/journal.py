@@ -20,7 +20,7 @@ import rich.progress
 import jaxinfra
 from jaxinfra import runfolder
 from jaxinfra.config import Config
-from jaxinfra.options import to_json
+from jaxinfra.options import recorded
 from jaxinfra.train import objective
 
 _STARVED = 0.05  # of a step spent waiting for its batch, from which on it is shown
@@ -63,7 +63,7 @@ class Journal:
         back metrics of steps that were undone, tells the start, and begins to show
         steps; `unit` is what the loss's weights count."""
         if self._is_first:
-            runfolder.write_json(self._run_dir / "config.json", to_json(config))
+            runfolder.write_json(self._run_dir / "config.json", recorded(config))
             devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
             environment = runfolder.environment(devices)
             runfolder.write_json(self._run_dir / "environment.json", environment)
@@ -204,7 +204,8 @@ class Reader:
         record: dict[str, Any] = {"step": step}
         names = {"digest": "data/digest", "padding_frac": "data/padding_frac"}
         for name, value in values.items():
-            record[names.get(name, f"train/{name}")] = value
+            path = name if "/" in name else f"train/{name}"
+            record[names.get(name, path)] = value
         record["train/lr"] = self._lr(step - 1)
         record["data/wait_secs"] = wait_secs
         now, self._settled_secs = self._settled_secs or time.perf_counter(), None
