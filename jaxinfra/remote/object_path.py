@@ -115,8 +115,8 @@ class ObjectPath:
             raise FileNotFoundError(2, "No such object", str(self))
         return value
 
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The whole of it, in memory."""
