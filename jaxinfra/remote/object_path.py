@@ -73,6 +73,10 @@ class ObjectPath:
         return self.key.rpartition("/")[2]
 
     @property
+    def suffix(self) -> str:
+        return pathlib.PurePosixPath(self.key).suffix
+
+    @property
     def parent(self) -> "ObjectPath":
         return ObjectPath(
             f"{self.scheme}://{self.bucket}/{self.key.rpartition('/')[0]}"
