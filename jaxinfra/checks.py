@@ -276,6 +276,18 @@ def _check_training(config: Config) -> None:
             f"data.path={data.path!r} and data.sets are both given; name it in"
             " data.sets too, or leave one of them out"
         )
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best and not checkpoint.best_metric.startswith("eval/"):
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} must be a figure of an"
+            " evaluation, such as eval/loss or eval/held_out/loss"
+        )
+    if checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} keeps steps that were"
+            " evaluated when they were saved, and eval.every=0 evaluates none; set"
+            f" eval.every to train.save_every={config.train.save_every}"
+        )
     if config.optimizer.schedule == "exponential" and not (
         config.optimizer.final_fraction
     ):
