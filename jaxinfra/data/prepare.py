@@ -98,6 +98,7 @@ def prepare(
     writer.check_out(out)
     if num_workers < 1:
         raise DataError(f"workers={num_workers} must be 1 or more")
+    duplicates.check_threshold(near_threshold)
     steps = cleaning.steps(rules)
     coder = tokenizer
     if isinstance(tokenizer, str):
