@@ -168,7 +168,7 @@ def _named_by(source: str) -> list[File]:
             return _in_folder(source, sorted(path.iterdir()))
         if path.exists():
             return [path]
-        return sorted(pathlib.Path(p) for p in glob.glob(source))
+        return [*sorted(pathlib.Path(p) for p in glob.glob(source))]
     except OSError as error:
         raise _unreadable(path, error) from error
 
