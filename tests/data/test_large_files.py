@@ -3,8 +3,12 @@ kill, in memory that does not grow with it."""
 
 import gzip
 import itertools
+import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import dying
 import pytest
@@ -22,6 +26,8 @@ from test_parts import (
 
 from jaxinfra.config import DataError
 from jaxinfra.data import parts, prepare, spans
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def one_file(tmp_path, name, texts=TEXTS):
@@ -148,3 +154,20 @@ def test_a_worker_that_is_killed_over_a_relayed_file_ends_in_an_error(
             run(corpus, num_workers=2)
     assert not list(work(corpus).glob(".*.tmp"))
     assert bytes_of(run(corpus).folder) == bytes_of(expected.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="/proc")
+def test_memory_does_not_grow_with_a_compressed_file(tmp_path):
+    grown = {}
+    for megabytes in (10, 60):
+        folder = tmp_path / str(megabytes)
+        folder.mkdir()
+        command = [sys.executable, "tests/data/large_run.py", megabytes, folder]
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        grown[megabytes] = float(done.stdout)
+    assert grown[60] < grown[10] + 16, grown
