@@ -73,6 +73,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.megatron",
     "jaxinfra.data.order",
     "jaxinfra.data.packing",
+    "jaxinfra.data.leftovers",
     "jaxinfra.data.part_files",
     "jaxinfra.data.parts",
     "jaxinfra.data.recipes",
