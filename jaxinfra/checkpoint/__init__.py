@@ -25,7 +25,13 @@ found by size or digest, reported, and answered by walking back one step.
 | `store` | chunk files: write one's own shards, read what a mesh needs |
 | `commits` | folders of steps: begun, committed, deleted; errors; needs no jax |
 | `integrity` | the manifest, and every file's size and digest; needs no jax |
+| `look` | what a step holds, what two have different (`scripts/checkpoint.py`) |
 | `processes` | agreement of several processes; the one private jax import |
+
+What each of these promises has been put to: `scripts/bench.py faults`, whose table is
+`scripts/results/faults.md`. `scripts/checkpoint.py` lists, verifies, shows, compares
+and prunes steps, and moves them to Orbax or safetensors and back
+(`interop.checkpoints`).
 
 This package imports nothing when imported: take the modules by name.
 """

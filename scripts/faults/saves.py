@@ -79,8 +79,9 @@ def trial_2(rig: Rig, number: int) -> Outcome:
         rigs.forked(lambda: bool(save(steps, 10)))
 
         def count() -> dict[str, int]:
-            shim.arm(folder / "count", shim.COUNT)
             save(folder / "count", 10)
+            shim.arm(folder / "count", shim.COUNT)
+            save(folder / "count", 20)
             return {"calls": shim.calls()}
 
         calls = rigs.forked(count).value["calls"]
