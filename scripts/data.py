@@ -113,6 +113,8 @@ def inspect(splits: list[Split], data: Dataset, args: argparse.Namespace) -> Non
 
 def mixture(args: argparse.Namespace) -> None:
     """Prints what each set gives in each stage of a mixture."""
+    if args.steps < 1:
+        raise DataError(f"--steps {args.steps} must be 1 or more")
     sets, weights = (_named(words) for words in (args.datasets, args.weights))
     splits = {
         name: shards.open_dataset(path, verify=False).split("train")
@@ -145,7 +147,8 @@ def mixture(args: argparse.Namespace) -> None:
 def _named(words: list[str]) -> dict[str, str]:
     named = {name: value for name, _, value in (w.partition("=") for w in words)}
     if "" in named or not all(named.values()) or len(named) < len(words):
-        raise DataError(f"{' '.join(words)} must be NAME=VALUE words, each name once")
+        names = " ".join(word.partition("=")[0] for word in words)
+        raise DataError(f"{names} must be NAME=VALUE words, each name once")
     return named
 
 

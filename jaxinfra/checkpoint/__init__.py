@@ -41,7 +41,13 @@ which others do. None is deleted before all of the new one was read back.
 | `commits` | folders of steps: begun, committed, fenced off, deleted; needs no jax |
 | `integrity` | the manifest, and every file's size and digest; needs no jax |
 | `read_back`, `retention` | before and which older steps are deleted |
+| `look` | what a step holds, what two have different (`scripts/checkpoint.py`) |
 | `processes` | agreement of several processes; the one private jax import |
+
+What each of these promises has been put to: `scripts/bench.py faults`, whose table is
+`scripts/results/faults.md`. `scripts/checkpoint.py` lists, verifies, shows, compares
+and prunes steps, and moves them to Orbax or safetensors and back
+(`interop.checkpoints`).
 
 This package imports nothing when imported: take the modules by name.
 """

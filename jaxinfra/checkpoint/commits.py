@@ -136,7 +136,8 @@ def commit(writing: Any, *, step: int, manifest: bytes) -> Any:
 @functools.singledispatch
 def abandon(writing: Any) -> None:
     """Frees the space of a failed save, as far as that is possible."""
-    shutil.rmtree(writing, ignore_errors=True)
+    with contextlib.suppress(OSError):  # rmtree does not ignore a failing close
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def surplus(

@@ -251,3 +251,15 @@ def test_a_killed_save_leaves_the_previous_or_the_new_step(
     saves.save(30, {"x": jax.numpy.zeros(3)}, metadata=small_state.METADATA)
     saves.close()
     assert [path.name for path in tmp_path.iterdir()] == ["30"]
+
+
+def test_a_failed_save_whose_space_cannot_be_freed_is_told_as_failed(
+    state, checkpointer, monkeypatch
+):
+    def failing(*args, **kwargs):
+        raise OSError(5, "Input/output error")  # as rmtree does of a failing close
+
+    monkeypatch.setattr(store, "write_arrays", failing)
+    monkeypatch.setattr(commits.shutil, "rmtree", failing)
+    with pytest.raises(SaveError, match="save of step 1 failed"):
+        small_state.save_now(checkpointer, 1, state)
