@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from jaxinfra.config import DataError
+from jaxinfra.config import redacted as redacted  # what of a URL may be shown
 
 # Where credentials come from, by scheme; shown where they are refused.
 CREDENTIALS = {
@@ -15,31 +16,11 @@ CREDENTIALS = {
     "hdfs": "HADOOP_USER_NAME, or user:password@ in the URL",
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_SHOWN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^?#]*)(.*)", re.DOTALL)
 
 
 def is_url(path: Any) -> bool:
     """Whether it is a text that begins with scheme://."""
     return isinstance(path, str) and _URL.match(path) is not None
-
-
-def redacted(url: str) -> str:
-    """The URL without what may be secret: user, password, query and fragment.
-
-    Where people write a password as it is, with /, ? or # in it, no rule tells it from
-    a path: of `host:80/a@b` too only what follows the @ is shown. A pathlib.Path of a
-    URL, which has lost a slash, is one here; another text is given as it is.
-    """
-    found = _SHOWN.fullmatch(url)
-    if not found:
-        return url
-    scheme, place, rest = found.groups()
-    server, _, path = place.partition("/")
-    if "@" in server or (":" in server and "@" in path):
-        place = ("...@" if "@" in path else "") + place.rpartition("@")[2]
-    elif ":" in server and "@" in rest:
-        return f"{scheme}..."
-    return scheme + place + (f"{rest[0]}..." if len(rest) > 1 else "")
 
 
 def check_local(path: Any, *, key: str, fix: str) -> None:
