@@ -11,6 +11,9 @@
                                                against plain flax and scikit-learn
     python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
                                                against float32 masters: 500 steps
+    python scripts/bench.py quant              tiny in fp8, int8, mxfp8, with adamw in 8
+                                               bits, with int8 traffic: 300 steps, three
+                                               seeds; goes on where it was ended
     python scripts/bench.py sft --model SOURCE   a published model that learns answers
                                                cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
-    verbs |= {"rounding": rounding, "sft": sft, "data": data}
+    verbs |= {"rounding": rounding, "sft": sft, "data": data, "quant": quant}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -258,6 +261,17 @@ def rounding(args) -> dict:
             for way, loss in losses.items()
         }
     return result
+
+
+def quant(args) -> dict:
+    """Held-out nats of configs/tiny.py by precision, against bfloat16; each run is
+    written when it ends (scripts/quant_runs.py)."""
+    import quant_runs  # pyright: ignore[reportMissingImports]
+
+    runs = str(ROOT / "scripts" / "quant_runs.py")
+    for kind in quant_runs.KINDS:  # each in a process of its own: devices differ
+        _run([sys.executable, runs, kind])
+    return quant_runs.summary()
 
 
 def sft(args) -> dict:
