@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+import jaxinfra
 from jaxinfra import stages
 from jaxinfra.config import (
     AXES,
@@ -19,6 +20,7 @@ from jaxinfra.config import (
     ConfigError,
     DataConfig,
     did_you_mean,
+    without_secrets,
 )
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
@@ -43,16 +45,21 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
             "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
-            "model.attention_scale_dim", "train.steps",
+            "model.attention_scale_dim", "model.router_groups",
+            "model.router_top_groups", "model.shared_experts", "model.capacity_factor",
+            "train.balance_loss", "train.router_z_loss", "train.router_bias_rate",
+            "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
             "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
             "eval.batches", "eval.batch_size", "runtime.cpu_devices",
             "runtime.process_id", "data.prefetch", "runtime.devices",
-            "data.shuffle_block",
+            "data.shuffle_block", "checkpoint.keep_every", "checkpoint.keep_best",
+            "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
+            "lora.rank", "lora.group", "train.quantize_group",
         ),
     ),
     "above 0": (
@@ -61,7 +68,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "model.router_scale",
+            "optimizer.eps", "lora.alpha",
         ),
     ),
     "at least 0 and below 1": (
@@ -96,6 +104,7 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_model(config)
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
+        _check_tuning(config)
     _check_training(config)
     _check_quant(config)
     _check_low_bit_state(config)
@@ -123,6 +132,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
+    _check_together(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -130,7 +140,8 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
 def resolve_zero(config: Config) -> int:
     """What the fsdp axis shards, 0 to 3: -1 is 3, or 1 with a pipeline.
 
-    With 3, a pipeline would gather the parameters again in every microbatch.
+    A pipeline keeps a stage's parameters whole from its first microbatch to its last,
+    so 3 would gather them all at once and save memory only between steps.
     """
     if config.zero != -1:
         return config.zero
@@ -219,6 +230,19 @@ def _check_model(config: Config) -> None:
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
         )
+    if groups := model.router_groups:
+        top, size = model.router_top_groups, model.num_experts // groups
+        if model.num_experts % groups or not 0 < top <= groups:
+            raise ConfigError(
+                f"model.router_groups={groups} must divide model.num_experts="
+                f"{model.num_experts}, and model.router_top_groups={top} be from 1 to"
+                " it; change one of them, or set model.router_groups to 0"
+            )
+        if top * size < model.experts_per_token:
+            raise ConfigError(
+                f"model.router_top_groups={top} groups have {top * size} experts, fewer"
+                f" than model.experts_per_token={model.experts_per_token}; raise it"
+            )
 
 
 def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
@@ -318,6 +342,31 @@ def _check_remat(remat: str) -> None:
             )
 
 
+def _check_tuning(config: Config) -> None:
+    lora, freeze = config.lora, config.train.freeze
+    key = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
+    if (lora.rank or freeze) and not config.init.from_:
+        raise ConfigError(
+            f"{key} trains beside parameters that are there already; set init.from to"
+            " a run, a published folder or a .gguf file"
+        )
+    if not lora.rank and lora.base != "plain":
+        raise ConfigError(
+            f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
+            " none; set lora.rank, or lora.base to plain"
+        )
+    aware = (config.train.quantize_aware, config.train.quantize_group)
+    groups = {
+        "lora.group": (lora.base, lora.group),
+        "train.quantize_group": aware,
+    }
+    for name, (form, group) in groups.items():
+        if form == "nf4" and not group:
+            raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")
+    if lora.rank and not lora.targets.split():
+        raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
+
+
 def _check_runtime(config: Config) -> None:
     runtime = config.runtime
     if runtime.process_id >= runtime.num_processes:
@@ -347,19 +396,16 @@ def _check_runtime(config: Config) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
-    mesh = config.mesh
-    for axis, what in {
-        "expert": "expert parallelism",
-        "context": "context parallelism",
-        "pipeline": "pipeline parallelism",
-    }.items():
-        if (size := getattr(mesh, axis)) != 1:
-            raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    for key in ("run.dir", "data.cache_dir"):
-        if "://" in (value := _get(config, key)):
-            raise _not_here(
-                f"{key}={value!r}", "remote storage", f"set {key} to a local path"
-            )
+    if "://" in (value := config.data.cache_dir):
+        raise _not_here(
+            f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
+        )
+
+
+def _check_together(config: Config, sizes: dict[str, int]) -> None:
+    """On one device, in plain precision, everything goes together."""
+    if max(sizes.values(), default=1) > 1 or config.precision in LOW_PRECISION:
+        jaxinfra.check_compositions(config, sizes)
 
 
 def _check_mesh(config: Config) -> None:
@@ -367,6 +413,7 @@ def _check_mesh(config: Config) -> None:
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
+    _check_together(config, sizes)
     _check_divisible(config, sizes)
 
 
@@ -379,6 +426,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     ]
     if config.model.expert_ffn_width:
         dims.append(("tensor", "expert_ffn_width"))
+    if _has_expert_layer(config):
+        dims.append(("expert", "num_experts"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
     for axis, name in dims if config.task == "text" else ():
@@ -388,6 +437,9 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
+    _check_pipeline(config, sizes.get("pipeline", 1))
+    if config.task == "text" and sizes.get("context", 1) > 1:
+        _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
@@ -416,6 +468,55 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
+def _check_pipeline(config: Config, stages: int) -> None:
+    """What `stages` stages ask for, and what a schedule asks for."""
+    parallel, model = config.parallel, config.model
+    virtual = parallel.virtual_stages
+    if virtual > 1 and parallel.schedule != "interleaved":
+        raise ConfigError(
+            f"parallel.virtual_stages={virtual} needs parallel.schedule=interleaved,"
+            f" not {parallel.schedule}; set one of them"
+        )
+    if stages == 1:
+        return
+    if parallel.schedule == "interleaved" and virtual == 1:
+        raise ConfigError(
+            "parallel.schedule=interleaved with parallel.virtual_stages=1 is 1f1b; set"
+            " parallel.virtual_stages to 2 or more"
+        )
+    if model.repeats < stages * virtual:
+        raise ConfigError(
+            f"model.repeats={model.repeats} is below mesh.pipeline={stages} x"
+            f" parallel.virtual_stages={virtual}, and each needs a repeat of"
+            f" model.pattern; set mesh.pipeline to {model.repeats // virtual or 1} or"
+            " less"
+        )
+
+
+def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
+    """What the way of config.parallel.context asks of rows and heads."""
+    way, parts = config.parallel.context, sizes["context"]
+    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
+    if config.train.length % cuts:
+        raise ConfigError(
+            f"train.length={config.train.length} does not divide into the {cuts} parts"
+            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
+            f" set train.length to a multiple of {cuts}, or change mesh.context"
+        )
+    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
+    copies = parts // math.gcd(heads, parts)
+    if (
+        way == "ulysses"
+        and config.model.num_heads // config.model.num_kv_heads % copies
+    ):
+        raise ConfigError(
+            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
+            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
+            f" of size {parts}, which parallel.context='ulysses' does; set"
+            " parallel.context to ring, or mesh.context to a divisor of the heads"
+        )
+
+
 def _check_paths(config: Config) -> None:
     data, run = config.data, config.run
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
@@ -434,7 +535,20 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             "init.model=true takes the model of init.from, which is empty; set it"
         )
-    for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
+    is_url = "://" in run.dir
+    if is_url and not re.fullmatch(r"(s3|gs)://[^@/]{3,}(/.*)?", run.dir):
+        scheme = run.dir.partition("://")[0]
+        raise ConfigError(
+            f"run.dir={scheme}://... must be a path, s3://bucket/folder or gs://bucket/"
+            f"folder, without a user or a key in it{did_you_mean(scheme, ('s3', 'gs'))}"
+        )
+    if is_url and config.profile.steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} writes to a local run.dir alone; "
+            "set it to 0, or run.dir to a path"
+        )
+    local = {"run.dir": "" if is_url else run.dir, "data.cache_dir": data.cache_dir}
+    for key, path in local.items():
         file = _first_existing(path)
         if not os.path.isdir(file):
             raise ConfigError(
@@ -457,7 +571,10 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
-    if path and ("://" in path or os.path.exists(os.path.expanduser(path))):
+    # Models and tokenizers are read from folders, which may be in a bucket.
+    is_folder = key in ("data.tokenizer", "init.from")
+    is_url = path.startswith(("s3://", "gs://")) or ("://" in path and not is_folder)
+    if path and (is_url or os.path.exists(os.path.expanduser(path))):
         return  # what a server has is known when it is asked
     folder = os.path.dirname(path)
     try:
@@ -468,7 +585,8 @@ def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
     near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
     also = "".join(f", or {name!r}" for name in known)
     raise ConfigError(
-        f"{key}={path!r} is not there; give a path that exists{also}{near}"
+        f"{key}={without_secrets(path)!r} is not there; give a path that "
+        f"exists{also}{near}"
     )
 
 

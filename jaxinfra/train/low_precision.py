@@ -87,7 +87,7 @@ def in_low_precision(task: Any, recipe: Recipe, *, notes: str = "") -> Any:
     return task._replace(
         grad_fn=low_precision(grad_fn, task.specs, recipe),
         loss_fn=inner_loss(task.loss_fn),
-        model_state=first_state(task.specs, recipe, task.model_state),
+        model_state=lambda: first_state(task.specs, recipe, task.model_state()),
         update_state=functools.partial(next_state, task.update_state),
         notes="\n".join(filter(None, (task.notes, notes))),
     )

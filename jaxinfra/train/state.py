@@ -5,7 +5,7 @@ and from the checkpoints of a run folder that this job owns.
 import contextlib
 import dataclasses
 import functools
-import pathlib
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,15 +18,17 @@ import optax
 import jaxinfra
 from jaxinfra import options, runfolder, sharding
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, SaveError
+from jaxinfra.checkpoint import commits, lifecycle, restore
+from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 from jaxinfra.checkpoint.restore import Restored
-from jaxinfra.config import ConfigError
+from jaxinfra.config import CheckpointConfig, ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
-from jaxinfra.train.objective import Scaled
+from jaxinfra.train import objective, optim
+from jaxinfra.train.journal import Journal
+from jaxinfra.train.objective import Frozen, Scaled
 
 # key -> (params, model_state)
 First = Callable[[jax.Array], tuple[Tree, Tree]]
@@ -104,33 +106,33 @@ def init_state(
     dtype: jnp.dtype,
     seed: int,
     first: First | None = None,
-    model_state: Tree = (),
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
-    weights: Tree | None = None,
+    begun: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
     """The first state: random parameters by `seed`, the same numbers on every mesh, or
-    `weights`.
+    what was `begun`: parameters and model state.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
-    say, of `dtype`, and `model_state` is as given. `loss_scale`: see Policy.
+    say, of `dtype`, and `model_state()`. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    model_state = jax.device_put(model_state, whole)
-    if weights is not None:
-        params = weights
-    elif first is None:
+    params, inner = begun or (None, None)
+    if first is not None and params is None:
+        params, inner = jax.jit(_placed(first, shardings, whole))(key)
+    if params is None:
         params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
-    else:
-        params, model_state = jax.jit(_placed(first, shardings, whole))(key)
+    if inner is None:
+        inner = jax.device_put(model_state(), whole)
     if loss_scale is not None:
         scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
         opt_state=init_opt_state(tx, params, shardings),
-        model_state=model_state,
+        model_state=inner,
         key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
     )
 
@@ -143,29 +145,35 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
-    model_state: Tree = (),
+    model_state: Callable[[], Tree] = tuple,
+    frozen: Tree = None,
     loss_scale: float | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed.
+    `frozen`: those of parameters that are not trained, None if all are."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    if first is None:
+    if frozen is not None or first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
+        inner = jax.eval_shape(model_state)
     else:
-        params, model_state = jax.eval_shape(first, jax.random.key(0))
+        params, inner = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
-    model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    inner = jax.tree.map(lambda x: like(x, whole), inner)
+    if frozen is not None:
+        digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        inner = Frozen(inner, frozen, digest)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(
             like, abstract_opt_state(tx, specs, layout), shardings.opt_state
         ),
-        model_state=model_state,
+        model_state=inner,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
@@ -183,6 +191,37 @@ def logical_shapes(
     }
 
 
+def to_use(state: TrainState) -> tuple[Tree, Tree]:
+    """(parameters, model state) to evaluate and to sample with: those of the average
+    where there is one."""
+    params = optim.averaged(state.opt_state, state.params)
+    return params, objective.unscaled(state.model_state)
+
+
+def without_frozen(state: TrainState) -> TrainState:
+    """`state` as it is saved."""
+    return _map_frozen(lambda frozen: frozen._replace(base=()), state)
+
+
+def with_frozen(state: TrainState, begun: tuple[Tree, Tree] | None) -> TrainState:
+    """A state as it was saved, or its like, with the frozen parameters of `begun`.
+
+    Raises ConfigError if they are not those that it was trained beside.
+    """
+    if begun is None:
+        return state
+
+    def put(saved: Frozen) -> Frozen:
+        if not np.array_equal(*jax.device_get((saved.digest, begun[1].digest))):
+            raise ConfigError(
+                "init.from holds other parameters than those that the run has trained "
+                "beside; put them back, or choose another --run.dir"
+            )
+        return begun[1]._replace(inner=saved.inner)
+
+    return _map_frozen(put, state)
+
+
 def _logical(spec: params_lib.ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     # Scales of blocks: the last dim, never the padded one, has as many as it has.
     return (
@@ -198,7 +237,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(run_dir: pathlib.Path, group: ProcessGroup) -> Iterator[Owner]:
+def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
     """Owns the run folder within the block.
 
     Raises ownership.FolderOwned in every process if a live run has it.
@@ -226,33 +265,43 @@ class Saver:
     """Saves and restores the state of one run; every process makes one alike.
 
     `abstract` is the state to restore into, `logical_shapes` what its arrays are
-    without padding, `stream` the identity of the data stream.
+    without padding, `stream` the identity of the data stream. What `journal` was told
+    of a step is on disk before that step is committed.
     """
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: Any,
         *,
         abstract: TrainState,
         logical_shapes: dict[str, tuple[int, ...]],
         stream: dict[str, Any],
         config: dict[str, Any],
-        keep: int,
+        settings: CheckpointConfig,
+        journal: Journal,
         owner: Owner,
         group: ProcessGroup,
     ):
-        self._folder = run_dir / runfolder.CHECKPOINTS
-        self._abstract, self._shapes = abstract, logical_shapes
+        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
+        self._abstract, self._shapes = without_frozen(abstract), logical_shapes
         self._stream, self._config, self._group = stream, config, group
-        self._owner = owner
+        self._owner, self._journal = owner, journal
+        bound = settings.staging_gib * 2**30 or math.inf
+        self._staging_bytes = bound
+        kinds = (settings.keep_every, settings.keep_best, settings.keep_hours)
+        retain = {"retain": jaxinfra.make_retain(settings)} if any(kinds) else {}
         self.rejected: tuple[tuple[int, str], ...] = ()
         self._make = lambda run_id: lifecycle.Checkpointer(
             self._folder,
-            keep=keep,
+            keep=settings.keep,
             run_id=run_id,
             attempt=owner.attempt,
             process=group,
             fence=owner.check,
+            ready=journal.sync,
+            staging_bytes=bound,
+            is_deferred=settings.defer_copies,
+            **retain,
         )
 
     def restore(self, *, accept_changes: bool = False) -> TrainState | None:
@@ -272,7 +321,7 @@ class Saver:
         if accept_changes:
             return self._unflatten(found.arrays)
         if not (self._folder.parent / "config.json").exists():
-            runfolder.refuse_changes(
+            jaxinfra.refuse_changes(
                 found.metadata["config"],
                 options.from_json(self._config),
                 where=f"step {found.step} of {self._folder}",
@@ -291,8 +340,13 @@ class Saver:
         """What `restore` goes on from. A checkpoint whose moments have other bits is
         converted where changes are accepted."""
         abstract = dict(params_lib.named(self._abstract))
+        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
+        self._group.from_first("jaxinfra/fence_off", fence)
         read = functools.partial(
-            restore.restore_latest, self._folder, process=self._group
+            restore.restore_latest,
+            self._folder,
+            staging_bytes=self._staging_bytes,
+            process=self._group,
         )
         try:
             return read(abstract, logical_shapes=self._shapes)
@@ -312,14 +366,15 @@ class Saver:
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; the state may be donated when this returns."""
+        metadata = {"config": self._config, "data": self._stream}
         self._checkpointer.save(
             step,
-            dict(params_lib.named(state)),
-            metadata={"config": self._config, "data": self._stream},
+            dict(params_lib.named(without_frozen(state))),
+            metadata=metadata | {"metrics": self._journal.evaluated(step)},
             logical_shapes=self._shapes,
         )
 
-    def poll(self) -> list[lifecycle.SaveReport]:
+    def poll(self) -> list[SaveReport]:
         """Saves that have ended; raises SaveError for one that failed, and FolderOwned
         if that is because a later run has the folder."""
         try:
@@ -328,9 +383,16 @@ class Saver:
             self._owner.check()
             raise
 
-    def close(self) -> list[lifecycle.SaveReport]:
+    def close(self) -> list[SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
+
+
+def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:
+    is_frozen = lambda x: isinstance(x, Frozen)
+    return jax.tree.map(
+        lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen
+    )
 
 
 def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:

@@ -37,6 +37,12 @@ def test_every_number_is_in_one_range():
         ["--mesh.fsdp=3", "--zero=0", "--train.batch_size=12"],
         ["--mesh.data=1", "--mesh.fsdp=8", "--runtime.cpu_devices=8"],
         ["--runtime.num_processes=2", "--runtime.coordinator=[::1]:80"],
+        ["--mesh.pipeline=3", "--train.microbatches=2", "--zero=3"],
+        [
+            "--mesh.pipeline=2",
+            "--parallel.schedule=interleaved",
+            "--parallel.virtual_stages=2",
+        ],
         ["--run.seed=4294967295"],
         ["--run.dir=/no/such/folder/yet"],
         ["--data.path=."],
