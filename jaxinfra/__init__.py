@@ -15,6 +15,7 @@ _HOMES = {
                "CommConfig", "ConfigError"),
     "options": ("load_config",),
     "compositions": ("check_compositions",),
+    "feature_checks": ("check_features",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
     "precision": ("Policy", "policy"),

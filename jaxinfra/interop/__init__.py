@@ -10,6 +10,7 @@
 | `gguf_file` | llama.cpp's files (extra `gguf`) |
 | `same_model` | when two configs are one function; how layers are grouped |
 | `export` | a published folder, or a run folder of one step, written whole or not |
+| `checkpoints` | whole steps to Orbax and safetensors, and back |
 | `tokenizers_of`, `source_text` | the tokenizer that belongs to a source |
 | `lm_eval_adapter` | our models in lm-evaluation-harness (extra `eval`) |
 | `flax_bridge`, `running_norm` | a user's flax module on our step |

@@ -233,6 +233,22 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--data.tokenizer", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
     (["--data.bos", "sometimes"], ["data.bos", "always"]),
     (["--run.dir", "ftp://bucket/run"], ["run.dir=ftp://...", "gs://bucket/"]),
+    (
+        ["--run.dir", "s3://me:secret@bucket/run"],
+        ["run.dir=s3://...", "without a user"],
+    ),
+    (
+        ["--run.dir", "gs://bucket/run", "--profile.steps", "2"],
+        ["profile.steps=2", "run.dir to a path"],
+    ),
+    (
+        ["--checkpoint.keep_best", "1", "--checkpoint.best_metric", "train/loss"],
+        ["checkpoint.best_metric='train/loss'", "eval/loss"],
+    ),
+    (
+        ["--checkpoint.keep_best", "1", "--eval.every", "0"],
+        ["checkpoint.keep_best=1", "eval.every to train.save_every"],
+    ),
     (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
     (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),
     (["--eval.sets.A-b", "configs"], ["eval.sets.A-b", "a-z, 0-9 and _"]),
