@@ -79,6 +79,10 @@ def _is_bounded(config: Config) -> bool:
     return _has_experts(config) and is_way
 
 
+def _is_dense(config: Config) -> bool:
+    return _has_experts(config) and config.parallel.experts == "dense"
+
+
 FEATURES: dict[str, Feature] = {
     "data": _axis("data"),
     "fsdp": _axis("fsdp"),
@@ -91,6 +95,7 @@ FEATURES: dict[str, Feature] = {
     "slices": _key("mesh.slices", lambda config: config.mesh.slices > 1),
     "dropless": _key("parallel.experts", _is_dropless),
     "bounded": _key("model.capacity_factor", _is_bounded),
+    "dense experts": _key("parallel.experts", _is_dense),
     "microbatches": _key(
         "train.microbatches", lambda config: config.train.microbatches > 1
     ),
@@ -113,11 +118,17 @@ FEATURES: dict[str, Feature] = {
 # Values of one key: a config has one of them.
 ALTERNATIVES = (
     ("ring", "ulysses", "all_gather"),
-    ("dropless", "bounded"),
+    ("dropless", "bounded", "dense experts"),
     ("float16", "quantized"),
 )
 
+_NOT_CARRIED = "what layers tell the loss is not carried from stage to stage"
+
 APART = (
+    *(
+        Pair("pipeline", other, _NOT_CARRIED, "set mesh.pipeline to 1")
+        for other in ("dropless", "bounded", "dense experts", "quantized")
+    ),
     Pair(
         "pipeline",
         "own task",
@@ -172,7 +183,7 @@ APART = (
 )
 
 
-def check(config: Config, sizes: Sizes) -> None:
+def check_compositions(config: Config, sizes: Sizes) -> None:
     """Raises ConfigError for the first pair of `APART` that `config` asks for."""
     for pair in APART:
         one, other = FEATURES[pair.one], FEATURES[pair.other]

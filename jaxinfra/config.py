@@ -364,7 +364,8 @@ class MeshConfig:
     """Devices along each mesh axis; -1, once, takes the rest.
 
     data replicates parameters, fsdp shards them (see zero), tensor splits heads, ffn
-    and vocabulary. slices: how many slices or nodes a slow network joins.
+    and vocabulary, pipeline the repeats of the stack, and the vocabulary too. slices:
+    how many slices or nodes a slow network joins.
     """
 
     data: int = -1
@@ -380,6 +381,12 @@ class MeshConfig:
 class ParallelConfig:
     """How the pipeline, context and expert axes work.
 
+    schedule: of a pipeline over train.microbatches. gpipe: all forward, then all
+    backward; 1f1b: backward as soon as can be, so that the stages, and not the
+    microbatches, say how much is kept; interleaved: the same over several
+    virtual_stages of each device, which wait less; zero_bubble: weight gradients fill
+    the ticks in which a stage would wait. A pipeline always computes layers again in
+    the backward pass; train.remat says what it keeps of that, for one microbatch.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense).

@@ -106,7 +106,8 @@ def build(
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
         task.grad_fn or objective.grad_of(task.loss_fn),
-        config.train.microbatches,
+        # A pipeline cuts the batch itself.
+        config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1,
         shardings=places.grads,
     )
 

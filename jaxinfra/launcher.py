@@ -16,7 +16,6 @@ from typing import Any
 import jaxinfra
 from jaxinfra import checks, runfolder
 from jaxinfra.config import Config, ConfigError, DataError
-from jaxinfra.launch import discovery
 from jaxinfra.resilience import exitcodes, preemption
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
@@ -29,16 +28,17 @@ def run(config: Config, get_task: Callable[..., Any] | None = None) -> int:
 
     Raises ConfigError and DataError for input that cannot work.
     """
-    job = discovery.find(os.environ) if config.runtime.discover else None
-    config = discovery.applied(config, job)
-    checks.check(config)
+    local_id = None
+    if config.runtime.discover and (job := jaxinfra.find_job(os.environ)):
+        config, local_id = jaxinfra.with_job(config, job), job.local_id
+        checks.check(config)  # the mesh again: now the processes are known
     prepare_process(config)
     from jaxinfra import experiment
     from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, NoUsableCheckpoint
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
-        start_jax(config, None if job is None else job.local_id)
+        start_jax(config, local_id)
         with _job(config):
             config, source = _begin(config)
             return experiment.train(config, get_task, source)

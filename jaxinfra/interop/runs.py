@@ -61,11 +61,11 @@ def read_router_bias(
     run: pathlib.Path, step: int | None, config: Config, layout: Layout
 ) -> jax.Array:
     """The biases of the run's routers, [layers, experts]."""
-    is_scaled = precision.policy(config.precision).loss_scale is not None
-    path = f"model_state/{'inner/' if is_scaled else ''}router_bias"
-    shape = (config.model.num_layers, config.model.num_experts)
+    # Alone in the model state, or within what another feature keeps there.
+    shapes = restore.newest_shapes(run / runfolder.CHECKPOINTS)
+    [path] = [name for name in shapes if name.endswith("/router_bias")]
     place = jax.NamedSharding(layout.mesh, jax.P())
-    like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    like = jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=place)
     _, found = read_params(run, step, config, {}, layout=layout, beside={path: like})
     return found[path]
 

@@ -29,22 +29,61 @@ _ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, policy: Policy, rules: Rules
+    table_VD: jax.Array, tokens_BT: jax.Array, policy: Policy, rules: Rules
 ) -> jax.Array:
     """Rows of `table_VD` for `tokens_BT` (any integer dtype), in compute dtype.
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    The table is gathered in `policy.reduce`, so its gradient is summed in that.
+    The table is gathered in `policy.reduce`, and its gradient is summed in that.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
     lookup = jax.shard_map(
         functools.partial(_lookup, table_spec=table_spec, axes=rules.vocab),
         in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
+        check_vma=False,
     )
     return lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
+
+
+def _embed_forward(table_VD, tokens_BT, policy, rules):
+    return embed(table_VD, tokens_BT, policy, rules), (table_VD, tokens_BT)
+
+
+def _embed_backward(policy, rules, residuals, dx_BTD):
+    """Each device adds to the rows of its own part of the vocabulary. By hand, since a
+    device may hold the same dx as others along an axis that splits the table: a
+    transposed sum would add these up."""
+    table_VD, tokens_BT = residuals
+    table_spec = jax.typeof(table_VD).sharding.spec
+    token_axes = rules.batch + rules.length
+
+    def body(table_VD, tokens_BT, dx_BTD):
+        rows = functools.partial(_lookup_own, tokens_BT=tokens_BT, axes=rules.vocab)
+        whole = jax.eval_shape(
+            lambda w_VD: sharding.all_gather(w_VD, table_spec), table_VD
+        )
+        (drows_VD,) = jax.linear_transpose(rows, whole)(dx_BTD)
+        return sharding.all_reduce(drows_VD, table_spec, token_axes)
+
+    scatter = jax.shard_map(
+        body,
+        in_specs=(
+            table_spec,
+            sharding.spec(rules, "batch", "length"),
+            sharding.spec(rules, "batch", "length", "width"),
+        ),
+        out_specs=table_spec,
+        check_vma=False,
+    )
+    wide_VD, dx_BTD = table_VD.astype(policy.reduce), dx_BTD.astype(policy.reduce)
+    return scatter(wide_VD, tokens_BT, dx_BTD).astype(table_VD.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def position_rows(
@@ -206,8 +245,10 @@ def dropout(
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
     if order_T is not None:
-        spec = jax.typeof(x_BTD).sharding.spec
-        kept_BTD = jax.reshard(kept_BTD[:, order_T], spec)
+        kept_BTD = kept_BTD[:, order_T]
+    spec = jax.typeof(x_BTD).sharding.spec
+    if spec[1] is not None:  # rows are drawn whole
+        kept_BTD = jax.reshard(kept_BTD, spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 
@@ -220,8 +261,12 @@ def _lookup(
 ) -> jax.Array:
     """Embedding of the ids that this device holds, zero for others; then the sum."""
     table_VD = sharding.all_gather(table_VD, table_spec)
+    return jax.lax.psum(_lookup_own(table_VD, tokens_BT, axes), axes)
+
+
+def _lookup_own(table_VD, tokens_BT, axes: Axes) -> jax.Array:
     start = jax.lax.axis_index(axes) * table_VD.shape[0]
     own_BT = tokens_BT.astype(jnp.int32) - start
     is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
     x_BTD = table_VD[jnp.where(is_own_BT, own_BT, 0)]
-    return jax.lax.psum(jnp.where(is_own_BT[..., None], x_BTD, 0), axes)
+    return jnp.where(is_own_BT[..., None], x_BTD, 0)

@@ -213,7 +213,7 @@ def dequantize_tree(tree: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf of a tree is a QuantizedArray, whole."""
+    """For `jax.tree.map(..., is_leaf=is_quantized)`."""
     return isinstance(leaf, QuantizedArray)
 
 
