@@ -1,8 +1,6 @@
 """The state's way to and from the checkpoints of a run folder that this job owns."""
 
 import contextlib
-import dataclasses
-import functools
 import math
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,13 +9,12 @@ from typing import Any
 import jax
 
 import jaxinfra
-from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import commits, lifecycle, restore
-from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, SaveError, SaveReport
+from jaxinfra import runfolder
+from jaxinfra.checkpoint import commits, lifecycle
+from jaxinfra.checkpoint.commits import SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
-from jaxinfra.checkpoint.restore import Restored
-from jaxinfra.config import CheckpointConfig, ConfigError
+from jaxinfra.config import CheckpointConfig
 from jaxinfra.resilience import ownership
 from jaxinfra.train.journal import Journal
 from jaxinfra.train.state import TrainState, without_frozen
@@ -105,54 +102,30 @@ class Saver:
         `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
         is not the one that the state has seen, unless `accept_changes`.
         """
-        found = self._newest(accept_changes)
-        self._checkpointer = self._make(
-            found.metadata["run_id"] if found else uuid.uuid4().hex
-        )
+
+        def begins() -> bool:
+            commits.fence_off(self._folder, attempt=self._owner.attempt)
+            return not commits.step_folders(self._folder)
+
+        found = None
+        if not self._group.from_first("jaxinfra/begins", begins):
+            # By its public name, which loads the module: a new run needs none of it.
+            found = jaxinfra.newest_state(
+                self._folder,
+                dict(params_lib.named(self._abstract)),
+                self._shapes,
+                staging_bytes=self._staging_bytes,
+                group=self._group,
+                config=self._config,
+                stream=self._stream,
+                accept_changes=accept_changes,
+            )
+        run_id = found.metadata["run_id"] if found else uuid.uuid4().hex
+        self._checkpointer = self._make(run_id)
         if found is None:
             return None
         self.rejected = found.rejected
-        if accept_changes:
-            return self._unflatten(found.arrays)
-        if not (self._folder.parent / "config.json").exists():
-            jaxinfra.refuse_changes(
-                found.metadata["config"],
-                options.from_json(self._config),
-                where=f"step {found.step} of {self._folder}",
-            )
-        seen = found.metadata["data"]
-        if seen != self._stream:
-            changed = [k for k in self._stream if seen.get(k) != self._stream[k]]
-            raise ConfigError(
-                f"the data stream is not the one of step {found.step}: {changed} "
-                "changed; put the data back, choose another --run.dir, or go on by "
-                "--run.accept_changes true"
-            )
         return self._unflatten(found.arrays)
-
-    def _newest(self, accept_changes: bool) -> Restored | None:
-        """What `restore` goes on from. A checkpoint whose moments have other bits is
-        converted where changes are accepted."""
-        abstract = dict(params_lib.named(self._abstract))
-        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
-        self._group.from_first("jaxinfra/fence_off", fence)
-        read = functools.partial(
-            restore.restore_latest,
-            self._folder,
-            staging_bytes=self._staging_bytes,
-            process=self._group,
-        )
-        try:
-            return read(abstract, logical_shapes=self._shapes)
-        except IncompatibleCheckpoint:
-            if not accept_changes:
-                raise
-            stored = restore.newest_shapes(self._folder)
-            # By its public name, which loads the module: it is seldom needed.
-            other, convert = jaxinfra.other_moments(abstract, stored)
-            shapes = {name: stored[name] for name in other if name in stored}
-            found = read(other, logical_shapes=shapes)
-            return found and dataclasses.replace(found, arrays=convert(found.arrays))
 
     def _unflatten(self, arrays: dict[str, jax.Array]) -> TrainState:
         names = [name for name, _ in params_lib.named(self._abstract)]
