@@ -251,6 +251,13 @@ def split(x: jax.Array, dim: int, size: int) -> jax.Array:
     return _reshape(x, shape, (*spec[: dim + 1], None, *spec[dim + 1 :]))
 
 
+def _gathered(x: jax.Array) -> jax.Array:
+    """Whole over `fsdp`."""
+    spec = jax.typeof(x).sharding.spec
+    whole = sharding.gathered(spec)
+    return x if whole == spec else jax.reshard(x, whole)
+
+
 def _by_groups(operation, x: jax.Array, scales: jax.Array) -> jax.Array:
     """operation(x, scale of each value), without an array of x's size of scales: a
     compiler would write it out before it reads it."""
