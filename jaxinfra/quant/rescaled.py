@@ -82,6 +82,7 @@ def plain(tree: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def in_few_bits(leaf: Any) -> bool:
+    """Whether a leaf of parameters is kept quantized, as it is or rescaled."""
     return isinstance(leaf, Rescaled) or arrays.is_quantized(leaf)
 
 
