@@ -6,7 +6,8 @@
 
 A feed-forward layer (16 x 512 tokens, width 1024 to 2048 and back, the first half
 rematerialised) with its whole backward pass, split by FSDP over 8. Of the optimised
-program: operand types of every matmul, and bytes that each collective gives a device.
+program: operand types of every matmul, bytes that each collective gives a device, and
+a TPU compiler's estimate of cycles.
 Results go to scripts/results/quant_programs.json.
 """
 
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     results[f"{target} {kind}"] = found = {
         "matmuls": matmuls(text),
         "collective_bytes": traffic(text),
+        "estimated_cycles": cycles(text),
     }
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     print(json.dumps(found, indent=1))
@@ -119,6 +121,11 @@ def traffic(text: str) -> dict[str, int]:
             sizes = [8 * size for size in sizes]
         total[kind] += sum(sizes)
     return dict(sorted(total.items()))
+
+
+def cycles(text: str) -> int:
+    """The TPU compiler's own estimate, all fusions together; a GPU's says nothing."""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
 
 
 # XLA's GpuTargetConfigProto of an H100 SXM, by NVIDIA's figures.
