@@ -3,7 +3,7 @@
 The public names below load their module when first used (PEP 562), so `import jaxinfra`
 is free and loads no jax. README has them with an example; each package's docstring is
 the chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`,
-`resilience`, `generate`, `interop`.
+`resilience`, `generate`, `tune`, `interop`.
 """
 
 import importlib
@@ -11,8 +11,11 @@ from typing import Any
 
 _HOMES = {
     "config": ("Config", "DataConfig", "EvalConfig", "LayerConfig", "MeshConfig",
-               "ModelConfig", "OptimizerConfig", "TrainConfig", "ConfigError"),
+               "ModelConfig", "OptimizerConfig", "QuantConfig", "TrainConfig",
+               "CommConfig", "ConfigError"),
     "options": ("load_config",),
+    "compositions": ("check_compositions",),
+    "feature_checks": ("check_features",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
     "precision": ("Policy", "policy"),
@@ -20,6 +23,10 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.loss": ("LossConfig", "cross_entropy"),
+    "launch.discovery": ("find_job", "with_job"),
+    "parallel.context": ("make_split_attend", "row_order"),
+    "parallel.expert": ("make_dispatch",),
+    "quant.arrays": ("QuantizedArray", "dequantize", "quantize"),
     "models.transformer": ("Model", "make_model"),
     "data.prepare": ("prepare", "prepared"),
     "data.tokenizer_files": ("load_tokenizer",),
@@ -30,10 +37,18 @@ _HOMES = {
     "data.remote_folder": ("RemoteFolder",),
     "data.packing": ("Batch",),
     "data.device": ("prefetch", "to_device"),
+    "train.profile": ("tracing",),
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
+    "train.routers": ("Routers",),
+    "quant.recipe": ("Recipe", "make_recipe"),
+    "quant.communication": ("low_bit_traffic",),
+    "quant.matmul": ("low_precision_einsum",),
+    "train.low_precision": ("in_low_precision", "low_precision_training"),
+    "train.adam8": ("other_moments", "scale_by_adam8"),
     "train.rounding": ("apply_stochastic",),
+    "train.pipelined": ("make_pipelined",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),
     "train.step": ("make_train_step",),
@@ -42,15 +57,21 @@ _HOMES = {
     "checkpoint.restore": ("restore", "restore_latest"),
     "checkpoint.look": ("describe_checkpoint", "diff_checkpoints"),
     "checkpoint.staging": ("Staged", "copied_on_device", "cut_on_device"),
+    "resilience.peers": ("watched",),
     "remote.object_path": ("ObjectPath",),
     "remote.commits": ("object_folder",),
     "remote.lines": ("JsonParts", "rewind_parts"),
     "remote.ownership": ("acquire_object",),
+    "checkpoint.partial": ("restore_part",),
+    "checkpoint.read_back": ("read_back",),
     "checkpoint.retention": ("make_retain",),
     "generate.decode": ("continue_prompts", "generate_text", "make_generate"),
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
+    "quant.aware": ("quantize_aware",),
+    "tune.frozen": ("partly_frozen",),
+    "interop.tuned_runs": ("read_tuned",),
     "interop.checkpoints": ("export_orbax", "export_safetensors",
                             "import_checkpoint"),
     "interop.flax_bridge": ("from_linen", "from_nnx"),

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
+import jaxinfra
 from jaxinfra import stages
 from jaxinfra.config import (
     AXES,
@@ -23,6 +24,11 @@ from jaxinfra.config import (
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
 SHIPPED_TEXT = "shakespeare"
+# Keys whose rules are in `feature_checks` and `compositions`.
+_FEATURES = (
+    "precision", "quant", "comm", "optimizer.moments", "lora", "train.freeze",
+    "train.quantize_aware", "train.quantize_group", "parallel",
+)  # fmt: skip
 BATCH_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 
 # Rule in words -> (rule, keys). Every number of the config is in one row, by a test.
@@ -34,7 +40,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.num_kv_heads", "train.batch_size", "train.length",
             "train.microbatches", "train.save_every", "train.max_bad_steps",
             "mesh.slices", "parallel.virtual_stages", "runtime.num_processes",
-            "checkpoint.keep",
+            "checkpoint.keep", "quant.history",
         ),
     ),
     "at least 0": (
@@ -43,7 +49,10 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
             "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
-            "model.attention_scale_dim", "train.steps",
+            "model.attention_scale_dim", "model.router_groups",
+            "model.router_top_groups", "model.shared_experts", "model.capacity_factor",
+            "train.balance_loss", "train.router_z_loss", "train.router_bias_rate",
+            "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
@@ -54,6 +63,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
+            "lora.rank", "lora.group", "train.quantize_group",
         ),
     ),
     "above 0": (
@@ -62,7 +72,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "model.router_scale",
+            "optimizer.eps", "lora.alpha",
         ),
     ),
     "at least 0 and below 1": (
@@ -122,6 +133,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
+    _check_features(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -129,7 +141,8 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
 def resolve_zero(config: Config) -> int:
     """What the fsdp axis shards, 0 to 3: -1 is 3, or 1 with a pipeline.
 
-    With 3, a pipeline would gather the parameters again in every microbatch.
+    A pipeline keeps a stage's parameters whole from its first microbatch to its last,
+    so 3 would gather them all at once and save memory only between steps.
     """
     if config.zero != -1:
         return config.zero
@@ -218,6 +231,19 @@ def _check_model(config: Config) -> None:
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
         )
+    if groups := model.router_groups:
+        top, size = model.router_top_groups, model.num_experts // groups
+        if model.num_experts % groups or not 0 < top <= groups:
+            raise ConfigError(
+                f"model.router_groups={groups} must divide model.num_experts="
+                f"{model.num_experts}, and model.router_top_groups={top} be from 1 to"
+                " it; change one of them, or set model.router_groups to 0"
+            )
+        if top * size < model.experts_per_token:
+            raise ConfigError(
+                f"model.router_top_groups={top} groups have {top * size} experts, fewer"
+                f" than model.experts_per_token={model.experts_per_token}; raise it"
+            )
 
 
 def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
@@ -249,6 +275,18 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             f"data.path={data.path!r} and data.sets are both given; name it in"
             " data.sets too, or leave one of them out"
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best and not checkpoint.best_metric.startswith("eval/"):
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} must be a figure of an"
+            " evaluation, such as eval/loss or eval/held_out/loss"
+        )
+    if checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} keeps steps that were"
+            " evaluated when they were saved, and eval.every=0 evaluates none; set"
+            f" eval.every to train.save_every={config.train.save_every}"
         )
     if config.optimizer.schedule == "exponential" and not (
         config.optimizer.final_fraction
@@ -305,24 +343,20 @@ def _check_runtime(config: Config) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
-    mesh = config.mesh
-    for axis, what in {
-        "expert": "expert parallelism",
-        "context": "context parallelism",
-        "pipeline": "pipeline parallelism",
-    }.items():
-        if (size := getattr(mesh, axis)) != 1:
-            raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    if config.precision in ("fp8", "int8", "mxfp8"):
-        raise _not_here(
-            f"precision={config.precision}",
-            "that precision",
-            "set precision to float32 or bfloat16, bfloat16_params or float16",
-        )
     if "://" in (value := config.data.cache_dir):
         raise _not_here(
             f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
         )
+
+
+def _check_features(config: Config, sizes: dict[str, int]) -> None:
+    """What has rules of its own, which most runs, on one device, do not ask for."""
+    plain = Config(name="plain")
+    if max(sizes.values(), default=1) > 1 or any(
+        _get(config, key) != _get(plain, key) for key in _FEATURES
+    ):
+        jaxinfra.check_features(config, sizes)
+        jaxinfra.check_compositions(config, sizes)
 
 
 def _check_mesh(config: Config) -> None:
@@ -330,6 +364,7 @@ def _check_mesh(config: Config) -> None:
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
+    _check_features(config, sizes)
     _check_divisible(config, sizes)
 
 
@@ -342,6 +377,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     ]
     if config.model.expert_ffn_width:
         dims.append(("tensor", "expert_ffn_width"))
+    if _has_expert_layer(config):
+        dims.append(("expert", "num_experts"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
     for axis, name in dims if config.task == "text" else ():

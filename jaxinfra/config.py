@@ -18,6 +18,10 @@ Precision = Literal[
 ]
 
 
+# Those that are bfloat16 but for the matmuls of a recipe (`quant.*`).
+LOW_PRECISION = ("fp8", "int8", "mxfp8")
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
@@ -27,14 +31,26 @@ class DataError(ValueError):
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"']+")
-_USER = re.compile(r"^[^/@:]*(:(?!\d+(/|$))[^@]*)?@")  # `host:80/a@b` has none
+_SHOWN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^?#]*)(.*)", re.DOTALL)
 
 
 def redacted(url: str) -> str:
-    """The URL without what may be secret: user, password and query."""
-    scheme, mark, rest = url.partition("://")
-    rest, query, _ = rest.partition("?")
-    return scheme + mark + _USER.sub("", rest) + ("?..." if query else "")
+    """The URL without what may be secret: user, password, query and fragment.
+
+    Where people write a password as it is, with /, ? or # in it, no rule tells it from
+    a path: of `host:80/a@b` too only what follows the @ is shown. A pathlib.Path of a
+    URL, which has lost a slash, is one here; another text is given as it is.
+    """
+    found = _SHOWN.fullmatch(url)
+    if not found:
+        return url
+    scheme, place, rest = found.groups()
+    server, _, path = place.partition("/")
+    if "@" in server or (":" in server and "@" in path):
+        place = ("...@" if "@" in path else "") + place.rpartition("@")[2]
+    elif ":" in server and "@" in rest:
+        return f"{scheme}..."
+    return scheme + place + (f"{rest[0]}..." if len(rest) > 1 else "")
 
 
 def without_secrets(text: str) -> str:
@@ -114,7 +130,12 @@ class ModelConfig:
 
     Experts: a layer with feed_forward='experts' sends each token to the
     experts_per_token likeliest of num_experts; their shares are made to sum to 1 if
-    router_renormalize. expert_ffn_width 0 means ffn_width.
+    router_renormalize, then multiplied by router_scale. router: scores are a softmax
+    over experts, or each one's own sigmoid. router_groups: experts of the
+    router_top_groups best of so many groups alone are taken; 0 means all.
+    shared_experts: further ones that every token meets. expert_ffn_width 0 means
+    ffn_width. capacity_factor: in training an expert takes at most so many times its
+    even share of a row, in order of position, and the rest is dropped; 0 drops none.
     """
 
     vocab_size: int = 0
@@ -155,6 +176,12 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_ffn_width: int = 0
     router_renormalize: bool = True
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_scale: float = 1.0
+    router_groups: int = 0
+    router_top_groups: int = 0
+    shared_experts: int = 0
+    capacity_factor: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -220,8 +247,15 @@ class TrainConfig:
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
-    training alone. rounding: how an update enters parameters kept in bfloat16.
-    max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
+    training alone. freeze: patterns, as LoraConfig's, of parameters that stay as they
+    come from init.from. quantize_aware: matrices are rounded so in the loss, to the
+    nearest, quantize_group inputs to a scale (0: all), as `compress` then keeps them.
+    balance_loss, router_z_loss: weights, in training alone, of how
+    unevenly each layer's experts are used (1 is even) and of the router's squared
+    log-sum-exp, means over a row's targets; router_bias_rate: how far each expert's
+    bias moves a step to even out their use. rounding: how an update enters parameters
+    kept in bfloat16. max_bad_steps: non-finite steps in a row before the run gives up
+    (exit 11).
     """
 
     steps: int = 300
@@ -237,6 +271,12 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    freeze: str = ""
+    quantize_aware: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantize_group: int = 64
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    router_bias_rate: float = 0.0
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
@@ -251,7 +291,8 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none.
+    that keeps this part of itself each step; 0 means none. moments: how adamw's two
+    are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -270,6 +311,36 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
+
+    scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
+    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
+    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
+    underflow and scales (metrics quant/...).
+    """
+
+    scaling: Literal["current", "delayed"] = "current"
+    backward: Literal["low", "compute"] = "low"
+    history: int = 16
+    skip: str = ""
+    figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """In how many bits a block's weights and their gradients cross the fsdp axis.
+
+    gather: parameters, on their way to each use; reduce: gradients, on their way to
+    their shard. compute: as precision says.
+    """
+
+    gather: Literal["compute", "int8", "fp8"] = "compute"
+    reduce: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,7 +364,8 @@ class MeshConfig:
     """Devices along each mesh axis; -1, once, takes the rest.
 
     data replicates parameters, fsdp shards them (see zero), tensor splits heads, ffn
-    and vocabulary. slices: how many slices or nodes a slow network joins.
+    and vocabulary, pipeline the repeats of the stack, and the vocabulary too. slices:
+    how many slices or nodes a slow network joins.
     """
 
     data: int = -1
@@ -307,11 +379,23 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the pipeline and context axes work."""
+    """How the pipeline, context and expert axes work.
+
+    schedule: of a pipeline over train.microbatches. gpipe: all forward, then all
+    backward; 1f1b: backward as soon as can be, so that the stages, and not the
+    microbatches, say how much is kept; interleaved: the same over several
+    virtual_stages of each device, which wait less; zero_bubble: weight gradients fill
+    the ticks in which a stage would wait. A pipeline always computes layers again in
+    the backward pass; train.remat says what it keeps of that, for one microbatch.
+    context: keys and values go round the devices (ring), heads are exchanged for length
+    (ulysses), or keys and values are gathered. experts: tokens go to their experts
+    (dropless), or every expert meets every token (dense).
+    """
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
+    experts: Literal["dropless", "dense"] = "dropless"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +403,8 @@ class RuntimeConfig:
     """The processes and devices of the run; none of it changes a result.
 
     cpu_devices: simulate so many CPU devices; 0 means the real ones. coordinator,
-    num_processes, process_id: several processes (host:port of process 0).
+    num_processes, process_id: several processes (host:port of process 0); where none
+    are stated and `discover`, those that a launcher tells of (`launch.discovery`).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
     compile_cache: keep compiled programs in data.cache_dir.
     """
@@ -328,6 +413,7 @@ class RuntimeConfig:
     coordinator: str = ""
     num_processes: int = 1
     process_id: int = 0
+    discover: bool = True
     devices: int = 0
     compile_cache: bool = True
 
@@ -348,6 +434,26 @@ class InitConfig:
 
     from_: str = ""
     model: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, which alone are trained, beside the parameters of init.from.
+
+    A matrix W that the patterns `targets` match becomes W + alpha / rank * A B, of A
+    and B with `rank` columns and rows; rank 0 means none. whole: patterns of parameters
+    that are trained as they are too. A pattern is a part of a path or several, with *
+    and ?: ffn, attention/query, *norm, suffix/0; several are set apart by spaces. base:
+    how the adapted matrices are kept; group: weights that share a scale there, 0: all
+    of a channel.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "attention up gate down"
+    whole: str = ""
+    base: Literal["plain", "int8", "int4", "nf4"] = "plain"
+    group: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -403,18 +509,23 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    quant: QuantConfig = QuantConfig()
+    comm: CommConfig = CommConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 
 
 # Settings of a model that only training reads: they change no logit.
-FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
+FOR_TRAINING = (
+    "dropout", "init_std", "residual_scale_init", "document_mask", "capacity_factor",
+)  # fmt: skip
 
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
@@ -428,11 +539,14 @@ RESUMABLE = (
 # Keys that only the task of text reads; a config file with a task of its own names
 # those that it reads too in TASK_KEYS.
 TEXT_KEYS = (
-    "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
-    "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
-    "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
+    "init", "lora", "model", "sample", "data.path", "data.tokenizer", "data.eod",
+    "data.bos", "data.split", "data.held_out", "data.shuffle", "data.sets",
+    "data.weights", "data.shuffle_block", "data.damaged", "data.cache_gib",
+    "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "eval.sets",
+    "train.label_smoothing", "train.freeze", "train.quantize_aware",
+    "train.quantize_group", "train.balance_loss", "train.router_z_loss",
+    "train.router_bias_rate", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

@@ -27,13 +27,13 @@ from jaxinfra import (
     tasks,
 )
 from jaxinfra.checkpoint import processes
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.data import device
 from jaxinfra.precision import Policy
 from jaxinfra.resilience import exitcodes, preemption
 from jaxinfra.sharding import Layout
 from jaxinfra.tasks import GetTask, Task
-from jaxinfra.train import evaluate, facts, loop, objective, optim
+from jaxinfra.train import evaluate, facts, feeding, loop, objective, optim, saving
 from jaxinfra.train import state as states
 from jaxinfra.train import step as steps
 from jaxinfra.train.journal import Journal
@@ -45,8 +45,8 @@ class Experiment(NamedTuple):
 
     train_step(state, batch) -> (state, metrics), jitted with its state donated.
     eval_step(params, model_state, batch) -> (loss_sum, Aux), jitted.
-    init(weights=None) -> the first TrainState, sharded. schedule(step) -> part of the
-    peak.
+    init(begun=None) -> the first TrainState, sharded; abstract() -> its shapes.
+    schedule(step) -> part of the peak.
     """
 
     config: Config
@@ -59,6 +59,7 @@ class Experiment(NamedTuple):
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[jax.Array, objective.Aux]]
     init: Callable[..., TrainState]
+    abstract: Callable[[], TrainState]
 
     @property
     def model(self) -> Any:
@@ -104,16 +105,15 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
-        config.train.microbatches,
+        task.grad_fn or objective.grad_of(task.loss_fn),
+        # A pipeline cuts the batch itself.
+        config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1,
         shardings=places.grads,
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        has_digest = config.train.log_batch_digest
-        return task.observe(batch) | (
-            {"digest": device.digest(batch)} if has_digest else {}
-        )
+        more = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
+        return task.observe(batch) | more
 
     train_step = steps.make_train_step(
         task.on_batch(grad_fn),
@@ -124,6 +124,10 @@ def build(
         update_state=task.update_state,
     )
     eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
+    parts = (task.specs, tx, places, layout)
+    how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
+    how["model_state"] = task.model_state
+    abstract = how | {"frozen": task.frozen}
     return Experiment(
         config=config,
         layout=layout,
@@ -134,17 +138,8 @@ def build(
         schedule=schedule,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step),
-        init=functools.partial(
-            states.init_state,
-            task.specs,
-            tx,
-            places,
-            layout,
-            dtype=policy.param,
-            seed=config.run.seed,
-            first=task.first,
-            loss_scale=policy.loss_scale,
-        ),
+        init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
+        abstract=functools.partial(states.abstract_state, *parts, **abstract),
     )
 
 
@@ -199,10 +194,10 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             return trace(experiment)
         run_dir, group = runfolder.folder(config), processes.this_job()
         stop = enter(preemption.stop_requests())
-        owner = enter(states.owned(run_dir, group))
+        owner = enter(saving.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))
-        abstract = abstract_state(experiment)
-        saver = states.Saver(
+        abstract = experiment.abstract()
+        saver = saving.Saver(
             run_dir,
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
@@ -213,14 +208,15 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             owner=owner,
             group=group,
         )
-        state = saver.restore(accept_changes=config.run.accept_changes)
-        if state is None and source is not None:
+        begun, state = None, saver.restore(accept_changes=config.run.accept_changes)
+        if source is not None and (state is None or task.frozen is not None):
             weights, told = source.begin(
                 config.model, layout=layout, dtype=experiment.policy.param
             )
             journal.say(told)
-            state = experiment.init(weights=weights)
-        state = experiment.init() if state is None else state
+            begun = task.adopt(weights)
+        state = experiment.init(begun=begun) if state is None else state
+        state = states.with_frozen(state, begun)
         start = int(jax.device_get(state.step))
         told = {"attempt": owner.attempt, "rejected": saver.rejected}
         told |= facts.bytes_at_rest(state, task.specs, layout, experiment.policy)
@@ -232,11 +228,18 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         )
         for passed_over, why in saver.rejected:
             journal.say(f"step {passed_over} is passed over: {why}")
-        fetched = device.prefetch(
-            tasks.make_fetch(config, task, rows, journal.damage),
-            start,
-            config.train.steps,
-            depth=config.data.prefetch,
+        stop_wanted = lambda: preemption.why_stop(
+            stop, since_secs=started_secs, max_secs=config.train.max_secs
+        )
+        failed: list[DataError] = []
+        fetched = feeding.fetched(
+            config,
+            task,
+            rows,
+            start=start,
+            tell_damage=journal.damage,
+            gives_up=lambda: stop_wanted() is not None,
+            failed=failed,
         )
         state, code = loop.run(
             experiment.train_step,
@@ -246,20 +249,11 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             schedule=facts.loop_schedule(config, task.flops_per_row, layout.mesh),
             hooks=loop.Hooks(
                 evaluate=lambda state: evaluate.evaluate(
-                    experiment.eval_step,
-                    eval_sets,
-                    optim.averaged(state.opt_state, state.params),
-                    state.model_state,
+                    experiment.eval_step, eval_sets, *states.to_use(state)
                 ),
                 ballot=processes.make_ballot(layout.mesh),
-                stop_wanted=lambda: preemption.why_stop(
-                    stop, since_secs=started_secs, max_secs=config.train.max_secs
-                ),
-                profile=enter(
-                    facts.tracing(
-                        run_dir, start=config.profile.start, steps=config.profile.steps
-                    )
-                ),
+                stop_wanted=stop_wanted,
+                profile=enter(facts.profiler(config.profile, run_dir)),
             ),
             saver=saver,
             journal=journal,
@@ -268,8 +262,10 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if code == exitcodes.SAVE_FAILED:
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
+        if failed:
+            raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            journal.say(task.ending(*states.to_use(state)))
         return code
 
 
@@ -278,7 +274,7 @@ def trace(experiment: Experiment) -> int:
     assert experiment.task.stream is not None
     rows = experiment.task.stream.batch(0, np.arange(1))
     batch = abstract_batch(experiment, rows)
-    experiment.train_step.lower(abstract_state(experiment), batch)
+    experiment.train_step.lower(experiment.abstract(), batch)
     table = params.table(experiment.task.specs)
     print(*filter(None, (table, experiment.task.notes)), sep="\n")
     return exitcodes.DONE
@@ -286,15 +282,7 @@ def trace(experiment: Experiment) -> int:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
-    return states.abstract_state(
-        experiment.task.specs,
-        experiment.tx,
-        experiment.shardings,
-        experiment.layout,
-        dtype=experiment.policy.param,
-        first=experiment.task.first,
-        loss_scale=experiment.policy.loss_scale,
-    )
+    return experiment.abstract()
 
 
 def abstract_batch(experiment: Experiment, rows: Any) -> Any:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jaxinfra
-from jaxinfra import runfolder
+from jaxinfra import checks, runfolder
 from jaxinfra.config import Config, ConfigError, DataError
-from jaxinfra.resilience import exitcodes, preemption
+from jaxinfra.resilience import exitcodes
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -28,13 +28,17 @@ def run(config: Config, get_task: Callable[..., Any] | None = None) -> int:
 
     Raises ConfigError and DataError for input that cannot work.
     """
+    local_id = None
+    if config.runtime.discover and (job := jaxinfra.find_job(os.environ)):
+        config, local_id = jaxinfra.with_job(config, job), job.local_id
+        checks.check(config)  # the mesh again: now the processes are known
     prepare_process(config)
     from jaxinfra import experiment
     from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, NoUsableCheckpoint
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
-        start_jax(config)
+        start_jax(config, local_id)
         with _job(config):
             config, source = _begin(config)
             return experiment.train(config, get_task, source)
@@ -70,8 +74,12 @@ def prepare_process(config: Config) -> None:
         os.environ.setdefault("NPROC", str(threads))
 
 
-def start_jax(config: Config) -> None:
-    """Where compiled programs are kept, and the other processes, once jax is there."""
+def start_jax(config: Config, local_id: int | None = None) -> None:
+    """Where compiled programs are kept, and the other processes, once jax is there.
+
+    `local_id`: this process's number on a host whose accelerators it shares out; each
+    process then takes one.
+    """
     import jax
 
     runtime = config.runtime
@@ -85,6 +93,7 @@ def start_jax(config: Config) -> None:
             runtime.coordinator,
             runtime.num_processes,
             runtime.process_id,
+            local_device_ids=None if runtime.cpu_devices else local_id,
             cluster_detection_method="deactivate",
             # `watched` comes first, with a code of ours: jax ends a process by SIGABRT.
             heartbeat_timeout_seconds=60,
@@ -93,13 +102,16 @@ def start_jax(config: Config) -> None:
 
 def _begin(config: Config) -> tuple[Config, Any]:
     """The config with the model that init.model takes, and where the first parameters
-    come from: None where they are random, or the run has saved some."""
+    come from: None where they are random, or the run has saved them all."""
     if not config.init.from_:
         return config, None
-    if runfolder.has_checkpoint(config) and (old := jaxinfra.begun(config)):
+    old = jaxinfra.begun(config) if runfolder.has_checkpoint(config) else None
+    if old and not (config.lora.rank or config.train.freeze):
         return jaxinfra.as_begun(config, old), None
     # By its public name, which loads the module: a plain run needs none of it.
     source = jaxinfra.open_source(config.init.from_)
+    if old:
+        return jaxinfra.as_begun(config, old), source
     return (source.adopt(config) if config.init.model else config), source
 
 
@@ -118,7 +130,8 @@ def _job(config: Config) -> Iterator[None]:
     agreed = (FolderOwned, commits.NoUsableCheckpoint, commits.IncompatibleCheckpoint)
     group = processes.this_job()
     try:
-        with preemption.watched(group.store, group.rank):
+        # By its public name, which loads the module: one process needs none of it.
+        with jaxinfra.watched(group.store, group.rank):
             yield
     except agreed:  # raised in all processes alike
         jax.distributed.shutdown()

@@ -18,16 +18,16 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import runfolder, stages
-from jaxinfra.config import Config, ConfigError
-from jaxinfra.data import batches, device, packing, shards
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError
+from jaxinfra.data import batches, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, loss, seam
+from jaxinfra.ops import attention, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
-from jaxinfra.sharding import Layout
+from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import evaluate, facts, objective
-from jaxinfra.train.objective import LossFn
+from jaxinfra.train.objective import GradFn, LossFn
 
 
 class Stream(Protocol):
@@ -49,33 +49,43 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
-    first(key) -> (params, model_state); None: as `specs` say, and no model state.
+    grad_fn: of loss_fn, for training, of a whole step's batch where there is a
+      pipeline; None: `objective.grad_of(loss_fn)`.
+    first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
       what it does comes before microbatches are cut: rows get their ids there.
     observe(batch) -> metrics of a batch. unit: what the loss's weights count.
     flops_per_row: forward and backward; 0: not known, and no MFU is shown.
-    ending(params) -> text that a finished run ends with; None: nothing.
+    ending(params, model_state) -> text that a finished run ends with; None: nothing.
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
+    adopt(weights) -> (params, model_state) that begin from the weights of a source.
+    frozen: shapes of those that are not trained (`tune`); None: all are. whole(params,
+      model_state) -> the parameters with those.
     """
 
     specs: Tree
     loss_fn: LossFn
+    grad_fn: GradFn | None = None
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
+    model_state: Callable[[], Tree] = tuple
     update_state: Callable[[Tree, Any], Tree] = lambda model_state, stats: model_state
     on_batch: Callable[[Any], Any] = lambda function: function
     observe: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
     unit: str = "row"
     flops_per_row: float = 0.0
-    ending: Callable[[Tree], str] | None = None
+    ending: Callable[[Tree, Tree], str] | None = None
     notes: str = ""
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
     damage: Callable[[], list[str]] = list
+    adopt: Callable[[Tree], tuple[Tree, Tree]] = lambda weights: (weights, None)
+    frozen: Tree = None
+    whole: Callable[[Tree, Tree], Tree] = lambda params, state: params
 
 
 class GetTask(Protocol):
@@ -95,56 +105,106 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = layout.params, config.train
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
-    )
-    model = transformer.make_model(
-        config.model,
-        ops=ops,
-        policy=policy,
-        rules=rules,
-        remat=train.remat,
-        unroll=train.unroll,
-    )
-    loss_fn = objective.next_token_loss(
-        model,
-        loss.LossConfig(
-            vocab_size=config.model.vocab_size,
+    einsum, low = _in_precision(config, layout, policy)
+    dispatch = routers = None
+    # By their public names, which load them: most models need none of these.
+    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+        routers = jaxinfra.Routers(config)
+        dispatch = jaxinfra.make_dispatch(
+            config.model, policy=policy, rules=rules, way=config.parallel.experts
+        )
+    way, order_T = config.parallel.context, None
+    if (parts := layout.mesh.shape["context"]) > 1:
+        order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
+
+    def model_of(rules: Rules, einsum: seam.Einsum) -> transformer.Model:
+        attend = attention.make_attend(rules)
+        if parts > 1:
+            attend = jaxinfra.make_split_attend(rules, way=way)
+        return transformer.make_model(
+            config.model,
+            ops=seam.Ops(einsum, attend, dispatch),
             policy=policy,
             rules=rules,
-            chunk=train.loss_chunk,
-            softcap=config.model.logit_softcap,
-            z_loss=train.z_loss,
-            label_smoothing=train.label_smoothing,
-        ),
-        document_mask=config.model.document_mask,
+            remat=train.remat,
+            unroll=train.unroll,
+        )
+
+    model, grad_fn, notes = model_of(rules, einsum), None, attention.table()
+    loss_config = loss.LossConfig(
+        vocab_size=config.model.vocab_size,
+        policy=policy,
+        rules=rules,
+        chunk=train.loss_chunk,
+        softcap=config.model.logit_softcap,
+        z_loss=train.z_loss,
+        label_smoothing=train.label_smoothing,
     )
+    document_mask = config.model.document_mask
+    if layout.mesh.shape["pipeline"] > 1:
+        piped = jaxinfra.make_pipelined(
+            lambda rules: model_of(rules, seam.make_einsum(policy, rules)),
+            config.model,
+            loss_config,
+            layout=layout,
+            schedule=config.parallel.schedule,
+            virtual_stages=config.parallel.virtual_stages,
+            microbatches=train.microbatches,
+            document_mask=document_mask,
+            remat=train.remat,
+            unroll=train.unroll,
+            order_T=order_T,
+        )
+        grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
+        notes += f"\n{piped.drawing}"
+    else:
+        loss_fn = objective.next_token_loss(
+            model,
+            loss_config,
+            document_mask=document_mask,
+            routers=routers,
+            order_T=order_T,
+        )
+    if train.quantize_aware != "none":
+        # By its public name, which loads the module: a plain run needs none of it.
+        loss_fn = jaxinfra.quantize_aware(loss_fn, model.specs, config)
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
     # The key tells the loss that it is trained by: without one it does not smooth.
-    is_random = config.model.dropout > 0 or train.label_smoothing > 0
+    only_in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
+    is_random = config.model.dropout > 0 or any(only_in_training)
+    is_random |= config.precision == "int8"  # gradients are rounded by chance
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
+        grad_fn=grad_fn,
         on_batch=lambda function: objective.with_row_ids(
             function, rules, is_random=is_random
         ),
         observe=_padding,
         unit="token",
         flops_per_row=per_token * train.length,
-        notes=attention.table(),
+        notes=notes,
         model=model,
     )
+    if routers is not None:
+        task = task._replace(
+            model_state=routers.first_state,
+            update_state=routers.update_state,
+            whole=lambda params, state: params | routers.biases(state),
+        )
+    task = low(task, per_token)
+    if config.lora.rank or config.train.freeze:
+        # Likewise.
+        task = jaxinfra.partly_frozen(task, config, layout, policy)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    ending = lambda weights: "--- sample ---\n{}".format(
-        *continued(config, layout, policy, tokenizer, weights, [prompt])
+    ending = lambda *trained: "--- sample ---\n{}".format(
+        *continued(config, layout, policy, tokenizer, task.whole(*trained), [prompt])
     )
     return task._replace(
         stream=batches.make_stream(
@@ -162,6 +222,21 @@ def text(
         files={runfolder.TOKENIZER: tokenizer.to_json()},
         damage=lambda: [line for opened in data.values() for line in _taken(opened)],
     )
+
+
+def _in_precision(config: Config, layout: Layout, policy: Policy):
+    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
+    it. What is for low precision is loaded, by its public name, where that is asked."""
+    comm = config.comm
+    if (comm.gather, comm.reduce) == ("compute", "compute"):
+        einsum = seam.make_einsum(policy, layout.params)
+    else:
+        einsum = jaxinfra.low_bit_traffic(
+            policy, layout.params, gather=comm.gather, reduce=comm.reduce
+        )
+    if config.precision not in LOW_PRECISION:
+        return einsum, lambda task, per_token: task
+    return jaxinfra.low_precision_training(config, layout, policy, einsum)
 
 
 def open_sets(config: Config) -> dict[str, shards.Dataset]:
@@ -209,28 +284,6 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
             seed=config.run.seed,
         )
     return shards.open_dataset(folder, damaged=config.data.damaged)
-
-
-def make_fetch(
-    config: Config,
-    task: Task,
-    sharding: jax.NamedSharding,
-    tell_damage: Callable[[int, str], None],
-) -> Callable[[int], tuple]:
-    """step -> the rows of the task's stream, on the devices."""
-    sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
-    assert task.stream is not None
-    host_rows = task.stream.batch
-
-    def fetch(step: int) -> tuple:
-        batch = device.to_device(
-            host_rows, step, batch_size=sizes.of(step), sharding=sharding
-        )
-        for line in task.damage():
-            tell_damage(step, line)
-        return batch
-
-    return fetch
 
 
 def continued(

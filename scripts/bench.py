@@ -6,16 +6,30 @@
     python scripts/bench.py loop               host time a step that the loop costs
     python scripts/bench.py data [--peers]     the stream on one core, and Grain and
                                                torch's DataLoader on the same file
+    python scripts/bench.py checkpoint [--peers]   a state of 1 GB saved and restored,
+                                               against bare threads, and Orbax
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
     python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
                                                against float32 masters: 500 steps
+    python scripts/bench.py quant              tiny in fp8, int8, mxfp8, with adamw in 8
+                                               bits, with int8 traffic: 300 steps, three
+                                               seeds; goes on where it was ended
+    python scripts/bench.py device             the accelerator that is here, or the CPU:
+                                               kernels against float32, a step's MFU,
+                                               offload, bandwidths
+    python scripts/bench.py experts            a step of tiny_moe by every way to meet
+                                               experts, and without them
     python scripts/bench.py sft --model SOURCE   a published model that learns answers
                                                cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
                                                .gguf) against transformers: the same
                                                perplexity, the same greedy text
+    python scripts/bench.py meshes [--full] [--secs N]   every mesh of 8 devices, by
+                                               schedule and kind, against one device
+    python scripts/bench.py pipeline --peers   bytes that pipelines take on 8 v5p chips,
+                                               by their compiler, against plain autodiff
     python scripts/bench.py faults [--full] [--rows 1,6] [--minutes 5]   the fault
                                                table: see scripts/faults/__init__.py
 
@@ -49,27 +63,35 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
+    verbs |= {"meshes": meshes, "pipeline": pipeline}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
+    verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
+    verbs |= {"quant": quant}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
     parser.add_argument("--model", help="folder or .gguf file, for sft, published")
-    parser.add_argument("--full", action="store_true", help="faults: every row N times")
+    parser.add_argument("--full", action="store_true", help="faults, meshes: all")
     parser.add_argument("--rows", default="", help="faults: these rows, as in 1,6,loop")
     parser.add_argument(
         "--trials", type=int, default=0, help="faults: at most, of a row"
     )
     parser.add_argument("--minutes", type=float, default=0, help="faults: stop after")
     parser.add_argument("--ledger", help="faults: the file of the verdicts so far")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="instead of results/<verb>.json"
+    )
+    parser.add_argument("--secs", type=float, default=math.inf, help="time for meshes")
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
     print(json.dumps(result, indent=1))
     if result.pop("is_trial", False):
         return result["failed"]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.verb}.json").write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or RESULTS / f"{args.verb}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -110,6 +132,22 @@ def step(args) -> dict:
         result["torch_compiled_secs"] = peer["median"]
         result["naive_over_torch"] = result["naive_secs"] / peer["median"]
     return result
+
+
+def device(args) -> dict:
+    """First contact with a device; see scripts/peers/device.py."""
+    sys.path.insert(0, str(PEERS))
+    import device as first_contact  # pyright: ignore[reportMissingImports]
+
+    return first_contact.report(args.repeats)
+
+
+def experts(args) -> dict:
+    """How tokens meet experts; see scripts/peers/experts.py."""
+    sys.path.insert(0, str(PEERS))
+    import experts as ways  # pyright: ignore[reportMissingImports]
+
+    return ways.report(args.repeats)
 
 
 def start(args) -> dict:
@@ -210,6 +248,26 @@ def faults(args) -> dict:
     return table.measure(args, RESULTS)
 
 
+def checkpoint(args) -> dict:
+    """Rates of a save and of a verified restore from a cold page cache as ratios of
+    bare threads' and Orbax's, the time that the loop is blocked, and host memory at two
+    settings of checkpoint.staging_gib."""
+    script, size = str(PEERS / "checkpoint_rates.py"), "1024"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measure(*words: str) -> dict:
+            command = [sys.executable, script, *words]
+            return json.loads(_run(command, env=environment))
+
+        orbax = ["orbax"] if args.peers else []
+        result = measure("rates", folder, str(args.repeats), size, *orbax)
+        for staging in ("0", "256"):
+            found = measure("memory", folder, staging, size)
+            result |= {f"staging_{staging}_mb": found}
+    return result
+
+
 def shakespeare(args) -> dict:
     """Held-out nats a character and minutes of configs/shakespeare_char.py."""
     runs = []
@@ -277,6 +335,17 @@ def rounding(args) -> dict:
             for way, loss in losses.items()
         }
     return result
+
+
+def quant(args) -> dict:
+    """Held-out nats of configs/tiny.py by precision, against bfloat16; each run is
+    written when it ends (scripts/quant_runs.py)."""
+    import quant_runs  # pyright: ignore[reportMissingImports]
+
+    runs = str(ROOT / "scripts" / "quant_runs.py")
+    for kind in quant_runs.KINDS:  # each in a process of its own: devices differ
+        _run([sys.executable, runs, kind])
+    return quant_runs.summary()
 
 
 def sft(args) -> dict:
@@ -410,6 +479,41 @@ def published(args) -> dict:
     }
 
 
+def meshes(args) -> dict:
+    """Loss and gradients of every mesh of 8 devices against one device; what
+    results/meshes.json has is not run again."""
+    import meshes as body  # pyright: ignore[reportMissingImports]
+
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={body.DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    result, path = {}, RESULTS / "meshes.json"
+    for result in body.measured(path, full=args.full, secs=args.secs):
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def pipeline(args) -> dict:
+    """Bytes of one step's gradient by every schedule, as the TPU's compiler says."""
+    import jax
+
+    versions = [f"jax[tpu]=={jax.__version__}", "optax", "flax", "tensorstore"]
+    python = _peer_environment("tpu", versions)
+    path = RESULTS / "pipeline.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = pathlib.Path(folder, "found.json")
+        found.write_text(json.dumps(known.get("cases", {})))
+        _run([python, str(PEERS / "pipeline_memory.py"), str(found)])
+        cases = json.loads(found.read_text())
+    bytes_of = lambda name: cases[name]["temporaries_gb"]
+    return {
+        "cases": cases,
+        "1f1b_over_autodiff": bytes_of("1f1b") / bytes_of("gpipe by autodiff"),
+        "1f1b_over_gpipe": bytes_of("1f1b") / bytes_of("gpipe"),
+        "1f1b_64_over_32": bytes_of("1f1b, 64 microbatches") / bytes_of("1f1b"),
+    }
+
+
 def _our_step(naive, tokens):
     """Our training step for the naive model's shapes: (step, state, batch)."""
     import jax
@@ -509,8 +613,11 @@ def _script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def _run(command: list[str], **options) -> str:
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, **options
+    )
+    return done.stdout
 
 
 def _machine() -> dict:

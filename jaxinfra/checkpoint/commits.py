@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
 
 _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(\.replaced)?")
+_BEGUN = ".begun"
 _WRITING = re.compile(r"[0-9]+\.([0-9]+)\.writing")
 
 
@@ -111,6 +112,7 @@ def begin(folder: Any, *, step: int, attempt: int) -> str:
         shutil.rmtree(left)
     name = f"{step}.{attempt}.writing"
     (folder / name).mkdir()
+    (folder / name / _BEGUN).touch()
     return name
 
 
@@ -119,6 +121,7 @@ def commit(writing: Any, *, step: int, manifest: bytes) -> Any:
     """Gives a folder whose files are written its manifest and its step's number,
     durably; returns where it stands now."""
     write_synced(writing / MANIFEST, [manifest])
+    os.unlink(writing / _BEGUN)  # not there: fenced off, and made again by a late chunk
     sync_folders(writing)
     final = writing.with_name(str(step))
     if final.exists():
@@ -182,13 +185,6 @@ def write_synced(path: Any, pieces: Iterable[Any]) -> None:
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-
-
-def forget(path: Any) -> None:
-    """Lets the system drop a file from memory, so that it is read from the disk."""
-    if isinstance(path, pathlib.Path) and hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folders(root: pathlib.Path) -> None:

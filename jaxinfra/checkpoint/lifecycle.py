@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+import jaxinfra
 from jaxinfra.checkpoint import commits, integrity, store
 from jaxinfra.checkpoint import snapshot as snapshots
 from jaxinfra.checkpoint.commits import SaveError, SaveReport
@@ -145,7 +146,7 @@ class Checkpointer:
             old = first(f"{topic}/old", lambda: self._surplus(step))
             if old:
                 final, layouts = self._folder / name, taken.layouts
-                read_back = lambda: store.verify(final, written[0], layouts)
+                read_back = lambda: jaxinfra.read_back(final, written[0], layouts)
                 group.contribute(f"{topic}/check", read_back)
                 first(f"{topic}/good", lambda: group.collect(f"{topic}/check"))
         except (GroupError, jax.errors.JaxRuntimeError) as error:

@@ -4,6 +4,7 @@ A step that stands under its number was committed, so whatever is wrong with it 
 damage. It is reported, passed over, and left on disk.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -59,7 +60,18 @@ def latest(folder: Any) -> int | None:
             rejected.append((step, str(error)))
         else:
             return step
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
+
+
+def newest_shapes(folder: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array of the newest step whose manifest is good; of none,
+    nothing."""
+    for _, path in commits.step_folders(commits.place(folder)):
+        with contextlib.suppress(CheckpointError):
+            return {n: a.shape for n, a in integrity.load(path).arrays.items()}
+    return {}
 
 
 def restore(
@@ -119,7 +131,9 @@ def restore_latest(
             rejected.append((int(name.split(".")[0]), str(error)))
         else:
             return dataclasses.replace(restored, rejected=tuple(rejected))
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
 
 
 def _read_together(
@@ -158,10 +172,10 @@ def _read(
     return Restored(step=manifest.step, arrays=arrays, metadata=metadata)
 
 
-def _none_usable(folder: Any, rejected: list[tuple[int, str]]) -> None:
-    if rejected:
-        reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
-        raise NoUsableCheckpoint(
-            f"{folder} has checkpoints and none is usable, so nothing was started or "
-            f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
-        )
+def none_usable(folder: Any, rejected: list[tuple[int, str]]) -> NoUsableCheckpoint:
+    """The error of a run all of whose steps are damaged."""
+    reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+    return NoUsableCheckpoint(
+        f"{folder} has checkpoints and none is usable, so nothing was started or "
+        f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
+    )

@@ -68,6 +68,7 @@ class Staged(snapshot.Snapshot):
                 with self._changed:
                     self._waiting.popleft()
                     self._ready.append(Chunk(source.name, source.box, values))
+                    del values, source
                     self._changed.notify_all()
         except Exception as error:
             self._error = error
@@ -85,8 +86,7 @@ class Staged(snapshot.Snapshot):
                     raise self._error
                 if not self._ready:
                     return
-                chunk = self._ready.popleft()
-            yield chunk
+            yield self._ready.popleft()  # kept by nobody here
 
     def written(self, chunk: Chunk) -> None:
         """Makes room: the writer keeps no reference to the chunk's values."""

@@ -32,7 +32,7 @@ from jaxinfra.checkpoint.snapshot import ArrayLayout, Box, Chunk, Snapshot
 
 # Of a chunk, as it goes through the digests and to the file while it is in the cores'
 # caches; crc32c holds Python's lock for so long.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 
 Digests = dict[str, dict[str, str]]  # name -> path of a chunk -> its digest
 
@@ -68,27 +68,6 @@ def write_arrays(folder: Any, snapshot: Snapshot) -> Digests:
     finally:
         snapshot.abandon()
     return digests
-
-
-def verify(folder: Any, digests: Digests, layouts: Mapping[str, ArrayLayout]) -> None:
-    """Reads this process's chunks back, from the disk where the system can be asked to
-    forget them.
-
-    Raises:
-      CheckpointError: naming the first that is not as it was written.
-    """
-
-    def check(item: tuple[str, str, str]) -> None:
-        name, path, digest = item
-        size = integrity.chunk_file_bytes(
-            layouts[name].chunk_shape, layouts[name].dtype
-        )
-        commits.forget(folder / path)
-        integrity.read(folder, FileRecord(path=path, bytes=size, xxh3_128=digest))
-
-    items = [(name, *item) for name in digests for item in digests[name].items()]
-    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
-        collections.deque(pool.map(check, items), maxlen=0)
 
 
 def describe_arrays(
@@ -133,25 +112,28 @@ def read_arrays(
     *,
     logical_shapes: Mapping[str, tuple[int, ...]],
     staging_bytes: float = math.inf,
+    is_cast: bool = False,
 ) -> dict[str, jax.Array]:
     """The arrays named in `abstract`, on its shardings; what is padding reads as 0.
 
     A process reads the chunks under its own shards and no other, each once. At most
-    `staging_bytes`, or one array, are on their way to the devices.
+    `staging_bytes`, or one array, are on their way to the devices. `is_cast`: the
+    dtype of a target may be another.
 
     Raises:
       CheckpointError: a chunk is not as written; names its file, thereby the array.
       IncompatibleCheckpoint: an array is not there, or has another shape or dtype.
     """
     for name, target in abstract.items():
-        _check_target(name, manifest, target, logical_shapes.get(name, target.shape))
+        shape = logical_shapes.get(name, target.shape)
+        _check_target(name, manifest, target, shape, is_cast)
     arrays: dict[str, jax.Array] = {}
     with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         for names in _batches(abstract, staging_bytes):
             # calloc: a block takes no memory before its first chunk lands.
             blocks = {
                 name: {
-                    box: np.zeros([b - a for a, b in box], abstract[name].dtype)
+                    box: np.zeros([b - a for a, b in box], manifest.arrays[name].dtype)
                     for box in _own_boxes(abstract[name])
                 }
                 for name in names
@@ -257,6 +239,7 @@ def _check_target(
     manifest: Manifest,
     target: jax.ShapeDtypeStruct,
     shape: tuple[int, ...],
+    is_cast: bool,
 ) -> None:
     if name not in manifest.arrays:
         raise IncompatibleCheckpoint(
@@ -264,7 +247,8 @@ def _check_target(
             "model or optimizer: give the config that it was saved with"
         )
     stored = manifest.arrays[name]
-    if (stored.shape, stored.dtype) != (tuple(shape), target.dtype.name):
+    dtype = stored.dtype if is_cast else target.dtype.name
+    if (stored.shape, stored.dtype) != (tuple(shape), dtype):
         raise IncompatibleCheckpoint(
             f"array {name!r} of step {manifest.step} is {stored.dtype}{stored.shape}, "
             f"the model wants {target.dtype.name}{tuple(shape)}; give the config that "
@@ -318,6 +302,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 
 def _place(target: jax.ShapeDtypeStruct, blocks: Mapping[Box, np.ndarray]) -> jax.Array:
-    return jax.make_array_from_callback(
-        target.shape, target.sharding, lambda index: blocks[_box(index, target.shape)]
-    )
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        return blocks[_box(index, target.shape)].astype(target.dtype, copy=False)
+
+    return jax.make_array_from_callback(target.shape, target.sharding, block)

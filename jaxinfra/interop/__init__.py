@@ -21,7 +21,7 @@ are tensors of their own and dims of ours. So one function turns every tensor of
 family, and a family is a row of names. A new one needs its row in `families`, a golden
 checkpoint with torch's logits in tests, and in the model only what it computes anew.
 
-Limits: experts run by dense dispatch, so a token costs all of them; rotary scaling by
-yarn, dynamic or longrope, partial rotary and quantized safetensors are refused; one
-process reads and writes. GGUF: llama, qwen2 and qwen3, with byte-pair tokenizers.
+Limits: rotary scaling by yarn, dynamic or longrope, partial rotary and quantized
+safetensors are refused; one process reads and writes. GGUF: llama, qwen2 and qwen3,
+with byte-pair tokenizers.
 """

@@ -1,10 +1,11 @@
 """The small pieces that a layer is made of, in the order in which tokens meet them:
-embedding, norms, rotary positions, the feed-forward layer, experts, dropout.
+embedding, norms, rotary positions, the feed-forward layer, dropout.
 """
 
 import functools
 import math
-from typing import assert_never
+from collections.abc import Callable
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import sharding
-from jaxinfra.config import RopeScaling
+from jaxinfra.config import ModelConfig, RopeScaling
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Rules
@@ -28,22 +29,61 @@ _ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, policy: Policy, rules: Rules
+    table_VD: jax.Array, tokens_BT: jax.Array, policy: Policy, rules: Rules
 ) -> jax.Array:
     """Rows of `table_VD` for `tokens_BT` (any integer dtype), in compute dtype.
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    The table is gathered in `policy.reduce`, so its gradient is summed in that.
+    The table is gathered in `policy.reduce`, and its gradient is summed in that.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
     lookup = jax.shard_map(
         functools.partial(_lookup, table_spec=table_spec, axes=rules.vocab),
         in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
+        check_vma=False,
     )
     return lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
+
+
+def _embed_forward(table_VD, tokens_BT, policy, rules):
+    return embed(table_VD, tokens_BT, policy, rules), (table_VD, tokens_BT)
+
+
+def _embed_backward(policy, rules, residuals, dx_BTD):
+    """Each device adds to the rows of its own part of the vocabulary. By hand, since a
+    device may hold the same dx as others along an axis that splits the table: a
+    transposed sum would add these up."""
+    table_VD, tokens_BT = residuals
+    table_spec = jax.typeof(table_VD).sharding.spec
+    token_axes = rules.batch + rules.length
+
+    def body(table_VD, tokens_BT, dx_BTD):
+        rows = functools.partial(_lookup_own, tokens_BT=tokens_BT, axes=rules.vocab)
+        whole = jax.eval_shape(
+            lambda w_VD: sharding.all_gather(w_VD, table_spec), table_VD
+        )
+        (drows_VD,) = jax.linear_transpose(rows, whole)(dx_BTD)
+        return sharding.all_reduce(drows_VD, table_spec, token_axes)
+
+    scatter = jax.shard_map(
+        body,
+        in_specs=(
+            table_spec,
+            sharding.spec(rules, "batch", "length"),
+            sharding.spec(rules, "batch", "length", "width"),
+        ),
+        out_specs=table_spec,
+        check_vma=False,
+    )
+    wide_VD, dx_BTD = table_VD.astype(policy.reduce), dx_BTD.astype(policy.reduce)
+    return scatter(wide_VD, tokens_BT, dx_BTD).astype(table_VD.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def position_rows(
@@ -117,6 +157,23 @@ def rotations(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rotations_of(
+    cfg: ModelConfig, positions_BT: jax.Array
+) -> dict[float, tuple[jax.Array, jax.Array]]:
+    """Rotary angles for every base that a layer has, once for all layers; 0 is the
+    model's. Empty where positions are learned."""
+    if cfg.positions != "rotary":
+        return {}
+    thetas = sorted({layer.rope_theta for layer in cfg.layers})
+    frequencies = {
+        theta: rope_frequencies(cfg.head_width, theta)
+        if theta
+        else rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
+        for theta in thetas
+    }
+    return {t: rotations(positions_BT, f) for t, f in frequencies.items()}
+
+
 def rope(x: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by each position's angles.
 
@@ -140,18 +197,14 @@ def mlp(
     Source: arXiv:2002.05202 (gated), arXiv:2109.08668 (relu squared).
     """
     hidden = ("batch", "length", "ffn")
-    up_BTF = einsum("BTD,DF->BTF", x_BTD, params["up"], out=hidden)
-    if "up_bias" in params:
-        up_BTF += params["up_bias"].astype(up_BTF.dtype)
-    up_BTF = checkpoint_name(up_BTF, "ffn_in")
-    if activation in GATED:
-        gate_BTF = einsum("BTD,DF->BTF", x_BTD, params["gate"], out=hidden)
-        if "gate_bias" in params:
-            gate_BTF += params["gate_bias"].astype(gate_BTF.dtype)
-        gate_BTF = checkpoint_name(gate_BTF, "ffn_in")
-        act_BTF = _ACTIVATIONS[activation](gate_BTF) * up_BTF
-    else:
-        act_BTF = _ACTIVATIONS[activation](up_BTF)
+
+    def project(name):
+        y_BTF = einsum("BTD,DF->BTF", x_BTD, params[name], out=hidden)
+        if f"{name}_bias" in params:
+            y_BTF += params[f"{name}_bias"].astype(y_BTF.dtype)
+        return checkpoint_name(y_BTF, "ffn_in")
+
+    act_BTF = activate(activation, project)
     y_BTD = einsum(
         "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "length", "width")
     )
@@ -160,65 +213,28 @@ def mlp(
     return checkpoint_name(y_BTD, "ffn_out")
 
 
-def route(logits_BTE: jax.Array, per_token: int, *, renormalize: bool) -> jax.Array:
-    """The share of each expert in each token, float32 [B, T, E]: softmax, of which the
-    `per_token` largest stay, made to sum to 1 if `renormalize`; the rest are zero.
-
-    Source: arXiv:2401.04088 section 2.1.
-    """
-    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    top_BTk, ids_BTk = jax.lax.top_k(probs_BTE, per_token)
-    if renormalize:
-        top_BTk /= jnp.sum(top_BTk, axis=-1, keepdims=True)
-    is_BTkE = ids_BTk[..., None] == jnp.arange(logits_BTE.shape[-1])
-    return jnp.sum(jnp.where(is_BTkE, top_BTk[..., None], 0.0), axis=-2)
-
-
-def dense_dispatch(
-    params: dict,
-    x_BTD: jax.Array,
-    gates_BTE: jax.Array,
-    *,
-    activation: str,
-    einsum: Einsum,
-) -> jax.Array:
-    """Every expert on every token, times its share: `seam.Dispatch`.
-
-    Limits: E / per_token times the work that is needed, and [B, T, E, F] activations:
-    for small models, and as the oracle of other ways.
-    """
-    hidden = ("batch", "length", None, "ffn")
-
-    def project(name):
-        y_BTEF = einsum("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)
-        if f"{name}_bias" in params:
-            y_BTEF += params[f"{name}_bias"].astype(y_BTEF.dtype)
-        return checkpoint_name(y_BTEF, "ffn_in")
-
+def activate(activation: str, project: Callable[[str], jax.Array]) -> jax.Array:
+    """act(gate) * up for the gated ones, else act(up), of `project("gate")` and
+    `project("up")`."""
     act = _ACTIVATIONS[activation]
     if activation in GATED:
-        act_BTEF = act(project("gate")) * project("up")
-    else:
-        act_BTEF = act(project("up"))
-    gates_BTE = gates_BTE.astype(act_BTEF.dtype)
-    y_BTD = einsum(
-        "BTEF,EFD->BTD",
-        act_BTEF * gates_BTE[..., None],
-        params["down"],
-        out=("batch", "length", "width"),
-    )
-    if "down_bias" in params:
-        y_BTD += jnp.einsum("BTE,ED->BTD", gates_BTE, params["down_bias"])
-    return checkpoint_name(y_BTD, "ffn_out")
+        return act(project("gate")) * project("up")
+    return act(project("up"))
 
 
 def dropout(
-    x_BTD: jax.Array, rows_B: jax.Array, key: jax.Array | None, *, rate: float
+    x_BTD: jax.Array,
+    rows_B: jax.Array,
+    key: jax.Array | None,
+    *,
+    rate: float,
+    order_T: Any = None,
 ) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
 
-    The mask of a row is drawn from fold_in(key, row id): the same on every mesh and for
-    every number of microbatches. No key or no rate: x itself.
+    The mask of a row is drawn from fold_in(key, row id): the same on every mesh, for
+    every number of microbatches, and for every order of the row's tokens (`order_T` as
+    in `seam.Context`). No key or no rate: x itself.
     """
     if key is None or rate == 0.0:
         return x_BTD
@@ -228,6 +244,11 @@ def dropout(
         return jax.random.bernoulli(row_key, 1.0 - rate, x_BTD.shape[1:])
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
+    if order_T is not None:
+        kept_BTD = kept_BTD[:, order_T]
+    spec = jax.typeof(x_BTD).sharding.spec
+    if spec[1] is not None:  # rows are drawn whole
+        kept_BTD = jax.reshard(kept_BTD, spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 
@@ -240,8 +261,12 @@ def _lookup(
 ) -> jax.Array:
     """Embedding of the ids that this device holds, zero for others; then the sum."""
     table_VD = sharding.all_gather(table_VD, table_spec)
+    return jax.lax.psum(_lookup_own(table_VD, tokens_BT, axes), axes)
+
+
+def _lookup_own(table_VD, tokens_BT, axes: Axes) -> jax.Array:
     start = jax.lax.axis_index(axes) * table_VD.shape[0]
     own_BT = tokens_BT.astype(jnp.int32) - start
     is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
     x_BTD = table_VD[jnp.where(is_own_BT, own_BT, 0)]
-    return jax.lax.psum(jnp.where(is_own_BT[..., None], x_BTD, 0), axes)
+    return jnp.where(is_own_BT[..., None], x_BTD, 0)

@@ -63,6 +63,20 @@ def cross_entropy(
     return sums
 
 
+def with_gradients(
+    h_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    cfg: LossConfig,
+    scale: jax.Array | float = 1.0,
+) -> tuple[CrossEntropy, tuple[jax.Array, jax.Array]]:
+    """`cross_entropy`, and `scale` times its gradients by h and head."""
+    sums, grads = _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=True)
+    dh_BTD, dhead_VD, *_ = _backward(cfg, grads, CrossEntropy(scale, 0.0))
+    return sums, (dh_BTD, dhead_VD)
+
+
 def _forward(h_BTD, head_VD, targets_BT, weights_BT, cfg):
     return _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=True)
 
@@ -87,7 +101,6 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
     h_spec = sharding.spec(cfg.rules, "batch", "length", "width")
     head_spec = jax.typeof(head_VD).sharding.spec
     token_axes = cfg.rules.batch + cfg.rules.length
-    other_axes = tuple(axis for axis in token_axes if axis != "fsdp")
 
     def body(h_BTD, head_VD, targets_BT, weights_BT):
         whole_VD = sharding.all_gather(head_VD.astype(cfg.policy.compute), head_spec)
@@ -100,8 +113,8 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
         dh_BTD = jax.lax.psum(dh_BTD, cfg.rules.vocab)
         if cfg.policy.compute != jnp.float16:  # it is rounded once it has been scaled
             dh_BTD = dh_BTD.astype(cfg.policy.compute)
-        dhead_VD = jax.lax.psum(dhead_VD.astype(cfg.policy.reduce), other_axes)
-        dhead_VD = sharding.reduce_scatter(dhead_VD, head_spec)
+        dhead_VD = dhead_VD.astype(cfg.policy.reduce)
+        dhead_VD = sharding.all_reduce(dhead_VD, head_spec, token_axes)
         return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
 
     sums_spec = CrossEntropy(jax.P(), jax.P())

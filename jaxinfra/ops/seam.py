@@ -31,12 +31,27 @@ class Einsum(Protocol):
         ...
 
 
+class Wrapped(Protocol):
+    """A weight that is more than an array: quantized, with a low-rank pair beside it,
+    watched. A pytree node whose leaves, stacked by layer, are cut as an array is."""
+
+    def contract(
+        self, einsum: Einsum, equation: str, x: jax.Array, *, out: Names
+    ) -> jax.Array:
+        """What `einsum(equation, x, w, out=out)` is for the weight that this stands
+        for; `einsum` takes arrays and wrapped weights."""
+        ...
+
+
 class Context(NamedTuple):
     """What a layer may know of the tokens besides their activations.
 
     positions_BT: int32, place in the document. segments_BT: int32 document number in
     the row, 0 is padding; None: one document. rows_B: uint32 global row id, and key: of
-    the step; both feed dropout, which is off where key is None.
+    the step; both feed dropout, which is off where key is None. weights_BT: 1 where a
+    token has a target; None where no loss is computed. router_bias_LE: what balances
+    the experts of each layer; None: nothing. order_T: the token of the row in each
+    place, where `context` splits the rows; None: as they are.
     """
 
     positions_BT: jax.Array
@@ -44,6 +59,9 @@ class Context(NamedTuple):
     rows_B: jax.Array | None = None
     key: jax.Array | None = None
     rotations: Any = None
+    weights_BT: jax.Array | None = None
+    router_bias_LE: jax.Array | None = None
+    order_T: Any = None
 
 
 class Attend(Protocol):
@@ -70,22 +88,22 @@ class Attend(Protocol):
 
 
 class Dispatch(Protocol):
-    """How tokens meet the experts that were chosen for them."""
+    """How tokens choose experts and meet them: a whole layer of experts."""
 
     def __call__(
         self,
         params: Any,
         x_BTD: jax.Array,
-        gates_BTE: jax.Array,
+        context: Context,
+        number: Any,
         /,
         *,
-        activation: str,
         einsum: Einsum,
-    ) -> jax.Array:
-        """Sum over experts of gate x expert(x), [B, T, D].
+    ) -> tuple[jax.Array, Any]:
+        """(sum over experts of share x expert(x), [B, T, D]; `experts.Told`, or None).
 
-        `gates_BTE` is zero but for the chosen. `params`: those of `layers.mlp`, each
-        with a first dim E.
+        `params`: the router, and those of `layers.mlp`, each with a first dim E.
+        `number` is the layer's place in the stack.
         """
         ...
 
@@ -136,7 +154,18 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
         )
 
     contract.defvjp(forward, backward)
-    return lambda equation, x, w, *, out: contract(equation, x, w, out)
+    return opened(lambda equation, x, w, *, out: contract(equation, x, w, out))
+
+
+def opened(einsum: Einsum) -> Einsum:
+    """`einsum`, which takes `Wrapped` weights too: they say how they are contracted."""
+
+    def contract(equation, x, w, *, out):
+        if isinstance(w, jax.Array):
+            return einsum(equation, x, w, out=out)
+        return w.contract(contract, equation, x, out=out)
+
+    return contract
 
 
 def gather(w: jax.Array, policy: Policy) -> jax.Array:

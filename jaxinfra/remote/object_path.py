@@ -25,9 +25,9 @@ from jaxinfra.data.patience import PATIENCE
 TRY_SECS = 60.0  # of one request: 64 MiB at 1 MB/s
 SCHEMES = ("s3", "gs")
 _ABSENT = b"\x02"  # TensorStore's generation of a key that is not there
-_CODE = re.compile(r"\b([A-Z]{5,}(?:_[A-Z]+)*)\b")
-_REFUSED = {"PERMISSION_DENIED", "UNAUTHENTICATED"}
-_FINAL = {"NOT_FOUND", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION"}
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_FINAL = ("NOT_FOUND", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+_CODE = re.compile(rf"\b({'|'.join((*_REFUSED, *_FINAL))})\b")  # of what will not pass
 
 T = TypeVar("T")
 
@@ -73,6 +73,10 @@ class ObjectPath:
         return self.key.rpartition("/")[2]
 
     @property
+    def suffix(self) -> str:
+        return pathlib.PurePosixPath(self.key).suffix
+
+    @property
     def parent(self) -> "ObjectPath":
         return ObjectPath(
             f"{self.scheme}://{self.bucket}/{self.key.rpartition('/')[0]}"
@@ -115,8 +119,8 @@ class ObjectPath:
             raise FileNotFoundError(2, "No such object", str(self))
         return value
 
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The whole of it, in memory."""
@@ -172,15 +176,13 @@ class ObjectPath:
         """Our own words for what went wrong: a server's may hold keys."""
         if isinstance(error, TimeoutError):
             return NoAnswer()
-        found = _CODE.search(str(error))
-        code = found[1] if found else type(error).__name__
-        text = f"{self} cannot be {what}: {code}"
-        if code in _REFUSED:
+        if (found := _CODE.search(str(error))) is None:
+            return ServerFailed()
+        text = f"{self} cannot be {what}: {found[1]}"
+        if found[1] in _REFUSED:
             source = urls.CREDENTIALS[self.scheme]
             return DataError(f"{text}: access is refused; check {source}")
-        if code in _FINAL:
-            return DataError(f"{text}: check the bucket and the endpoint")
-        return ServerFailed()
+        return DataError(f"{text}: check the bucket and the endpoint")
 
 
 @functools.cache  # one set of connections; a forked process has its own

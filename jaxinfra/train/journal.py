@@ -204,7 +204,8 @@ class Reader:
         record: dict[str, Any] = {"step": step}
         names = {"digest": "data/digest", "padding_frac": "data/padding_frac"}
         for name, value in values.items():
-            record[names.get(name, f"train/{name}")] = value
+            path = name if "/" in name else f"train/{name}"
+            record[names.get(name, path)] = value
         record["train/lr"] = self._lr(step - 1)
         record["data/wait_secs"] = wait_secs
         now, self._settled_secs = self._settled_secs or time.perf_counter(), None

@@ -119,9 +119,16 @@ def run(
             journal.event("preemption", step=step, reason=reason)
             code = exitcodes.PREEMPTED
             break
+    is_cut = step < schedule.steps and code == exitcodes.DONE  # no batch came
     last = reader.flush({})
     if last.has_diverged:
         code = exitcodes.DIVERGED
+    elif is_cut:
+        if step > start and not schedule.is_save(step):
+            saver.save(step, state)
+        reason = hooks.stop_wanted() or "its data cannot be had"
+        journal.event("preemption", step=step, reason=reason)
+        code = exitcodes.PREEMPTED
     if not _tell_saves(saver.close, journal):
         code = exitcodes.SAVE_FAILED
     return state, code
@@ -131,9 +138,7 @@ def _tell_saves(ended: Callable[[], list[Any]], journal: Journal) -> bool:
     """Events of the saves that `ended` gives; whether all of them were committed."""
     try:
         for report in ended():
-            journal.event(
-                "save", step=report.step, secs=report.secs, bytes=report.bytes
-            )
+            journal.event("save", **dataclasses.asdict(report))
     except SaveError as error:
         journal.event("save_failed", reason=str(error))
         journal.say(f"save failed: {error}")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxinfra import sharding
@@ -29,12 +30,18 @@ class Aux(NamedTuple):
     """What a loss reports besides itself; all leaves are summed over microbatches.
 
     weight_sum: float32, number of targets. metrics: sums, shown divided by weight_sum.
-    stats: sums from which `update_state` makes the next model state.
+    stats: sums, and `Maxima`, from which `update_state` makes the next model state.
     """
 
     weight_sum: jax.Array
     metrics: dict[str, jax.Array]
     stats: Any = ()
+
+
+class Maxima(NamedTuple):
+    """A tree of statistics of which microbatches keep the largest, not the sum."""
+
+    tree: Any
 
 
 class LossFn(Protocol):
@@ -74,6 +81,19 @@ class Scaled(NamedTuple):
     good_steps: jax.Array
 
 
+class Frozen(NamedTuple):
+    """A model state, and beside it parameters that no step changes and no checkpoint
+    holds (`tune`).
+
+    base: as the model's, None where a parameter is trained. digest: uint32 [2], of the
+    parameters that it was made from.
+    """
+
+    inner: Any
+    base: Any
+    digest: jax.Array
+
+
 # The loss is a sum, so a target's part of it is near 1 and not 1 / tokens: the scale
 # that fits may be below 1. Source: arXiv:1710.03740 section 3.2; torch.amp.GradScaler
 # (half at an overflow, double after 2000 good steps).
@@ -105,30 +125,54 @@ class Targets(NamedTuple):
     segments_BT: jax.Array
 
 
+class Routers(Protocol):
+    """Of a model with experts: `routers.Routers`."""
+
+    def summed(self, told: Any) -> Any: ...
+
+
 def next_token_loss(
-    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
+    model: Model,
+    loss_config: loss.LossConfig,
+    *,
+    document_mask: bool = True,
+    routers: Routers | None = None,
+    order_T: np.ndarray | None = None,
 ) -> LossFn:
     """Cross-entropy of the next token. Without `document_mask` a row is one document to
     attention; targets across a boundary do not count either way. Without a key targets
-    are not smoothed."""
+    are not smoothed, and what `routers` make of the use of experts is no loss.
+    `order_T`: where each row's tokens stand, of `context.row_order`."""
     sharp = dataclasses.replace(loss_config, label_smoothing=0.0)
 
     def loss_fn(params, model_state, batch: Rows, key):
         t = make_targets(
-            batch.tokens_BT1, batch.segments_BT1, loss_config.rules, batch.weights_BT1
+            batch.tokens_BT1,
+            batch.segments_BT1,
+            loss_config.rules,
+            batch.weights_BT1,
+            order_T=order_T,
         )
         context = Context(
             positions_BT=t.positions_BT,
             segments_BT=t.segments_BT if document_mask else None,
             rows_B=batch.rows_B,
             key=key,
+            weights_BT=t.weights_BT if routers else None,
+            router_bias_LE=model_state["router_bias"] if model_state else None,
+            order_T=order_T,
         )
-        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        h_BTD, head_VD, told = model.forward(params, t.tokens_BT, context)
         with jax.named_scope("loss"):
             used = sharp if key is None else loss_config
             sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)
         metrics = {"log_z_squared": sums.z}
-        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        if routers is None:
+            return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        extra = routers.summed(told)
+        total = sums.nll if key is None else sums.nll + extra.loss
+        metrics |= extra.metrics
+        return total, Aux(jnp.sum(t.weights_BT), metrics, extra.stats)
 
     return loss_fn
 
@@ -138,12 +182,14 @@ def make_targets(
     segments_BT1: jax.Array,
     rules: Rules,
     weights_BT1: jax.Array | None = None,
+    *,
+    order_T: np.ndarray | None = None,
 ) -> Targets:
     """Shifts by one; a target counts where it belongs to its input's document, and by
     its own weight where there are weights.
 
     Positions count from the start of each document in the row. T + 1 tokens arrive
-    whole; the results are split along length too.
+    whole; the results are split along length too, in `order_T` if given.
     """
     segments_BT1 = segments_BT1.astype(jnp.int32)
     inputs_BT, nexts_BT = segments_BT1[:, :-1], segments_BT1[:, 1:]
@@ -160,6 +206,8 @@ def make_targets(
         positions_BT=index_BT - jax.lax.cummax(starts_BT, axis=1),
         segments_BT=inputs_BT,
     )
+    if order_T is not None:
+        targets = jax.tree.map(lambda x_BT: x_BT[:, order_T], targets)
     split = sharding.spec(rules, "batch", "length")
     return jax.tree.map(lambda x_BT: jax.reshard(x_BT, split), targets)
 
@@ -239,15 +287,6 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
     The sum is float32 whatever the parameters are.
     """
 
-    def split(x: jax.Array) -> jax.Array:
-        over_rows, *others = jax.typeof(x).sharding.spec
-        parts = jax.lax.reshape(
-            x,
-            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
-            out_sharding=jax.P(over_rows, None, *others),
-        )
-        return jnp.swapaxes(parts, 0, 1)
-
     def placed(result: Gradients) -> Gradients:
         grads = jax.tree.map(jax.reshard, result.grads, shardings)
         return result._replace(grads=optax.tree.cast(grads, jnp.float32))
@@ -258,15 +297,38 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
         def add(total, part):
             result = placed(grad_fn(params, model_state, part, key))
-            return jax.tree.map(jnp.add, total, result), None
+            return jax.tree.map(_merge, total, result, is_leaf=_is_maxima), None
 
-        parts = jax.tree.map(split, batch)
+        parts = split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         total = placed(grad_fn(params, model_state, first, key))
         rest = jax.tree.map(lambda x: x[1:], parts)
         return jax.lax.scan(add, total, rest)[0]
 
     return accumulated
+
+
+def split(batch: Any, microbatches: int) -> Any:
+    """[B, ...] -> [M, B / M, ...], where row r is in microbatch r % M."""
+
+    def one(x: jax.Array) -> jax.Array:
+        over_rows, *others = jax.typeof(x).sharding.spec
+        parts = jax.lax.reshape(
+            x,
+            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
+            out_sharding=jax.P(over_rows, None, *others),
+        )
+        return jnp.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def _is_maxima(node: Any) -> bool:
+    return isinstance(node, Maxima)
+
+
+def _merge(total: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.maximum if _is_maxima(total) else jnp.add, total, part)
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:

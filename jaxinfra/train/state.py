@@ -1,11 +1,6 @@
-"""The state of training: one tree, made sharded, described for restore, and its way to
-and from the checkpoints of a run folder that this job owns.
-"""
+"""The state of training: one tree, made sharded, described for restore (`saving`)."""
 
-import contextlib
-import math
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,18 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxinfra
-from jaxinfra import options, runfolder
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import commits, lifecycle, restore
-from jaxinfra.checkpoint.commits import SaveError, SaveReport
-from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
-from jaxinfra.config import CheckpointConfig, ConfigError
+from jaxinfra import sharding
+from jaxinfra.config import ConfigError
 from jaxinfra.params import Tree
-from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
-from jaxinfra.train.journal import Journal
-from jaxinfra.train.objective import Scaled
+from jaxinfra.train import objective, optim
+from jaxinfra.train.objective import Frozen, Scaled
 
 # key -> (params, model_state)
 First = Callable[[jax.Array], tuple[Tree, Tree]]
@@ -64,7 +54,10 @@ def make_shardings(
     places = dict(params_lib.named(optimizer))
     opt_state = abstract_opt_state(tx, specs, layout)
     parameters = _parameters_of(opt_state, specs, layout)
-    moments = [whole if of is None else places[of] for of in parameters]
+    moments = [
+        whole if of is None else _placed_moment(places[of], leaf.shape)
+        for of, leaf in zip(parameters, jax.tree.leaves(opt_state), strict=True)
+    ]
     return Shardings(
         params=params_lib.shardings(specs, layout, layout.params),
         grads=params_lib.shardings(specs, layout, layout.grads),
@@ -99,32 +92,33 @@ def init_state(
     dtype: jnp.dtype,
     seed: int,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
-    weights: Tree | None = None,
+    begun: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
     """The first state: random parameters by `seed`, the same numbers on every mesh, or
-    `weights`.
+    what was `begun`: parameters and model state.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
-    say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
+    say, of `dtype`, and `model_state()`. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    if weights is not None:
-        params, model_state = weights, ()
-    elif first is None:
+    params, inner = begun or (None, None)
+    if first is not None and params is None:
+        params, inner = jax.jit(_placed(first, shardings, whole))(key)
+    if params is None:
         params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
-        model_state = ()
-    else:
-        params, model_state = jax.jit(_placed(first, shardings, whole))(key)
+    if inner is None:
+        inner = jax.device_put(model_state(), whole)
     if loss_scale is not None:
         scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
         opt_state=init_opt_state(tx, params, shardings),
-        model_state=model_state,
+        model_state=inner,
         key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
     )
 
@@ -137,29 +131,35 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
+    frozen: Tree = None,
     loss_scale: float | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed.
+    `frozen`: those of parameters that are not trained, None if all are."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    if first is None:
+    if frozen is not None or first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
-        model_state = ()
+        inner = jax.eval_shape(model_state)
     else:
-        params, model_state = jax.eval_shape(first, jax.random.key(0))
+        params, inner = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
-        model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    inner = jax.tree.map(lambda x: like(x, whole), inner)
+    if frozen is not None:
+        digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        inner = Frozen(inner, frozen, digest)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(
             like, abstract_opt_state(tx, specs, layout), shardings.opt_state
         ),
-        model_state=model_state,
+        model_state=inner,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
@@ -170,154 +170,56 @@ def logical_shapes(
     """Path -> shape without the vocabulary's padding, of every array of `state`."""
     by_path = dict(params_lib.named(specs))
     return {
-        path: tuple(leaf.shape) if of is None else by_path[of].shape
+        path: tuple(leaf.shape) if of is None else _logical(by_path[of], leaf.shape)
         for (path, leaf), of in zip(
             params_lib.named(state), _parameters_of(state, specs, layout), strict=True
         )
     }
 
 
-class Owner:
-    """This job's right to the run folder: the first process holds it for all."""
+def to_use(state: TrainState) -> tuple[Tree, Tree]:
+    """(parameters, model state) to evaluate and to sample with: those of the average
+    where there is one."""
+    params = optim.averaged(state.opt_state, state.params)
+    return params, objective.unscaled(state.model_state)
 
-    def __init__(self, attempt: int, check: Callable[[], None]):
-        self.attempt, self.check = attempt, check
+
+def without_frozen(state: TrainState) -> TrainState:
+    """`state` as it is saved."""
+    return _map_frozen(lambda frozen: frozen._replace(base=()), state)
 
 
-@contextlib.contextmanager
-def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
-    """Owns the run folder within the block.
+def with_frozen(state: TrainState, begun: tuple[Tree, Tree] | None) -> TrainState:
+    """A state as it was saved, or its like, with the frozen parameters of `begun`.
 
-    Raises ownership.FolderOwned in every process if a live run has it.
+    Raises ConfigError if they are not those that it was trained beside.
     """
-    held: list[ownership.Ownership] = []
+    if begun is None:
+        return state
 
-    def acquire() -> int:
-        held.append(ownership.acquire(run_dir))
-        return held[0].attempt
-
-    try:
-        attempt = group.from_first("jaxinfra/attempt", acquire)
-    except GroupError as error:
-        if error.kind == ownership.FolderOwned.__name__:
-            raise ownership.FolderOwned(str(error).partition(": ")[2]) from error
-        raise
-    try:
-        yield Owner(attempt, held[0].check if held else lambda: None)
-    finally:
-        for mine in held:
-            mine.release()
-
-
-class Saver:
-    """Saves and restores the state of one run; every process makes one alike.
-
-    `abstract` is the state to restore into, `logical_shapes` what its arrays are
-    without padding, `stream` the identity of the data stream. What `journal` was told
-    of a step is on disk before that step is committed.
-    """
-
-    def __init__(
-        self,
-        run_dir: Any,
-        *,
-        abstract: TrainState,
-        logical_shapes: dict[str, tuple[int, ...]],
-        stream: dict[str, Any],
-        config: dict[str, Any],
-        settings: CheckpointConfig,
-        journal: Journal,
-        owner: Owner,
-        group: ProcessGroup,
-    ):
-        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
-        self._abstract, self._shapes = abstract, logical_shapes
-        self._stream, self._config, self._group = stream, config, group
-        self._owner, self._journal = owner, journal
-        bound = settings.staging_gib * 2**30 or math.inf
-        self._staging_bytes = bound
-        kinds = (settings.keep_every, settings.keep_best, settings.keep_hours)
-        retain = {"retain": jaxinfra.make_retain(settings)} if any(kinds) else {}
-        self.rejected: tuple[tuple[int, str], ...] = ()
-        self._make = lambda run_id: lifecycle.Checkpointer(
-            self._folder,
-            keep=settings.keep,
-            run_id=run_id,
-            attempt=owner.attempt,
-            process=group,
-            fence=owner.check,
-            ready=journal.sync,
-            staging_bytes=bound,
-            is_deferred=settings.defer_copies,
-            **retain,
-        )
-
-    def restore(self, *, accept_changes: bool = False) -> TrainState | None:
-        """The newest good state, None where the run has none yet.
-
-        Steps that are damaged are passed over and stand in `rejected`. Raises what
-        `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
-        is not the one that the state has seen, unless `accept_changes`.
-        """
-        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
-        self._group.from_first("jaxinfra/fence_off", fence)
-        found = restore.restore_latest(
-            self._folder,
-            dict(params_lib.named(self._abstract)),
-            logical_shapes=self._shapes,
-            staging_bytes=self._staging_bytes,
-            process=self._group,
-        )
-        self._checkpointer = self._make(
-            found.metadata["run_id"] if found else uuid.uuid4().hex
-        )
-        if found is None:
-            return None
-        self.rejected = found.rejected
-        if accept_changes:
-            return self._unflatten(found.arrays)
-        if not (self._folder.parent / "config.json").exists():
-            jaxinfra.refuse_changes(
-                found.metadata["config"],
-                options.from_json(self._config),
-                where=f"step {found.step} of {self._folder}",
-            )
-        seen = found.metadata["data"]
-        if seen != self._stream:
-            changed = [k for k in self._stream if seen.get(k) != self._stream[k]]
+    def put(saved: Frozen) -> Frozen:
+        if not np.array_equal(*jax.device_get((saved.digest, begun[1].digest))):
             raise ConfigError(
-                f"the data stream is not the one of step {found.step}: {changed} "
-                "changed; put the data back, choose another --run.dir, or go on by "
-                "--run.accept_changes true"
+                "init.from holds other parameters than those that the run has trained "
+                "beside; put them back, or choose another --run.dir"
             )
-        return self._unflatten(found.arrays)
+        return begun[1]._replace(inner=saved.inner)
 
-    def _unflatten(self, arrays: dict[str, jax.Array]) -> TrainState:
-        names = [name for name, _ in params_lib.named(self._abstract)]
-        return params_lib.unflatten(self._abstract, [arrays[name] for name in names])
+    return _map_frozen(put, state)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts to save; the state may be donated when this returns."""
-        metadata = {"config": self._config, "data": self._stream}
-        self._checkpointer.save(
-            step,
-            dict(params_lib.named(state)),
-            metadata=metadata | {"metrics": self._journal.evaluated(step)},
-            logical_shapes=self._shapes,
-        )
 
-    def poll(self) -> list[SaveReport]:
-        """Saves that have ended; raises SaveError for one that failed, and FolderOwned
-        if that is because a later run has the folder."""
-        try:
-            return self._checkpointer.poll()
-        except SaveError:
-            self._owner.check()
-            raise
+def _logical(spec: params_lib.ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # Scales of blocks: the last dim, never the padded one, has as many as it has.
+    return (
+        (*spec.shape[:-1], shape[-1]) if shape[-1:] != spec.shape[-1:] else spec.shape
+    )
 
-    def close(self) -> list[SaveReport]:
-        """Waits for the running save; raises SaveError if it failed."""
-        return self._checkpointer.close()
+
+def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:
+    is_frozen = lambda x: isinstance(x, Frozen)
+    return jax.tree.map(
+        lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen
+    )
 
 
 def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:
@@ -335,18 +237,34 @@ def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> Fir
 
 def _parameters_of(tree: Tree, specs: Tree, layout: Layout) -> list[str | None]:
     """For every leaf, the path of the parameter that it is, or is a moment of; None for
-    other leaves. A moment's path ends in its parameter's and its shape is the same."""
+    other leaves. A moment's path ends in its parameter's and its shape is the same; the
+    last dim of one in 8 bits (`/values`) has fewer `/scales`."""
     shapes = {
         path: params_lib.physical_shape(spec, layout)
         for path, spec in params_lib.named(specs)
     }
 
     def parameter(path: str, shape: tuple[int, ...]) -> str | None:
-        parts = path.split("/")
+        parts = path.removesuffix("/values").removesuffix("/scales").split("/")
         for start in range(len(parts)):
             tail = "/".join(parts[start:])
-            if shapes.get(tail) == tuple(shape):
+            known = shapes.get(tail)
+            if known == shape:
+                return tail
+            if path.endswith("/scales") and known and known[:-1] == shape[:-1]:
                 return tail
         return None
 
-    return [parameter(path, leaf.shape) for path, leaf in params_lib.named(tree)]
+    return [parameter(path, tuple(leaf.shape)) for path, leaf in params_lib.named(tree)]
+
+
+def _placed_moment(place: jax.NamedSharding, shape: tuple[int, ...]) -> Any:
+    """Where a moment of a parameter at `place` lies: with it, but that scales whose
+    blocks would cross the shards are whole."""
+    parts = [sharding.axis_product(place.mesh, _axes(entry)) for entry in place.spec]
+    kept = [e if n % k == 0 else None for e, n, k in zip(place.spec, shape, parts)]
+    return jax.NamedSharding(place.mesh, jax.P(*kept))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())

@@ -84,6 +84,7 @@ def s3_server(folder: pathlib.Path) -> Iterator[Process]:
     options = f"""-dir={folder}/data -ip=127.0.0.1 -ip.bind=127.0.0.1
         -master.port={master} -volume.port={volume} -filer -filer.port={filer}
         -s3 -s3.port={s3} -s3.config={folder}/s3.json
+        -s3.port.iceberg=0 -s3.port.lance=0
         -master.volumeSizeLimitMB=64 -volume.max=8"""
     command = [weed, "server", *options.split()]
     process = Process(command, f"http://127.0.0.1:{s3}", folder / "weed.log")

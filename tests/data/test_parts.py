@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import cleaning, parts, prepare, shards, spans, tokenizer_training
+from jaxinfra.data import (
+    cleaning,
+    part_files,
+    parts,
+    prepare,
+    shards,
+    spans,
+    tokenizer_training,
+)
 
 OPTIONS = {"tokenizer": "byte", "split": "documents", "held_out": 0.2, "seed": 0}
 TEXTS = [f"Document {i}:  the {'same  ' * (i % 7)}words \u00e9\n" for i in range(120)]
@@ -64,13 +72,13 @@ def stop_before_the_writer(corpus, monkeypatch):
 
 def noted_writes(monkeypatch):
     """The files of parts that are written from now on."""
-    found, real = [], parts._written
+    found, real = [], part_files._written
 
     def written(path, run):
         found.append(path)
         return real(path, run)
 
-    monkeypatch.setattr(parts, "_written", written)
+    monkeypatch.setattr(part_files, "_written", written)
     return found
 
 
@@ -298,7 +306,7 @@ def test_documents_are_read_by_number_slice_and_turn(corpus, monkeypatch):
     [made] = found
     numbers = np.array([100, 3, 122, 0, 50])
     documents = parts.Documents(made, numbers)
-    ids = [part.ids for part in made]
+    ids = [part.ids_N for part in made]
     lengths = np.concatenate([part.facts_D["tokens"] for part in made])
     every = np.split(np.concatenate(ids), np.cumsum(lengths)[:-1])
     assert len(documents) == 5

@@ -3,8 +3,13 @@
 import csv
 import gzip
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
+import servers
 
 from jaxinfra.config import DataError
 from jaxinfra.data import readers, sources
@@ -13,6 +18,7 @@ pa = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
 from pyarrow import parquet  # noqa: E402
 
+ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = ["plain", "two\nlines, and a comma", 'a "quote"', "caf\u00e9 \U0001f469", "\t"]
 
 
@@ -28,7 +34,10 @@ def table_of(texts):
 
 
 def write_arrow(file, texts):
-    table = table_of(texts)
+    write_stream(table_of(texts), file)
+
+
+def write_stream(table, file):
     with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as w:
         w.write_table(table, max_chunksize=2)
 
@@ -132,3 +141,116 @@ def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"is no file of texts; give a \.txt, \.jsonl"):
         sources.find_files([tmp_path / name])
+
+
+def binary_texts(texts):
+    """The column of texts says that it is UTF-8, and is not."""
+    length = pa.array(["x" * len(text) for text in texts]).buffers()
+    return pa.StringArray.from_buffers(
+        len(texts), length[1], pa.py_buffer(b"".join(texts))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.parquet", parquet.write_table), ("a.arrow", write_stream)],
+)
+def test_a_table_with_bytes_that_are_no_text_is_refused_by_name(tmp_path, name, write):
+    write(
+        pa.table({"text": binary_texts([b"one", b"caf\xe9", b"two"])}), tmp_path / name
+    )
+    with pytest.raises(DataError, match=rf"{name} is damaged or of another.*UTF-?8"):
+        list(sources.read_documents([tmp_path / name]))
+
+
+def test_places_of_texts_outside_the_file_are_an_error_and_no_crash(tmp_path):
+    file = tmp_path / "a.arrow"
+    write_arrow(file, ["here", "there"])
+    whole = bytearray(file.read_bytes())
+    place = whole.index((4).to_bytes(4, "little") + (9).to_bytes(4, "little"))
+    whole[place + 7] = 0x3F  # the second text ends a gigabyte later
+    file.write_bytes(whole)
+    code = "from jaxinfra.data import sources; print(*sources.read_documents([FILE]))"
+    code = code.replace("FILE", f"__import__('pathlib').Path({str(file)!r})")
+    done = run_python("-c", code)
+    assert done.returncode == 1, done
+    assert f"DataError: {file} is damaged or of another format" in done.stderr
+
+
+def run_python(*words):
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(30_000, marks=pytest.mark.slow)])
+def test_damaged_files_give_texts_or_an_error_without_a_crash(count):
+    done = run_python("tests/data/reader_fuzzing.py", str(count), "5")
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(done.stdout).values()) == count
+
+
+def save_to_disk(folder, names, record=None):
+    """A data set as Hugging Face's `save_to_disk` writes it."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        write_arrow(folder / name, [f"text {number}"])
+    files = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(record or {"_data_files": files}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_data_set_on_disk_gives_the_files_that_it_lists(tmp_path):
+    folder = save_to_disk(tmp_path / "set", ["data-1.arrow", "data-0.arrow"])
+    write_arrow(folder / "cache-0123.arrow", ["cached"])
+    files = sources.find_files([folder])
+    assert list(sources.read_documents(files)) == ["text 0", "text 1"]
+    pytest.importorskip("aiohttp")
+    with servers.Server(
+        files={f"set/{p.name}": p.read_bytes() for p in folder.iterdir()}
+    ).running() as web:
+        files = sources.find_files([f"{web.url}/set/"])
+        assert list(sources.read_documents(files)) == ["text 0", "text 1"]
+
+
+def test_a_data_set_on_disk_of_several_splits_is_refused_by_their_names(tmp_path):
+    for split in ("train", "test"):
+        save_to_disk(tmp_path / "set" / split, ["data.arrow"])
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError) as told:
+        sources.find_files([tmp_path / "set"])
+    assert str(told.value) == (
+        f"{tmp_path / 'set'} is a data set on disk with the splits train, test; name "
+        "the folder of one, such as train"
+    )
+    [file] = sources.find_files([tmp_path / "set" / "train"])
+    assert file.name == "data.arrow"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"_data_files": [{"filename": "../a.arrow"}]},
+            r"lists '\.\./a\.arrow', which is",
+        ),
+        ({"_data_files": [{"filename": "gone.arrow"}]}, "lists 'gone.arrow', which is"),
+        ({"_data_files": []}, "is not as save_to_disk writes it"),
+        ({"_data_files": 3}, "is not as save_to_disk writes it"),
+        ({"_data_files": [{"filename": 3}]}, "is not as save_to_disk writes it"),
+        ([1], "is not as save_to_disk writes it"),
+    ],
+)
+def test_a_damaged_list_of_files_is_refused(tmp_path, record, message):
+    write_arrow(tmp_path / "a.arrow", ["outside"])
+    folder = save_to_disk(tmp_path / "set", ["data.arrow"], record)
+    with pytest.raises(DataError, match=message):
+        sources.find_files([folder])
+
+
+def test_a_state_of_something_else_is_no_list(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("text")
+    assert [file.name for file in sources.find_files([tmp_path])] == ["a.txt"]
