@@ -55,7 +55,7 @@ MORE = [
             "schedule": "zero_bubble",
             "model": {
                 "positions": "learned",
-                "max_length": 9,
+                "max_length": 27,
                 "norm": "layernorm",
                 "norm_placement": "both",
                 "activation": "gelu",
