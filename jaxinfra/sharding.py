@@ -120,12 +120,23 @@ def bytes_per_device(tree) -> int:
     )
 
 
+def axes_of(entry: str | Axes | None) -> Axes:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def local_shape(shape: tuple[int, ...], partition: PartitionSpec) -> tuple[int, ...]:
+    """What one device of the mesh that is set has of an array laid out so."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = [axis_product(mesh, axes_of(entry)) for entry in partition]
+    return tuple(size // n for size, n in zip(shape, parts, strict=True))
+
+
 def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
     """`partition` without `axis`: how a parameter is laid out while it is used."""
     entries = []
     for entry in partition:
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        kept = tuple(name for name in axes if name != axis)
+        kept = tuple(name for name in axes_of(entry) if name != axis)
         entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
     return PartitionSpec(*entries)
 
@@ -134,7 +145,7 @@ def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
     """Inside a shard_map: the part of an array laid out as `partition`, made whole over
     `axis`. Its transpose is a reduce-scatter."""
     for dim, entry in enumerate(partition):
-        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
+        if axis in axes_of(entry):
             local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
     return local
 
@@ -143,7 +154,7 @@ def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp
     """Inside a shard_map: the sum over `axis`, of which each device keeps its part if
     `partition` splits a dim over it, else all."""
     for dim, entry in enumerate(partition):
-        if axis in ((entry,) if isinstance(entry, str) else entry or ()):
+        if axis in axes_of(entry):
             return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
     return jax.lax.psum(local, axis)
 

@@ -35,15 +35,25 @@ def embed(
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    The table is gathered in `policy.reduce`, so its gradient is summed in that.
+    Gradients are summed in `policy.reduce`. Where fsdp splits the width, either the
+    table travels, or, if a device has fewer tokens than the table has rows, they do:
+    each device looks up its columns for the whole axis and they change places.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
+    tokens_spec = sharding.spec(rules, "batch", "length")
+    tokens = math.prod(sharding.local_shape(tokens_BT.shape, tokens_spec))
+    does_travel = "fsdp" in sharding.axes_of(table_spec[1]) and (
+        tokens <= sharding.local_shape(table_VD.shape, table_spec)[0]
+    )
+    way = _exchange if does_travel else _lookup
     lookup = jax.shard_map(
-        functools.partial(_lookup, table_spec=table_spec, axes=rules.vocab),
-        in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
+        functools.partial(
+            way, table_spec=table_spec, axes=rules.vocab, dtype=policy.compute
+        ),
+        in_specs=(table_spec, tokens_spec),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
     )
-    return lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
+    return lookup(table_VD.astype(policy.reduce), tokens_BT)
 
 
 def position_rows(
@@ -237,9 +247,31 @@ def _lookup(
     *,
     table_spec: jax.sharding.PartitionSpec,
     axes: Axes,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    """Embedding of the ids that this device holds, zero for others; then the sum."""
-    table_VD = sharding.all_gather(table_VD, table_spec)
+    """The table's width made whole, and its rows for this device's tokens."""
+    whole_VD = sharding.all_gather(table_VD, table_spec)
+    return _own_rows(whole_VD, tokens_BT, axes).astype(dtype)
+
+
+def _exchange(
+    table_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    table_spec: jax.sharding.PartitionSpec,
+    axes: Axes,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """This device's columns for all tokens of the fsdp axis; then each gets its own
+    tokens' columns from all."""
+    del table_spec
+    all_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+    x_BTD = _own_rows(table_VD, all_BT, axes).astype(dtype)
+    return jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+
+def _own_rows(table_VD: jax.Array, tokens_BT: jax.Array, axes: Axes) -> jax.Array:
+    """Rows of the ids that this device holds, zero for others; then the sum."""
     start = jax.lax.axis_index(axes) * table_VD.shape[0]
     own_BT = tokens_BT.astype(jnp.int32) - start
     is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
