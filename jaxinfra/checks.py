@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from jaxinfra import stages
+from jaxinfra import compiler_options, stages
 from jaxinfra.config import (
     AXES,
     REMAT_NAMES,
@@ -276,6 +276,7 @@ def _check_remat(remat: str) -> None:
 
 def _check_runtime(config: Config) -> None:
     runtime = config.runtime
+    compiler_options.parse(runtime.compiler_options)
     if runtime.process_id >= runtime.num_processes:
         raise ConfigError(
             f"runtime.process_id={runtime.process_id} must be below"

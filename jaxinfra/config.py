@@ -304,7 +304,9 @@ class RuntimeConfig:
     cpu_devices: simulate so many CPU devices; 0 means the real ones. coordinator,
     num_processes, process_id: several processes (host:port of process 0).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
-    compile_cache: keep compiled programs in data.cache_dir.
+    compile_cache: keep compiled programs in data.cache_dir. compiler_options: changes
+    to what `jaxinfra.compiler_options` has for the devices: name=value, name= to drop
+    one, none to drop all, with commas between.
     """
 
     cpu_devices: int = 0
@@ -313,6 +315,7 @@ class RuntimeConfig:
     process_id: int = 0
     devices: int = 0
     compile_cache: bool = True
+    compiler_options: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import optax
 import jaxinfra
 from jaxinfra import (
     checks,
+    compiler_options,
     mesh,
     options,
     params,
@@ -124,6 +125,8 @@ def build(
         update_state=task.update_state,
     )
     eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
+    kind = layout.mesh.devices.flat[0].device_kind
+    compile_by = compiler_options.for_device(kind, config.runtime.compiler_options)
     return Experiment(
         config=config,
         layout=layout,
@@ -132,7 +135,9 @@ def build(
         shardings=places,
         tx=tx,
         schedule=schedule,
-        train_step=jax.jit(train_step, donate_argnums=0),
+        train_step=jax.jit(
+            train_step, donate_argnums=0, compiler_options=compile_by or None
+        ),
         eval_step=jax.jit(eval_step),
         init=functools.partial(
             states.init_state,

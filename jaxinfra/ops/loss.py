@@ -136,9 +136,7 @@ def _by_vocabulary(h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, gr
     """All tokens of the fsdp axis against each device's own part of the vocabulary,
     which fsdp cuts within what `rules.vocab` has cut."""
     del head_spec
-    gather = functools.partial(
-        jax.lax.all_gather, axis_name="fsdp", axis=0, tiled=True
-    )
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=0, tiled=True)
     exchange = functools.partial(jax.lax.all_to_all, axis_name="fsdp", tiled=True)
     others = tuple(a for a in cfg.rules.batch + cfg.rules.length if a != "fsdp")
     own_VD = exchange(head_VD.astype(cfg.policy.compute), split_axis=0, concat_axis=1)
