@@ -28,7 +28,7 @@ def plan_step(
     devices = compilers.devices(target)
     built = experiment.build(config, devices, get_task=get_task or tasks.text)
     with jax.set_mesh(built.layout.mesh):
-        batch = experiment.abstract_batch(built, _rows(built))
+        batch = experiment.abstract_batch(built, rows_of(built))
         state = experiment.abstract_state(built)
     compiled = compilers.compile_step(built, state, batch)
     chip, sizes = target.chip, dict(built.layout.mesh.shape)
@@ -60,8 +60,8 @@ def plan_step(
     return found, compiled
 
 
-def _rows(built: experiment.Experiment) -> Any:
-    """One row of the task's batches; of text's, its shape."""
+def rows_of(built: experiment.Experiment) -> Any:
+    """One row of the batches of the task; of text without data, its shape."""
     if built.task.stream is not None:
         return built.task.stream.batch(0, np.arange(1))
     config = built.config
