@@ -33,7 +33,9 @@ def test_the_table_itself_stays_as_it_is():
     assert before == compiler_options.OPTIONS
 
 
-@pytest.mark.parametrize("text", ["vmem=1", "xla_tpu_x", "xla_a=1;xla_b=2,y", "xla_-=1"])
+@pytest.mark.parametrize(
+    "text", ["vmem=1", "xla_tpu_x", "xla_a=1;xla_b=2,y", "xla_-=1"]
+)
 def test_a_wrong_form_is_refused_before_anything_is_built(text):
     config = options.load_config("tiny")
     runtime = dataclasses.replace(config.runtime, compiler_options=text)

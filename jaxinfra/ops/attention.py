@@ -264,21 +264,24 @@ def _cudnn_uncovered(*, head_width: int, dtype: jnp.dtype) -> str:
 
 @functools.cache
 def _block_sizes(length: int) -> splash_attention.BlockSizes:
-    """Largest blocks up to 512 that divide the length; of keys in the backward kernel
-    up to 2048, since it writes a gradient of all queries for every block of keys, and
-    their sum took 2 ms a layer of Llama-3-8B on v5p with blocks of 512."""
-    block, wide = (
-        next(n for n in (2048, 1024, 512, 256, _LANES) if n <= most and length % n == 0)
-        for most in (512, 2048)
-    )
+    """Largest blocks up to 512 that divide the length.
+
+    Beyond one block the gradients of queries and of keys are two kernels: the fused one
+    writes a gradient of all queries for every block of keys, memory that grows with the
+    square of the length, and their sum took 2 ms a layer of Llama-3-8B on v5p.
+    """
+    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+    is_fused = block == length
     return splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=wide,
+        block_kv_dkv=block,
         block_kv_dkv_compute=block,
-        use_fused_bwd_kernel=True,
+        block_q_dq=None if is_fused else block,
+        block_kv_dq=None if is_fused else block,
+        use_fused_bwd_kernel=is_fused,
     )
 
 

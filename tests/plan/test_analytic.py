@@ -37,9 +37,7 @@ def compiled_arguments(config):
     [
         tiny({"fsdp": 4, "tensor": 2}),
         tiny({"data": 4, "fsdp": 2}, zero=1, precision="bfloat16_params"),
-        pytest.param(
-            tiny({"fsdp": 8}, precision="float16"), marks=pytest.mark.slow
-        ),
+        pytest.param(tiny({"fsdp": 8}, precision="float16"), marks=pytest.mark.slow),
         pytest.param(
             tiny(
                 {"data": 2, "fsdp": 4},
