@@ -290,11 +290,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the pipeline and context axes work."""
+    """How the pipeline, context and tensor axes work. sequence: activations between
+    blocks are cut along the length over tensor, where it divides the length."""
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
+    sequence: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

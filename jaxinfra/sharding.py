@@ -21,6 +21,7 @@ class Rules:
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)
+    residual: Axes = ("context",)  # T of what layers pass on; with tensor: `in_parts`
     width: Axes = ()  # D of activations
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
@@ -98,6 +99,16 @@ def axis_product(mesh: jax.sharding.Mesh, axes: Axes) -> int:
     for axis in axes:
         parts *= mesh.shape[axis]
     return parts
+
+
+def in_parts(layout: Layout, length: int) -> Rules:
+    """Rules for activations of rows of this length, of which each device of the tensor
+    axis keeps a part between blocks, where the length divides. Source: arXiv:2205.05198
+    section 4.2.2."""
+    axes = ("context", "tensor")
+    if length % axis_product(layout.mesh, axes) or layout.mesh.shape["pipeline"] > 1:
+        return layout.params
+    return dataclasses.replace(layout.params, residual=axes)
 
 
 def make_layout(mesh: jax.sharding.Mesh, *, zero: int = 3) -> Layout:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinfra
-from jaxinfra import runfolder, stages
+from jaxinfra import runfolder, sharding, stages
 from jaxinfra.config import Config, ConfigError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
@@ -94,7 +94,9 @@ def text(
 ) -> Task:
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
-    rules, train = layout.params, config.train
+    train, rules = config.train, layout.params
+    if config.parallel.sequence:
+        rules = sharding.in_parts(layout, train.length)
     ops = seam.Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),

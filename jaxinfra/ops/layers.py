@@ -53,7 +53,8 @@ def embed(
         in_specs=(table_spec, tokens_spec),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
     )
-    return lookup(table_VD.astype(policy.reduce), tokens_BT)
+    x_BTD = lookup(table_VD.astype(policy.reduce), tokens_BT)
+    return jax.reshard(x_BTD, sharding.spec(rules, "batch", "residual", "width"))
 
 
 def position_rows(
@@ -64,7 +65,7 @@ def position_rows(
         table_PD.astype(policy.reduce),
         sharding.gathered(jax.typeof(table_PD).sharding.spec),
     )
-    out_spec = sharding.spec(rules, "batch", "length", "width")
+    out_spec = sharding.spec(rules, "batch", "residual", "width")
     return table_PD.at[positions_BT].get(out_sharding=out_spec).astype(policy.compute)
 
 
@@ -195,7 +196,7 @@ def mlp(
     else:
         act_BTF = _ACTIVATIONS[activation](up_BTF)
     y_BTD = einsum(
-        "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "length", "width")
+        "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "residual", "width")
     )
     if "down_bias" in params:
         y_BTD += params["down_bias"].astype(y_BTD.dtype)
@@ -247,7 +248,7 @@ def dense_dispatch(
         "BTEF,EFD->BTD",
         act_BTEF * gates_BTE[..., None],
         params["down"],
-        out=("batch", "length", "width"),
+        out=("batch", "residual", "width"),
     )
     if "down_bias" in params:
         y_BTD += jnp.einsum("BTE,ED->BTD", gates_BTE, params["down_bias"])

@@ -124,6 +124,8 @@ def next_token_loss(
             key=key,
         )
         h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        whole = sharding.spec(loss_config.rules, "batch", "length", "width")
+        h_BTD = jax.reshard(h_BTD, whole)
         with jax.named_scope("loss"):
             used = sharp if key is None else loss_config
             sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)
