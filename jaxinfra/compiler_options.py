@@ -6,6 +6,8 @@ of "TPU v5" alone. `experiment.build` gives them to `jax.jit` where the mesh is 
 target; the key `runtime.compiler_options` changes or drops each.
 """
 
+from typing import Any
+
 from jaxinfra.config import ConfigError
 
 # Collectives run on the SparseCores, beside the matrix units. Measured on v5p as above:
@@ -31,6 +33,12 @@ OPTIONS: dict[str, dict[str, str]] = {
     "TPU v6 lite": _SPARSE_CORE | _WIDE_VMEM,
     "TPU v6e": _SPARSE_CORE | _WIDE_VMEM,
 }
+
+
+def for_mesh(mesh: Any, changes: str = "") -> dict[str, str] | None:
+    """The options for the devices of a `jax.sharding.Mesh`; None where there are
+    none."""
+    return for_device(mesh.devices.flat[0].device_kind, changes) or None
 
 
 def for_device(kind: str, changes: str = "") -> dict[str, str]:

@@ -124,9 +124,7 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
-    eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
-    kind = layout.mesh.devices.flat[0].device_kind
-    compile_by = compiler_options.for_device(kind, config.runtime.compiler_options)
+    made_by = compiler_options.for_mesh(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,
         layout=layout,
@@ -135,10 +133,8 @@ def build(
         shardings=places,
         tx=tx,
         schedule=schedule,
-        train_step=jax.jit(
-            train_step, donate_argnums=0, compiler_options=compile_by or None
-        ),
-        eval_step=jax.jit(eval_step),
+        train_step=jax.jit(train_step, donate_argnums=0, compiler_options=made_by),
+        eval_step=jax.jit(evaluate.make_eval_step(task.on_batch(task.loss_fn))),
         init=functools.partial(
             states.init_state,
             task.specs,
@@ -280,8 +276,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
 def trace(experiment: Experiment) -> int:
     """Traces the whole step, compiling nothing, and prints the parameter table."""
     assert experiment.task.stream is not None
-    rows = experiment.task.stream.batch(0, np.arange(1))
-    batch = abstract_batch(experiment, rows)
+    batch = abstract_batch(experiment, experiment.task.stream.batch(0, np.arange(1)))
     experiment.train_step.lower(abstract_state(experiment), batch)
     table = params.table(experiment.task.specs)
     print(*filter(None, (table, experiment.task.notes)), sep="\n")

@@ -21,7 +21,7 @@ class Rules:
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)
-    residual: Axes = ("context",)  # T of what layers pass on; with tensor: `in_parts`
+    residual: Axes = ("context",)  # T of what layers pass on; see tasks
     width: Axes = ()  # D of activations
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
@@ -59,7 +59,9 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
     entries, used = [], set()
     for name in names:
         if name is not None and not hasattr(rules, name):
-            raise ValueError(f"{name!r} is no logical name; use one of {_names(rules)}")
+            raise ValueError(
+                f"{name!r} is no logical name; use one of {(*vars(rules),)}"
+            )
         axes = () if name is None else getattr(rules, name)
         if twice := used.intersection(axes):
             raise ValueError(
@@ -67,7 +69,7 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
                 "one array can be split only once over an axis"
             )
         used.update(axes)
-        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+        entries.append(axes)
     return PartitionSpec(*entries)
 
 
@@ -101,16 +103,6 @@ def axis_product(mesh: jax.sharding.Mesh, axes: Axes) -> int:
     return parts
 
 
-def in_parts(layout: Layout, length: int) -> Rules:
-    """Rules for activations of rows of this length, of which each device of the tensor
-    axis keeps a part between blocks, where the length divides. Source: arXiv:2205.05198
-    section 4.2.2."""
-    axes = ("context", "tensor")
-    if length % axis_product(layout.mesh, axes) or layout.mesh.shape["pipeline"] > 1:
-        return layout.params
-    return dataclasses.replace(layout.params, residual=axes)
-
-
 def make_layout(mesh: jax.sharding.Mesh, *, zero: int = 3) -> Layout:
     """What `fsdp` shards: zero 0 nothing, 1 optimizer state, 2 and gradients, 3 and
     parameters. Source: arXiv:1910.02054 section 5."""
@@ -136,20 +128,10 @@ def axes_of(entry: str | Axes | None) -> Axes:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def local_shape(shape: tuple[int, ...], partition: PartitionSpec) -> tuple[int, ...]:
-    """What one device of the mesh that is set has of an array laid out so."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = [axis_product(mesh, axes_of(entry)) for entry in partition]
-    return tuple(size // n for size, n in zip(shape, parts, strict=True))
-
-
 def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
     """`partition` without `axis`: how a parameter is laid out while it is used."""
-    entries = []
-    for entry in partition:
-        kept = tuple(name for name in axes_of(entry) if name != axis)
-        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
-    return PartitionSpec(*entries)
+    kept = (tuple(a for a in axes_of(entry) if a != axis) for entry in partition)
+    return PartitionSpec(*kept)  # which makes None of (), and 'a' of ('a',)
 
 
 def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
@@ -168,7 +150,3 @@ def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp
         if axis in axes_of(entry):
             return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
     return jax.lax.psum(local, axis)
-
-
-def _names(rules: Rules) -> Axes:
-    return tuple(field.name for field in dataclasses.fields(rules))

@@ -7,6 +7,7 @@ checkpoints and the meshes are the same. `interop.flax_bridge` makes one of a fl
 module.
 """
 
+import dataclasses
 import pathlib
 import types
 from collections.abc import Callable, Mapping
@@ -96,7 +97,7 @@ def text(
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     train, rules = config.train, layout.params
     if config.parallel.sequence:
-        rules = sharding.in_parts(layout, train.length)
+        rules = _in_parts(layout, train.length)
     ops = seam.Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),
@@ -257,6 +258,16 @@ def continued(
         seed=config.run.seed,
     )
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _in_parts(layout: Layout, length: int) -> sharding.Rules:
+    """Rules for activations of rows of this length, of which each device of the tensor
+    axis keeps a part between blocks, where the length divides. Source: arXiv:2205.05198
+    section 4.2.2."""
+    axes, sizes = ("context", "tensor"), layout.mesh.shape
+    if length % (sizes["context"] * sizes["tensor"]) or sizes["pipeline"] > 1:
+        return layout.params
+    return dataclasses.replace(layout.params, residual=axes)
 
 
 def _weights(config: Config) -> dict[str, tuple[stages.Stage, ...]]:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import mesh, sharding
 from jaxinfra.config import RopeScaling
+from jaxinfra.ops import seam
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Rules
@@ -41,9 +42,9 @@ def embed(
     """
     table_spec = jax.typeof(table_VD).sharding.spec
     tokens_spec = sharding.spec(rules, "batch", "length")
-    tokens = math.prod(sharding.local_shape(tokens_BT.shape, tokens_spec))
+    tokens = math.prod(seam.local_shape(tokens_BT.shape, tokens_spec))
     does_travel = "fsdp" in sharding.axes_of(table_spec[1]) and (
-        tokens <= sharding.local_shape(table_VD.shape, table_spec)[0]
+        tokens <= seam.local_shape(table_VD.shape, table_spec)[0]
     )
     way = _exchange if does_travel else _lookup
     lookup = jax.shard_map(

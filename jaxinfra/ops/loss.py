@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import mesh, sharding
+from jaxinfra.ops import seam
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -107,9 +108,9 @@ def _do_tokens_travel(h_BTD, head_VD, cfg) -> bool:
     n = jax.sharding.get_abstract_mesh().shape["fsdp"]
     if n == 1 or "fsdp" not in sharding.axes_of(head_spec[1]):
         return False
-    V = sharding.local_shape(head_VD.shape, head_spec)[0]
+    V = seam.local_shape(head_VD.shape, head_spec)[0]
     spec = jax.typeof(h_BTD).sharding.spec
-    B, T, _ = sharding.local_shape(h_BTD.shape, spec)
+    B, T, _ = seam.local_shape(h_BTD.shape, spec)
     compute, reduce = cfg.policy.compute.itemsize, cfg.policy.reduce.itemsize
     activations = n * B * T * 2 * compute
     return V % n == 0 and activations < V * (compute + reduce) * (n - 1) // n

@@ -150,6 +150,15 @@ def gather(w: jax.Array, policy: Policy) -> jax.Array:
     return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
 
 
+def local_shape(
+    shape: tuple[int, ...], partition: jax.sharding.PartitionSpec
+) -> tuple[int, ...]:
+    """What one device of the mesh that is set has of an array laid out so."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = [sharding.axis_product(mesh, sharding.axes_of(e)) for e in partition]
+    return tuple(size // n for size, n in zip(shape, parts, strict=True))
+
+
 def _apart(x: jax.Array, w: jax.Array, equation: str) -> jax.Array:
     """`x` whole over those axes by which `w` is cut and a dim of x's own is too."""
     x_dims, w_dims, _ = _operands(equation)
