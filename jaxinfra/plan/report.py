@@ -143,11 +143,11 @@ def text(found: dict[str, Any]) -> str:
         f" ({mesh or 'one'}), {found['batch_size']} rows of {found['length']} tokens,"
         f" {found['precision']}, remat {found['remat']}",
         "",
-        "memory of a device, GB",
+        "memory of a device",
     ]
     memory = found["memory"]
     lines += [
-        f"  {name.removesuffix('_bytes').replace('_', ' '):<16}{size / 1e9:9.2f}"
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<16}{_size(size):>12}"
         for name, size in memory.items()
     ]
     if memory["headroom_bytes"] < 0:
@@ -157,19 +157,19 @@ def text(found: dict[str, Any]) -> str:
     compute = found["compute"]
     lines += [
         "",
-        f"work of a device: model {compute['model_flops'] / 1e12:.1f} TFLOP, hardware"
-        f" {compute['hardware_flops'] / 1e12:.1f} ({compute['remat_frac']:.0%} of it"
+        f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP, hardware"
+        f" {compute['hardware_flops'] / 1e12:.3g} ({compute['remat_frac']:.0%} of it"
         " again)",
         "",
-        "on the wire, GB a device          over       how     sent  waited ms",
+        "on the wire of a device           over            how         sent  waited ms",
     ]
     for w in found["wire"]:
         lines.append(
-            f"  {w['kind']:<30}  {w['axes']:<10} {w['how']:<5} {w['bytes'] / 1e9:7.2f}"
-            f"  {w['waited_secs'] * 1e3:9.1f}"
+            f"  {w['kind']:<30}  {w['axes']:<15} {w['how']:<5} {_size(w['bytes']):>9}"
+            f"  {w['waited_secs'] * 1e3:9.2f}"
         )
     lines += ["", "where the core's time goes, ms"]
-    lines += [f"  {k:<36}{v * 1e3:9.1f}" for k, v in compute["scopes"].items()]
+    lines += [f"  {k:<36}{v * 1e3:9.2f}" for k, v in compute["scopes"].items()]
     lines += [
         "",
         f"step {found['step_secs']:.3f} s = compute {compute['compute_secs']:.3f}"
@@ -199,6 +199,13 @@ def by_scope(scopes: dict[str, float]) -> Counter:
         what = "matmul" if "dot_general" in parts else "other"
         total[" ".join(filter(None, (when, part, what)))] += secs
     return total
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.2f} kB"
 
 
 def _sizes(config: Config, target: Target) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """From a config and a target to a plan: built, compiled, played."""
 
+import importlib.metadata
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def plan_step(
         options=compiler_options.for_device(
             devices[0].device_kind, config.runtime.compiler_options
         ),
-        versions={"jax": jax.__version__, "compiler": _version(devices[0])},
+        versions=_versions(target),
     )
     return found, compiled
 
@@ -70,5 +71,6 @@ def rows_of(built: experiment.Experiment) -> Any:
     return packing.Batch(tokens, tokens[:, :4].astype(np.uint16))
 
 
-def _version(device: Any) -> str:
-    return str(getattr(device.client, "platform_version", "")).splitlines()[0]
+def _versions(target: Target) -> dict[str, str]:
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}[target.chip.platform]
+    return {name: importlib.metadata.version(name) for name in ("jax", package)}
