@@ -32,6 +32,7 @@ _HOMES = {
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
+    "train.offload": ("offloaded",),
     "train.rounding": ("apply_stochastic",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),

@@ -234,7 +234,8 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none.
+    that keeps this part of itself each step; 0 means none. offload: the rule's state
+    rests in the host's memory between steps.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -253,6 +254,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -396,6 +398,7 @@ RESUMABLE = (
     "data.prefetch", "data.damaged", "data.cache_gib", "train.steps",
     "train.microbatches", "train.remat", "train.unroll", "train.save_every",
     "train.max_secs", "train.log_batch_digest", "train.loss_chunk",
+    "optimizer.offload",
 )  # fmt: skip
 
 # Keys that only the task of text reads; a config file with a task of its own names

@@ -111,10 +111,8 @@ def build(
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        has_digest = config.train.log_batch_digest
-        return task.observe(batch) | (
-            {"digest": device.digest(batch)} if has_digest else {}
-        )
+        own = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
+        return task.observe(batch) | own
 
     train_step = steps.make_train_step(
         task.on_batch(grad_fn),
@@ -124,6 +122,8 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
+    if config.optimizer.offload:
+        train_step, places = jaxinfra.offloaded(train_step, places)
     made_by = compiler_options.for_mesh(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,

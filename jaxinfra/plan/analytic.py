@@ -8,7 +8,8 @@ moments, each on top of what is at rest:
   backward  saved activations, all gradients, and one layer being recomputed
   update    all gradients
 
-Limits: dense decoders; splash or cuDNN attention; a step without offload.
+Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
+is taken to bring in all of the state at once, which is the most that it can.
 """
 
 import dataclasses
@@ -86,6 +87,7 @@ def memory(config: Config, num_devices: int, hbm_bytes: int) -> Memory:
     size = sharding.bytes_per_device
     parameters, optimizer = size(at_rest.params), size(at_rest.opt_state)
     arguments = size(at_rest) + batch_bytes(config, layout)
+    away = optimizer if config.optimizer.offload else 0
     gradients = size(params.abstract(specs, layout, layout.grads, np.dtype("float32")))
     sizes = layout.mesh.shape
     saved = sum(
@@ -96,14 +98,14 @@ def memory(config: Config, num_devices: int, hbm_bytes: int) -> Memory:
     moments = {
         "loss": saved + summed + _loss_bytes(config, sizes),
         "backward": saved + kept + _layer_bytes(config, specs, layout),
-        "update": gradients,
+        "update": gradients + away,
     }
     return Memory(
         parameters_bytes=parameters,
         optimizer_bytes=optimizer,
         gradients_bytes=gradients,
         activations_bytes=saved,
-        arguments_bytes=arguments,
+        arguments_bytes=arguments - away,
         temporary_bytes=max(moments.values()),
         hbm_bytes=hbm_bytes,
     )
