@@ -10,14 +10,16 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from jaxinfra import compiler_options, stages
+from jaxinfra import compositions, stages
 from jaxinfra.config import (
     AXES,
+    LOW_PRECISION,
     REMAT_NAMES,
     Config,
     ConfigError,
     DataConfig,
     did_you_mean,
+    without_secrets,
 )
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
@@ -33,7 +35,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.num_kv_heads", "train.batch_size", "train.length",
             "train.microbatches", "train.save_every", "train.max_bad_steps",
             "mesh.slices", "parallel.virtual_stages", "runtime.num_processes",
-            "checkpoint.keep",
+            "checkpoint.keep", "quant.history",
         ),
     ),
     "at least 0": (
@@ -42,14 +44,18 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.vocab_size", "model.head_dim", "model.repeats", "model.max_length",
             "model.attention_softcap", "model.logit_softcap", "model.init_std",
             "model.num_experts", "model.experts_per_token", "model.expert_ffn_width",
-            "model.attention_scale_dim", "train.steps",
+            "model.attention_scale_dim", "model.router_groups",
+            "model.router_top_groups", "model.shared_experts", "model.capacity_factor",
+            "train.balance_loss", "train.router_z_loss", "train.router_bias_rate",
+            "train.steps",
             "train.max_secs", "train.loss_chunk", "train.z_loss",
             "optimizer.learning_rate", "optimizer.adam_learning_rate",
             "optimizer.warmup_steps",
             "optimizer.weight_decay", "optimizer.clip_norm", "eval.every",
             "eval.batches", "eval.batch_size", "runtime.cpu_devices",
             "runtime.process_id", "data.prefetch", "runtime.devices",
-            "data.shuffle_block",
+            "data.shuffle_block", "checkpoint.keep_every", "checkpoint.keep_best",
+            "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
         ),
@@ -60,7 +66,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.cache_gib",
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
-            "model.rope_scaling.original_length", "optimizer.eps",
+            "model.rope_scaling.original_length", "model.router_scale",
+            "optimizer.eps",
         ),
     ),
     "at least 0 and below 1": (
@@ -96,6 +103,8 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
     _check_training(config)
+    _check_quant(config)
+    _check_low_bit_state(config)
     _check_runtime(config)
     _check_available(config)
     _check_mesh(config)
@@ -120,6 +129,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
+    compositions.check(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -216,6 +226,19 @@ def _check_model(config: Config) -> None:
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
         )
+    if groups := model.router_groups:
+        top, size = model.router_top_groups, model.num_experts // groups
+        if model.num_experts % groups or not 0 < top <= groups:
+            raise ConfigError(
+                f"model.router_groups={groups} must divide model.num_experts="
+                f"{model.num_experts}, and model.router_top_groups={top} be from 1 to"
+                " it; change one of them, or set model.router_groups to 0"
+            )
+        if top * size < model.experts_per_token:
+            raise ConfigError(
+                f"model.router_top_groups={top} groups have {top * size} experts, fewer"
+                f" than model.experts_per_token={model.experts_per_token}; raise it"
+            )
 
 
 def _check_vocabulary(config: Config, vocab_size: int | None) -> None:
@@ -257,6 +280,47 @@ def _check_training(config: Config) -> None:
         )
 
 
+def _check_quant(config: Config) -> None:
+    precision, quant = config.precision, config.quant
+    if precision in LOW_PRECISION and config.task == "own":
+        raise ConfigError(
+            f"precision={precision} multiplies the weights of text models by name, and"
+            f" config {config.name!r} has a task of its own; set precision to bfloat16"
+        )
+    if quant.scaling == "delayed" and precision != "fp8":
+        raise ConfigError(
+            f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
+            " set quant.scaling to current, or precision to fp8"
+        )
+    if quant.scaling == "delayed" and quant.backward == "compute":
+        raise ConfigError(
+            "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
+            " to low, or quant.scaling to current"
+        )
+
+
+def _check_low_bit_state(config: Config) -> None:
+    optimizer, comm = config.optimizer, config.comm
+    if optimizer.moments == "8bit" and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.moments='8bit' is for adamw, and optimizer.name="
+            f"{optimizer.name!r}; set optimizer.moments to float32"
+        )
+    for key in ("gather", "reduce"):
+        if (kind := getattr(comm, key)) == "compute":
+            continue
+        if config.precision in LOW_PRECISION:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
+                f" gathers what it multiplies; set comm.{key} to compute"
+            )
+        if config.task == "own":
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
+                f" has a task of its own; set comm.{key} to compute"
+            )
+
+
 def _check_remat(remat: str) -> None:
     if remat in ("none", "full", "dots"):
         return
@@ -276,7 +340,12 @@ def _check_remat(remat: str) -> None:
 
 def _check_runtime(config: Config) -> None:
     runtime = config.runtime
-    compiler_options.parse(runtime.compiler_options)
+    for part in filter(None, runtime.compiler_options.split(",")):
+        if not re.fullmatch(r"none|xla_[a-z0-9_]+=\S*", part):
+            raise ConfigError(
+                f"runtime.compiler_options: {part!r} is no option; write xla_name=value,"
+                " xla_name= to drop one, or none to drop all, with commas between"
+            )
     if runtime.process_id >= runtime.num_processes:
         raise ConfigError(
             f"runtime.process_id={runtime.process_id} must be below"
@@ -306,23 +375,14 @@ def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
     mesh = config.mesh
     for axis, what in {
-        "expert": "expert parallelism",
-        "context": "context parallelism",
         "pipeline": "pipeline parallelism",
     }.items():
         if (size := getattr(mesh, axis)) != 1:
             raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
-    if config.precision in ("fp8", "int8", "mxfp8"):
+    if "://" in (value := config.data.cache_dir):
         raise _not_here(
-            f"precision={config.precision}",
-            "that precision",
-            "set precision to float32 or bfloat16, bfloat16_params or float16",
+            f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
         )
-    for key in ("run.dir", "data.cache_dir"):
-        if "://" in (value := _get(config, key)):
-            raise _not_here(
-                f"{key}={value!r}", "remote storage", f"set {key} to a local path"
-            )
 
 
 def _check_mesh(config: Config) -> None:
@@ -330,6 +390,7 @@ def _check_mesh(config: Config) -> None:
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
+    compositions.check(config, sizes)
     _check_divisible(config, sizes)
 
 
@@ -342,6 +403,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     ]
     if config.model.expert_ffn_width:
         dims.append(("tensor", "expert_ffn_width"))
+    if _has_expert_layer(config):
+        dims.append(("expert", "num_experts"))
     if resolve_zero(config) >= 1:
         dims.append(("fsdp", "width"))
     for axis, name in dims if config.task == "text" else ():
@@ -351,6 +414,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
+    if config.task == "text" and sizes.get("context", 1) > 1:
+        _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
@@ -379,6 +444,30 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
+def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
+    """What the way of config.parallel.context asks of rows and heads."""
+    way, parts = config.parallel.context, sizes["context"]
+    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
+    if config.train.length % cuts:
+        raise ConfigError(
+            f"train.length={config.train.length} does not divide into the {cuts} parts"
+            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
+            f" set train.length to a multiple of {cuts}, or change mesh.context"
+        )
+    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
+    copies = parts // math.gcd(heads, parts)
+    if (
+        way == "ulysses"
+        and config.model.num_heads // config.model.num_kv_heads % copies
+    ):
+        raise ConfigError(
+            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
+            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
+            f" of size {parts}, which parallel.context='ulysses' does; set"
+            " parallel.context to ring, or mesh.context to a divisor of the heads"
+        )
+
+
 def _check_paths(config: Config) -> None:
     data, run = config.data, config.run
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
@@ -397,7 +486,20 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(
             "init.model=true takes the model of init.from, which is empty; set it"
         )
-    for key, path in (("run.dir", run.dir), ("data.cache_dir", data.cache_dir)):
+    is_url = "://" in run.dir
+    if is_url and not re.fullmatch(r"(s3|gs)://[^@/]{3,}(/.*)?", run.dir):
+        scheme = run.dir.partition("://")[0]
+        raise ConfigError(
+            f"run.dir={scheme}://... must be a path, s3://bucket/folder or gs://bucket/"
+            f"folder, without a user or a key in it{did_you_mean(scheme, ('s3', 'gs'))}"
+        )
+    if is_url and config.profile.steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} writes to a local run.dir alone; "
+            "set it to 0, or run.dir to a path"
+        )
+    local = {"run.dir": "" if is_url else run.dir, "data.cache_dir": data.cache_dir}
+    for key, path in local.items():
         file = _first_existing(path)
         if not os.path.isdir(file):
             raise ConfigError(
@@ -420,7 +522,10 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
-    if path and ("://" in path or os.path.exists(os.path.expanduser(path))):
+    # Models and tokenizers are read from folders, which may be in a bucket.
+    is_folder = key in ("data.tokenizer", "init.from")
+    is_url = path.startswith(("s3://", "gs://")) or ("://" in path and not is_folder)
+    if path and (is_url or os.path.exists(os.path.expanduser(path))):
         return  # what a server has is known when it is asked
     folder = os.path.dirname(path)
     try:
@@ -431,7 +536,8 @@ def _check_exists(key: str, path: str, known: Iterable[str] = ()) -> None:
     near = near or did_you_mean(path, [os.path.join(folder, file) for file in beside])
     also = "".join(f", or {name!r}" for name in known)
     raise ConfigError(
-        f"{key}={path!r} is not there; give a path that exists{also}{near}"
+        f"{key}={without_secrets(path)!r} is not there; give a path that "
+        f"exists{also}{near}"
     )
 
 

@@ -9,6 +9,7 @@ change.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -17,12 +18,32 @@ Precision = Literal[
 ]
 
 
+# Those that are bfloat16 but for the matmuls of a recipe (`quant.*`).
+LOW_PRECISION = ("fp8", "int8", "mxfp8")
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: says what is wrong, the rule, the fix, the key."""
 
 
 class DataError(ValueError):
     """A bad file, option or data set: the message says what, the rule and the fix."""
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"']+")
+_USER = re.compile(r"^[^/@:]*(:(?!\d+(/|$))[^@]*)?@")  # `host:80/a@b` has none
+
+
+def redacted(url: str) -> str:
+    """The URL without what may be secret: user, password and query."""
+    scheme, mark, rest = url.partition("://")
+    rest, query, _ = rest.partition("?")
+    return scheme + mark + _USER.sub("", rest) + ("?..." if query else "")
+
+
+def without_secrets(text: str) -> str:
+    """The text with every URL in it `redacted`."""
+    return _URL.sub(lambda url: redacted(url[0]), text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -97,7 +118,12 @@ class ModelConfig:
 
     Experts: a layer with feed_forward='experts' sends each token to the
     experts_per_token likeliest of num_experts; their shares are made to sum to 1 if
-    router_renormalize. expert_ffn_width 0 means ffn_width.
+    router_renormalize, then multiplied by router_scale. router: scores are a softmax
+    over experts, or each one's own sigmoid. router_groups: experts of the
+    router_top_groups best of so many groups alone are taken; 0 means all.
+    shared_experts: further ones that every token meets. expert_ffn_width 0 means
+    ffn_width. capacity_factor: in training an expert takes at most so many times its
+    even share of a row, in order of position, and the rest is dropped; 0 drops none.
     """
 
     vocab_size: int = 0
@@ -138,6 +164,12 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_ffn_width: int = 0
     router_renormalize: bool = True
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_scale: float = 1.0
+    router_groups: int = 0
+    router_top_groups: int = 0
+    shared_experts: int = 0
+    capacity_factor: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -203,8 +235,12 @@ class TrainConfig:
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
-    training alone. rounding: how an update enters parameters kept in bfloat16.
-    max_bad_steps: non-finite steps in a row before the run gives up (exit 11).
+    training alone. balance_loss, router_z_loss: weights, in training alone, of how
+    unevenly each layer's experts are used (1 is even) and of the router's squared
+    log-sum-exp, means over a row's targets; router_bias_rate: how far each expert's
+    bias moves a step to even out their use. rounding: how an update enters parameters
+    kept in bfloat16. max_bad_steps: non-finite steps in a row before the run gives up
+    (exit 11).
     """
 
     steps: int = 300
@@ -220,6 +256,9 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    router_bias_rate: float = 0.0
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     max_bad_steps: int = 10
 
@@ -234,8 +273,9 @@ class OptimizerConfig:
     decay_fraction: the part of all steps over which 'wsd' falls; final_fraction: of the
     peak, at the end ('constant' and 'inverse_sqrt' end where they are). clip_norm 0
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
-    that keeps this part of itself each step; 0 means none. offload: the rule's state
-    rests in the host's memory between steps.
+    that keeps this part of itself each step; 0 means none. moments: how adamw's two
+    are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
+    offload: the rule's state rests in the host's memory between steps.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -254,7 +294,37 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
     offload: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
+
+    scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
+    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
+    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
+    underflow and scales (metrics quant/...).
+    """
+
+    scaling: Literal["current", "delayed"] = "current"
+    backward: Literal["low", "compute"] = "low"
+    history: int = 16
+    skip: str = ""
+    figures: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """In how many bits a block's weights and their gradients cross the fsdp axis.
+
+    gather: parameters, on their way to each use; reduce: gradients, on their way to
+    their shard. compute: as precision says.
+    """
+
+    gather: Literal["compute", "int8", "fp8"] = "compute"
+    reduce: Literal["compute", "int8", "fp8"] = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,12 +362,18 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the pipeline, context and tensor axes work. sequence: activations between
-    blocks are cut along the length over tensor, where it divides the length."""
+    """How the pipeline, context, expert and tensor axes work.
+
+    context: keys and values go round the devices (ring), heads are exchanged for length
+    (ulysses), or keys and values are gathered. experts: tokens go to their experts
+    (dropless), or every expert meets every token (dense). sequence: activations between
+    blocks are cut along the length over tensor, where `tasks.activation_rules` can.
+    """
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
+    experts: Literal["dropless", "dense"] = "dropless"
     sequence: bool = True
 
 
@@ -306,7 +382,8 @@ class RuntimeConfig:
     """The processes and devices of the run; none of it changes a result.
 
     cpu_devices: simulate so many CPU devices; 0 means the real ones. coordinator,
-    num_processes, process_id: several processes (host:port of process 0).
+    num_processes, process_id: several processes (host:port of process 0); where none
+    are stated and `discover`, those that a launcher tells of (`launch.discovery`).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
     compile_cache: keep compiled programs in data.cache_dir. compiler_options: changes
     to what `jaxinfra.compiler_options` has for the devices: name=value, name= to drop
@@ -317,6 +394,7 @@ class RuntimeConfig:
     coordinator: str = ""
     num_processes: int = 1
     process_id: int = 0
+    discover: bool = True
     devices: int = 0
     compile_cache: bool = True
     compiler_options: str = ""
@@ -342,9 +420,24 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints: `keep` newest stay."""
+    """Which steps stay, and what a save takes of the host.
+
+    keep: so many newest stay. And so do, where not 0: every step that is a multiple of
+    keep_every; the keep_best best ones by best_metric, of those evaluated when they
+    were saved; all of the last keep_hours. staging_gib: host memory for copies on their
+    way to the disk or from it; 0: what the state takes, and a save blocks the loop
+    least. defer_copies: the devices copy the state, which takes room for a second one,
+    and its way to the host overlaps the next steps.
+    """
 
     keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    best_metric: str = "eval/loss"
+    best: Literal["lowest", "highest"] = "lowest"
+    keep_hours: float = 0.0
+    staging_gib: float = 0.0
+    defer_copies: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,6 +471,8 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    quant: QuantConfig = QuantConfig()
+    comm: CommConfig = CommConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -389,7 +484,9 @@ class Config:
 
 
 # Settings of a model that only training reads: they change no logit.
-FOR_TRAINING = ("dropout", "init_std", "residual_scale_init", "document_mask")
+FOR_TRAINING = (
+    "dropout", "init_std", "residual_scale_init", "document_mask", "capacity_factor",
+)  # fmt: skip
 
 # Keys that a resumed run may change: they move work, not results.
 RESUMABLE = (
@@ -408,7 +505,8 @@ TEXT_KEYS = (
     "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
     "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "eval.sets",
+    "train.label_smoothing", "train.balance_loss", "train.router_z_loss",
+    "train.router_bias_rate", "eval.sets",
 )  # fmt: skip
 
 # Activations that `train.remat` save:NAME+NAME may keep; the model names them so.

@@ -18,7 +18,6 @@ import optax
 import jaxinfra
 from jaxinfra import (
     checks,
-    compiler_options,
     mesh,
     options,
     params,
@@ -28,7 +27,7 @@ from jaxinfra import (
     tasks,
 )
 from jaxinfra.checkpoint import processes
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.data import device
 from jaxinfra.precision import Policy
 from jaxinfra.resilience import exitcodes, preemption
@@ -46,8 +45,8 @@ class Experiment(NamedTuple):
 
     train_step(state, batch) -> (state, metrics), jitted with its state donated.
     eval_step(params, model_state, batch) -> (loss_sum, Aux), jitted.
-    init(weights=None) -> the first TrainState, sharded. schedule(step) -> part of the
-    peak.
+    init(weights=None) -> the first TrainState, sharded; abstract() -> its shapes.
+    schedule(step) -> part of the peak.
     """
 
     config: Config
@@ -60,6 +59,7 @@ class Experiment(NamedTuple):
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[jax.Array, objective.Aux]]
     init: Callable[..., TrainState]
+    abstract: Callable[[], TrainState]
 
     @property
     def model(self) -> Any:
@@ -105,7 +105,7 @@ def build(
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
-        objective.grad_of(task.loss_fn),
+        task.grad_fn or objective.grad_of(task.loss_fn),
         config.train.microbatches,
         shardings=places.grads,
     )
@@ -122,9 +122,12 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
+    parts = (task.specs, tx, places, layout)
+    how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
+    how["model_state"] = task.model_state
     if config.optimizer.offload:
         train_step, places = jaxinfra.offloaded(train_step, places)
-    made_by = compiler_options.for_mesh(layout.mesh, config.runtime.compiler_options)
+    made_by = jaxinfra.options_for(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,
         layout=layout,
@@ -135,17 +138,8 @@ def build(
         schedule=schedule,
         train_step=jax.jit(train_step, donate_argnums=0, compiler_options=made_by),
         eval_step=jax.jit(evaluate.make_eval_step(task.on_batch(task.loss_fn))),
-        init=functools.partial(
-            states.init_state,
-            task.specs,
-            tx,
-            places,
-            layout,
-            dtype=policy.param,
-            seed=config.run.seed,
-            first=task.first,
-            loss_scale=policy.loss_scale,
-        ),
+        init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
+        abstract=functools.partial(states.abstract_state, *parts, **how),
     )
 
 
@@ -202,14 +196,15 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         stop = enter(preemption.stop_requests())
         owner = enter(states.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))
-        abstract = abstract_state(experiment)
+        abstract = experiment.abstract()
         saver = states.Saver(
             run_dir,
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
             stream=stream.identity(),
-            config=options.to_json(config),
-            keep=config.checkpoint.keep,
+            config=options.recorded(config),
+            settings=config.checkpoint,
+            journal=journal,
             owner=owner,
             group=group,
         )
@@ -232,11 +227,18 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         )
         for passed_over, why in saver.rejected:
             journal.say(f"step {passed_over} is passed over: {why}")
-        fetched = device.prefetch(
-            tasks.make_fetch(config, task, rows, journal.damage),
-            start,
-            config.train.steps,
-            depth=config.data.prefetch,
+        stop_wanted = lambda: preemption.why_stop(
+            stop, since_secs=started_secs, max_secs=config.train.max_secs
+        )
+        failed: list[DataError] = []
+        fetched = tasks.fetched(
+            config,
+            task,
+            rows,
+            start=start,
+            tell_damage=journal.damage,
+            gives_up=lambda: stop_wanted() is not None,
+            failed=failed,
         )
         state, code = loop.run(
             experiment.train_step,
@@ -252,14 +254,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
                     state.model_state,
                 ),
                 ballot=processes.make_ballot(layout.mesh),
-                stop_wanted=lambda: preemption.why_stop(
-                    stop, since_secs=started_secs, max_secs=config.train.max_secs
-                ),
-                profile=enter(
-                    facts.tracing(
-                        run_dir, start=config.profile.start, steps=config.profile.steps
-                    )
-                ),
+                stop_wanted=stop_wanted,
+                profile=enter(facts.profiler(config.profile, run_dir)),
             ),
             saver=saver,
             journal=journal,
@@ -268,8 +264,11 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if code == exitcodes.SAVE_FAILED:
             owner.check()  # a save refused because another run owns the folder: exit 16
         journal.event("end", step=int(jax.device_get(state.step)), code=code)
+        if failed:
+            raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            journal.say(task.ending(optim.averaged(state.opt_state, state.params)))
+            weights = optim.averaged(state.opt_state, state.params)
+            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
         return code
 
 
@@ -277,7 +276,7 @@ def trace(experiment: Experiment) -> int:
     """Traces the whole step, compiling nothing, and prints the parameter table."""
     assert experiment.task.stream is not None
     batch = abstract_batch(experiment, experiment.task.stream.batch(0, np.arange(1)))
-    experiment.train_step.lower(abstract_state(experiment), batch)
+    experiment.train_step.lower(experiment.abstract(), batch)
     table = params.table(experiment.task.specs)
     print(*filter(None, (table, experiment.task.notes)), sep="\n")
     return exitcodes.DONE
@@ -285,15 +284,7 @@ def trace(experiment: Experiment) -> int:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
-    return states.abstract_state(
-        experiment.task.specs,
-        experiment.tx,
-        experiment.shardings,
-        experiment.layout,
-        dtype=experiment.policy.param,
-        first=experiment.task.first,
-        loss_scale=experiment.policy.loss_scale,
-    )
+    return experiment.abstract()
 
 
 def abstract_batch(experiment: Experiment, rows: Any) -> Any:

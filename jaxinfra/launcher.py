@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jaxinfra
-from jaxinfra import runfolder
+from jaxinfra import checks, runfolder
 from jaxinfra.config import Config, ConfigError, DataError
+from jaxinfra.launch import discovery
 from jaxinfra.resilience import exitcodes, preemption
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
@@ -28,13 +29,16 @@ def run(config: Config, get_task: Callable[..., Any] | None = None) -> int:
 
     Raises ConfigError and DataError for input that cannot work.
     """
+    job = discovery.find(os.environ) if config.runtime.discover else None
+    config = discovery.applied(config, job)
+    checks.check(config)
     prepare_process(config)
     from jaxinfra import experiment
     from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, NoUsableCheckpoint
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
-        start_jax(config)
+        start_jax(config, None if job is None else job.local_id)
         with _job(config):
             config, source = _begin(config)
             return experiment.train(config, get_task, source)
@@ -70,8 +74,12 @@ def prepare_process(config: Config) -> None:
         os.environ.setdefault("NPROC", str(threads))
 
 
-def start_jax(config: Config) -> None:
-    """Where compiled programs are kept, and the other processes, once jax is there."""
+def start_jax(config: Config, local_id: int | None = None) -> None:
+    """Where compiled programs are kept, and the other processes, once jax is there.
+
+    `local_id`: this process's number on a host whose accelerators it shares out; each
+    process then takes one.
+    """
     import jax
 
     runtime = config.runtime
@@ -85,6 +93,7 @@ def start_jax(config: Config) -> None:
             runtime.coordinator,
             runtime.num_processes,
             runtime.process_id,
+            local_device_ids=None if runtime.cpu_devices else local_id,
             cluster_detection_method="deactivate",
             # `watched` comes first, with a code of ours: jax ends a process by SIGABRT.
             heartbeat_timeout_seconds=60,
@@ -96,9 +105,8 @@ def _begin(config: Config) -> tuple[Config, Any]:
     come from: None where they are random, or the run has saved some."""
     if not config.init.from_:
         return config, None
-    old = runfolder.begun(config)
-    if runfolder.has_checkpoint(config) and old is not None:
-        return runfolder.as_begun(config, old), None
+    if runfolder.has_checkpoint(config) and (old := jaxinfra.begun(config)):
+        return jaxinfra.as_begun(config, old), None
     # By its public name, which loads the module: a plain run needs none of it.
     source = jaxinfra.open_source(config.init.from_)
     return (source.adopt(config) if config.init.model else config), source

@@ -23,7 +23,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxinfra import checks
-from jaxinfra.config import RESUMABLE, TEXT_KEYS, Config, ConfigError, did_you_mean
+from jaxinfra.config import (
+    RESUMABLE,
+    TEXT_KEYS,
+    Config,
+    ConfigError,
+    did_you_mean,
+    without_secrets,
+)
 
 DEFAULT_CONFIG = "tiny"
 HELP = ("--help", "-h")
@@ -149,6 +156,11 @@ def to_json(config: Config) -> dict[str, Any]:
     return _plain(config)
 
 
+def recorded(config: Config) -> dict[str, Any]:
+    """`to_json` as it is kept on disk: no URL in it has a password or a signature."""
+    return _without_secrets(to_json(config))
+
+
 def from_json(tree: Any, *, fill: bool = False) -> Config:
     """The config of `to_json`; unknown or missing keys and wrong types are errors.
 
@@ -165,8 +177,8 @@ def leaves(config: Config) -> dict[str, Any]:
 
 
 def diff(old: Config, new: Config) -> list[Change]:
-    """The settings that differ, by dotted key."""
-    before, after = leaves(old), leaves(new)
+    """The settings that differ, by dotted key; of URLs what is not secret."""
+    before, after = (dict(_flatten(recorded(x), "")) for x in (old, new))
     return [
         (key, before.get(key), after.get(key))
         for key in before | after
@@ -297,6 +309,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, dict) else value
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _build(kind: Any, raw: Any, key: str) -> Any:

@@ -66,6 +66,8 @@ POLICIES = {
         loss_scale=2.0**10,
     ),
 }
+# `quant.recipe` says which matmuls have fewer bits; all else is bfloat16's.
+POLICIES |= dict.fromkeys(("fp8", "int8", "mxfp8"), POLICIES["bfloat16"])
 
 
 def policy(name: str) -> Policy:

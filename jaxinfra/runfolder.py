@@ -11,38 +11,45 @@
 Imports no jax: a changed config is refused before jax loads.
 """
 
-import dataclasses
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from jaxinfra import options
-from jaxinfra.config import FOR_TRAINING, Config, ConfigError
+import jaxinfra
+from jaxinfra.config import Config, ConfigError, without_secrets
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
 _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 
-def folder(config: Config) -> pathlib.Path:
-    """Where the run of `config` lives."""
-    return pathlib.Path(config.run.dir or f"runs/{config.name}").expanduser()
+def folder(config: Config) -> Any:
+    """Where the run of `config` lives: a path, or an `ObjectPath` that acts as one."""
+    return _place(config.run.dir or f"runs/{config.name}")
 
 
-def run_and_step(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+def run_and_step(path: str | pathlib.Path) -> tuple[Any, int | None]:
     """RUN and STEP of RUN@STEP; a path that is there is never cut at an @."""
-    place = pathlib.Path(path).expanduser()
+    place = _place(str(path))
     run, at, step = str(place).rpartition("@")
     if at and not place.exists() and step.isdecimal():
-        return pathlib.Path(run), int(step)
+        return _place(run), int(step)
     return place, None
+
+
+def _place(path: str) -> Any:
+    # By its public name, which loads it: a run on disk needs none of it.
+    is_url = "://" in path
+    return jaxinfra.ObjectPath(path) if is_url else pathlib.Path(path).expanduser()
 
 
 def cache_dir(config: Config) -> pathlib.Path:
@@ -58,50 +65,9 @@ def check_resume(config: Config) -> None:
     if path.is_file() and not config.run.accept_changes:
         try:
             tree = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is no JSON ({error}); put it back") from error
-        refuse_changes(tree, config, where=str(path))
-
-
-def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
-    """Raises ConfigError, with a diff, if `config` differs from the one that `where`
-    holds as JSON in a key that a resumed run may not change."""
-    try:
-        old = options.from_json(old_tree, fill=True)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{where} is not a config of this version: {error}; choose another "
-            "--run.dir, or go on with this one by --run.accept_changes true"
-        ) from error
-    config = as_begun(config, old)
-    changes = options.not_resumable(options.diff(old, config))
-    if changes:
-        lines = "".join(f"\n  {key}: {was!r} -> {now!r}" for key, was, now in changes)
-        raise ConfigError(
-            f"the run was started with other settings, says {where}:{lines}\nset them "
-            "back, choose another --run.dir, or go on by --run.accept_changes true"
-        )
-
-
-def as_begun(config: Config, old: Config) -> Config:
-    """`config` with what the first start found out, as `old` tells: the tokenizer's
-    vocabulary, and the model of init.from where init.model takes it."""
-    ours = config.model
-    model = old.model if config.init.model else ours
-    stated = {name: getattr(ours, name) for name in FOR_TRAINING if config.init.model}
-    vocab_size = ours.vocab_size or old.model.vocab_size
-    model = dataclasses.replace(model, vocab_size=vocab_size, **stated)
-    return dataclasses.replace(config, model=model)
-
-
-def begun(config: Config) -> Config | None:
-    """The config of the last start, None where there was none."""
-    path = folder(config) / "config.json"
-    return (
-        options.from_json(json.loads(path.read_text()), fill=True)
-        if path.is_file()
-        else None
-    )
+        jaxinfra.refuse_changes(tree, config, where=str(path))
 
 
 def has_checkpoint(config: Config) -> bool:
@@ -110,11 +76,15 @@ def has_checkpoint(config: Config) -> bool:
     return steps.is_dir() and any(path.name.isdecimal() for path in steps.iterdir())
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Any, value: Any) -> None:
     """Replaces a JSON file at once: it is old or new, never half."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if not isinstance(path, pathlib.Path):
+        path.write_bytes(text.encode())
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -133,37 +103,58 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "commit": _commit(),
-        "arguments": sys.argv[1:],
+        "arguments": [without_secrets(word) for word in sys.argv[1:]],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": devices,
     }
 
 
+def json_lines(path: Any) -> "JsonLines":
+    """A file of JSON lines to append to; parts of one in an object store."""
+    return (
+        JsonLines(path) if isinstance(path, pathlib.Path) else jaxinfra.JsonParts(path)
+    )
+
+
 class JsonLines:
-    """A file of one JSON object a line, appended to; durable after `sync`."""
+    """A file of one JSON object a line, appended to; durable after `sync`, which may
+    be called in another thread. What a full disk does not take waits for the next try.
+    """
 
     def __init__(self, path: pathlib.Path):
         _cut_torn_line(path)
-        self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
-        self._is_dirty = False
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - of the whole run
+        self._waiting, self._is_dirty = b"", False
+        self._lock = threading.Lock()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._is_dirty = True
+        with self._lock, contextlib.suppress(OSError):  # `sync` raises it
+            self._waiting += json.dumps(record).encode() + b"\n"
+            self._flush()
 
     def event(self, kind: str, **fields: Any) -> None:
         """A record of what happens now."""
         self.write({"time": time.time(), "event": kind, **fields})
 
     def sync(self) -> None:
-        if self._is_dirty:
-            os.fsync(self._file.fileno())
-            self._is_dirty = False
+        with self._lock:
+            self._flush()
+            is_dirty, self._is_dirty = self._is_dirty, False
+        try:
+            if is_dirty:
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._is_dirty = True
+            raise
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        with contextlib.closing(self._file):
+            self.sync()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._is_dirty = True
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def _cut_torn_line(path: pathlib.Path) -> None:
@@ -172,37 +163,6 @@ def _cut_torn_line(path: pathlib.Path) -> None:
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:
             os.truncate(path, len(whole[0]) + len(whole[1]))
-
-
-def rewind_metrics(run_dir: pathlib.Path, step: int) -> int:
-    """Moves lines of steps after `step` to metrics.lost.jsonl; returns how many.
-
-    A last line that a crash cut short goes too. The lost lines are on disk before the
-    kept ones replace the file, so a crash in between loses nothing.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return 0
-    kept, lost = [], []
-    for line in path.read_text().splitlines():
-        try:
-            is_kept = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            is_kept = False
-        (kept if is_kept else lost).append(line + "\n")
-    if not lost:
-        return 0
-    with open(run_dir / "metrics.lost.jsonl", "a") as file:
-        file.writelines(lost)
-        file.flush()
-        os.fsync(file.fileno())
-    aside = run_dir / ".metrics.jsonl.tmp"
-    with open(aside, "w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    return len(lost)
 
 
 def _commit() -> str:

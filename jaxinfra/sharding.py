@@ -21,13 +21,14 @@ class Rules:
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)
-    residual: Axes = ("context",)  # T of what layers pass on; see tasks
+    residual: Axes = ("context",)  # T between layers: tasks.activation_rules
     width: Axes = ()  # D of activations
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("tensor",)
-    experts: Axes = ()
+    experts: Axes = ("expert",)
+    rows: Axes = ("data", "fsdp")  # of a batch whose tokens are with their experts
     layers: Axes = ()
 
 
@@ -48,6 +49,7 @@ _KEYS = {
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
     "layers": "model.repeats",
+    "experts": "model.num_experts",
 }
 
 

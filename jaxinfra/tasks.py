@@ -10,7 +10,7 @@ module.
 import dataclasses
 import pathlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,16 +19,16 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import runfolder, sharding, stages
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError, DataError
 from jaxinfra.data import batches, device, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, loss, seam
+from jaxinfra.ops import attention, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout
 from jaxinfra.train import evaluate, facts, objective
-from jaxinfra.train.objective import LossFn
+from jaxinfra.train.objective import GradFn, LossFn
 
 
 class Stream(Protocol):
@@ -50,13 +50,14 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
-    first(key) -> (params, model_state); None: as `specs` say, and no model state.
+    grad_fn: of loss_fn, for training; None: `objective.grad_of(loss_fn)`.
+    first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
       what it does comes before microbatches are cut: rows get their ids there.
     observe(batch) -> metrics of a batch. unit: what the loss's weights count.
     flops_per_row: forward and backward; 0: not known, and no MFU is shown.
-    ending(params) -> text that a finished run ends with; None: nothing.
+    ending(params, model_state) -> text that a finished run ends with; None: nothing.
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
@@ -64,15 +65,17 @@ class Task(NamedTuple):
 
     specs: Tree
     loss_fn: LossFn
+    grad_fn: GradFn | None = None
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
     first: Callable[[jax.Array], tuple[Tree, Tree]] | None = None
+    model_state: Callable[[], Tree] = tuple
     update_state: Callable[[Tree, Any], Tree] = lambda model_state, stats: model_state
     on_batch: Callable[[Any], Any] = lambda function: function
     observe: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
     unit: str = "row"
     flops_per_row: float = 0.0
-    ending: Callable[[Tree], str] | None = None
+    ending: Callable[[Tree, Tree], str] | None = None
     notes: str = ""
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
@@ -95,14 +98,21 @@ def text(
 ) -> Task:
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
-    train, rules = config.train, layout.params
-    if config.parallel.sequence:
-        rules = _in_parts(layout, train.length)
-    ops = seam.Ops(
-        seam.make_einsum(policy, rules),
-        attention.make_attend(rules),
-        layers.dense_dispatch,
-    )
+    rules, train = activation_rules(config, layout), config.train
+    einsum, low = _in_precision(config, layout, policy)
+    dispatch = routers = None
+    # By their public names, which load them: most models need none of these.
+    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+        routers = jaxinfra.Routers(config)
+        dispatch = jaxinfra.make_dispatch(
+            config.model, policy=policy, rules=rules, way=config.parallel.experts
+        )
+    attend, order_T = attention.make_attend(rules), None
+    if (parts := layout.mesh.shape["context"]) > 1:
+        way = config.parallel.context
+        attend = jaxinfra.make_split_attend(rules, way=way)
+        order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
+    ops = seam.Ops(einsum, attend, dispatch)
     model = transformer.make_model(
         config.model,
         ops=ops,
@@ -123,12 +133,16 @@ def text(
             label_smoothing=train.label_smoothing,
         ),
         document_mask=config.model.document_mask,
+        routers=routers,
+        order_T=order_T,
     )
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
     # The key tells the loss that it is trained by: without one it does not smooth.
-    is_random = config.model.dropout > 0 or train.label_smoothing > 0
+    only_in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
+    is_random = config.model.dropout > 0 or any(only_in_training)
+    is_random |= config.precision == "int8"  # gradients are rounded by chance
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
@@ -141,13 +155,20 @@ def text(
         notes=attention.table(),
         model=model,
     )
+    if routers is not None:
+        task = task._replace(
+            model_state=routers.first_state, update_state=routers.update_state
+        )
+    task = low(task, per_token)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    ending = lambda weights: "--- sample ---\n{}".format(
-        *continued(config, layout, policy, tokenizer, weights, [prompt])
+    ending = lambda weights, model_state: "--- sample ---\n{}".format(
+        *continued(
+            config, layout, policy, tokenizer, weights | (model_state or {}), [prompt]
+        )
     )
     return task._replace(
         stream=batches.make_stream(
@@ -165,6 +186,42 @@ def text(
         files={runfolder.TOKENIZER: tokenizer.to_json()},
         damage=lambda: [line for opened in data.values() for line in _taken(opened)],
     )
+
+
+def _in_precision(config: Config, layout: Layout, policy: Policy):
+    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
+    it. What is for low precision is loaded, by its public name, where that is asked."""
+    comm = config.comm
+    if (comm.gather, comm.reduce) == ("compute", "compute"):
+        einsum = seam.make_einsum(policy, activation_rules(config, layout))
+    else:
+        einsum = jaxinfra.low_bit_traffic(
+            policy, layout.params, gather=comm.gather, reduce=comm.reduce
+        )
+    if config.precision not in LOW_PRECISION:
+        return einsum, lambda task, per_token: task
+    return jaxinfra.low_precision_training(config, layout, policy, einsum)
+
+
+def activation_rules(config: Config, layout: Layout) -> sharding.Rules:
+    """Where activations are in training: as `layout.params` says, but that each device
+    of the tensor axis keeps a part of the length between blocks (parallel.sequence).
+
+    Not where it does not divide the length, and not yet beside other axes that cut the
+    length or the depth, experts, or products in low precision. Source: arXiv:2205.05198
+    section 4.2.2.
+    """
+    sizes, plain = layout.mesh.shape, ("compute", "compute")
+    can_be = (
+        config.parallel.sequence
+        and config.train.length % sizes["tensor"] == 0
+        and (sizes["context"], sizes["pipeline"], sizes["expert"]) == (1, 1, 1)
+        and all(layer.feed_forward == "dense" for layer in config.model.layers)
+        and config.precision not in LOW_PRECISION
+        and (config.comm.gather, config.comm.reduce) == plain
+    )
+    rules = layout.params
+    return dataclasses.replace(rules, residual=("tensor",)) if can_be else rules
 
 
 def open_sets(config: Config) -> dict[str, shards.Dataset]:
@@ -214,16 +271,26 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
     return shards.open_dataset(folder, damaged=config.data.damaged)
 
 
-def make_fetch(
+def fetched(
     config: Config,
     task: Task,
     sharding: jax.NamedSharding,
+    *,
+    start: int,
     tell_damage: Callable[[int, str], None],
-) -> Callable[[int], tuple]:
-    """step -> the rows of the task's stream, on the devices."""
+    gives_up: Callable[[], bool],
+    failed: list[DataError],
+) -> Iterator[device.Fetched]:
+    """Batches of the task's stream on the devices, from step `start` on, made ahead.
+
+    They end early where `gives_up` says so while one is waited for, or data cannot be
+    had, of which `failed` gets the error; of several processes, which must end at the
+    same step, that error ends this one.
+    """
     sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
     assert task.stream is not None
     host_rows = task.stream.batch
+    is_alone = jax.process_count() == 1
 
     def fetch(step: int) -> tuple:
         batch = device.to_device(
@@ -233,7 +300,14 @@ def make_fetch(
             tell_damage(step, line)
         return batch
 
-    return fetch
+    batches = device.prefetch(
+        fetch,
+        start,
+        config.train.steps,
+        depth=config.data.prefetch,
+        gives_up=lambda: is_alone and gives_up(),
+    )
+    return device.until_none_comes(batches, failed) if is_alone else batches
 
 
 def continued(
@@ -258,16 +332,6 @@ def continued(
         seed=config.run.seed,
     )
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _in_parts(layout: Layout, length: int) -> sharding.Rules:
-    """Rules for activations of rows of this length, of which each device of the tensor
-    axis keeps a part between blocks, where the length divides. Source: arXiv:2205.05198
-    section 4.2.2."""
-    axes, sizes = ("context", "tensor"), layout.mesh.shape
-    if length % (sizes["context"] * sizes["tensor"]) or sizes["pipeline"] > 1:
-        return layout.params
-    return dataclasses.replace(layout.params, residual=axes)
 
 
 def _weights(config: Config) -> dict[str, tuple[stages.Stage, ...]]:

@@ -6,16 +6,25 @@
     python scripts/bench.py loop               host time a step that the loop costs
     python scripts/bench.py data [--peers]     the stream on one core, and Grain and
                                                torch's DataLoader on the same file
+    python scripts/bench.py checkpoint [--peers]   a state of 1 GB saved and restored,
+                                               against bare threads, and Orbax
     python scripts/bench.py shakespeare        configs/shakespeare_char.py, three seeds
     python scripts/bench.py images [--fashion FOLDER]   digits_convnet, fashion_convnet,
                                                against plain flax and scikit-learn
     python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
                                                against float32 masters: 500 steps
+    python scripts/bench.py device             the accelerator that is here, or the CPU:
+                                               kernels against float32, a step's MFU,
+                                               offload, bandwidths
+    python scripts/bench.py experts            a step of tiny_moe by every way to meet
+                                               experts, and without them
     python scripts/bench.py sft --model SOURCE   a published model that learns answers
                                                cut from the shipped plays
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
                                                .gguf) against transformers: the same
                                                perplexity, the same greedy text
+    python scripts/bench.py faults [--full] [--rows 1,6] [--minutes 5]   the fault
+                                               table: see scripts/faults/__init__.py
 
 Each prints a table and writes it to scripts/results/<verb>.json. A peer never shares
 this environment: `--peers` makes one for it in the cache folder. Machines are noisy:
@@ -47,18 +56,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
-    verbs |= {"rounding": rounding, "sft": sft, "data": data}
+    verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
+    verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
     parser.add_argument("--model", help="folder or .gguf file, for sft, published")
+    parser.add_argument("--full", action="store_true", help="faults: every row N times")
+    parser.add_argument("--rows", default="", help="faults: these rows, as in 1,6,loop")
+    parser.add_argument(
+        "--trials", type=int, default=0, help="faults: at most, of a row"
+    )
+    parser.add_argument("--minutes", type=float, default=0, help="faults: stop after")
+    parser.add_argument("--ledger", help="faults: the file of the verdicts so far")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="instead of results/<verb>.json"
+    )
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
     print(json.dumps(result, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.verb}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if result.pop("is_trial", False):
+        return result["failed"]
+    out = args.out or RESULTS / f"{args.verb}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -99,6 +122,22 @@ def step(args) -> dict:
         result["torch_compiled_secs"] = peer["median"]
         result["naive_over_torch"] = result["naive_secs"] / peer["median"]
     return result
+
+
+def device(args) -> dict:
+    """First contact with a device; see scripts/peers/device.py."""
+    sys.path.insert(0, str(PEERS))
+    import device as first_contact  # pyright: ignore[reportMissingImports]
+
+    return first_contact.report(args.repeats)
+
+
+def experts(args) -> dict:
+    """How tokens meet experts; see scripts/peers/experts.py."""
+    sys.path.insert(0, str(PEERS))
+    import experts as ways  # pyright: ignore[reportMissingImports]
+
+    return ways.report(args.repeats)
 
 
 def start(args) -> dict:
@@ -188,6 +227,34 @@ def data(args) -> dict:
                 for kind, rate in rates.items():
                     result[f"{name}_{kind}_m_tokens_per_sec"] = rate
                     result[f"ours_over_{name}_{kind}"] = round(ours_rate / rate, 1)
+    return result
+
+
+def faults(args) -> dict:
+    """The fault table; trials that the ledger has are not made again."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from faults import table
+
+    return table.measure(args, RESULTS)
+
+
+def checkpoint(args) -> dict:
+    """Rates of a save and of a verified restore from a cold page cache as ratios of
+    bare threads' and Orbax's, the time that the loop is blocked, and host memory at two
+    settings of checkpoint.staging_gib."""
+    script, size = str(PEERS / "checkpoint_rates.py"), "1024"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measure(*words: str) -> dict:
+            command = [sys.executable, script, *words]
+            return json.loads(_run(command, env=environment))
+
+        orbax = ["orbax"] if args.peers else []
+        result = measure("rates", folder, str(args.repeats), size, *orbax)
+        for staging in ("0", "256"):
+            found = measure("memory", folder, staging, size)
+            result |= {f"staging_{staging}_mb": found}
     return result
 
 
@@ -490,8 +557,11 @@ def _script(name: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / f"{name}.py")]
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def _run(command: list[str], **options) -> str:
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, **options
+    )
+    return done.stdout
 
 
 def _machine() -> dict:

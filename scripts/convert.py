@@ -73,6 +73,12 @@ def convert(config: Config, args: argparse.Namespace) -> int:
 
     try:
         source = pretrained.open_source(args.source)
+        if source.router_bias is not None:
+            raise ConfigError(
+                f"{args.source} was trained with train.router_bias_rate, and no other "
+                "format has a place for the biases that its routers need; take it as "
+                "it is"
+            )
         to_run = args.format == "run" or (not args.format and bool(source.family))
         place = str(args.tokenizer or args.source)
         files, tokenizer = tokenizers_of.files(place), None

@@ -25,7 +25,7 @@ import xxhash
 
 from jaxinfra import stages
 from jaxinfra.config import ConfigError, DataError
-from jaxinfra.data import batches, packing, shards
+from jaxinfra.data import batches, folders, packing, shards
 from jaxinfra.data.shards import Dataset, Split
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.resilience import exitcodes
@@ -61,9 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             return exitcodes.DONE
         if len(args.datasets) > 1:
             raise DataError(f"{args.command} is of one data set; name one")
-        data = shards.open_dataset(args.datasets[0], verify=False)
+        folder = folders.as_folder(args.datasets[0])
         if args.command == "verify":
-            return verify(data)
+            folder.eager_shards = 0  # one that cannot be opened is told with the rest
+            return verify(shards.open_dataset(folder, verify=False))
+        data = shards.open_dataset(folder, verify=False)
         names = [args.split] if args.split else [*data.splits]
         inspect([data.split(name) for name in names], data, args)
     except (ConfigError, DataError) as error:
@@ -77,7 +79,7 @@ def verify(data: Dataset) -> int:
     bad = shards.verify_dataset(data)
     for line in bad:
         print(line)
-    num_files = sum(len(s.checksums) for x in data.splits.values() for s in x.shards)
+    num_files = sum(len(s) for x in data.splits.values() for s in x.checksums())
     print(f"{data.folder}: {num_files} files, {len(bad)} findings")
     return 1 if bad else exitcodes.DONE
 
@@ -193,8 +195,9 @@ def num_copies(split: Split) -> int:
     """Documents whose tokens are those of one before them."""
     seen: set[bytes] = set()
     for shard in split.shards:
+        tokens = shard.tokens  # by URL, the whole file
         for start, end in shard.spans():
-            seen.add(xxhash.xxh3_128_digest(shard.tokens[start:end].tobytes()))
+            seen.add(xxhash.xxh3_128_digest(tokens[start:end].tobytes()))
     return split.num_documents - len(seen)
 
 

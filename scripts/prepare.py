@@ -40,7 +40,8 @@ from jaxinfra.data import (
     tokenizer_training,
     writer,
 )
-from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import ByteTokenizer, Tokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 
 _LINE_SECS = 30  # between lines that say how far it is
 

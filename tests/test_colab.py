@@ -121,6 +121,10 @@ def test_the_notebook_trains_plots_samples_and_resumes(tmp_path):
     for cell_id in ("plot", "resume"):
         [cell] = [cell for cell in notebook.cells if cell.id == cell_id]
         assert any("image/png" in out.get("data", {}) for out in cell.outputs), cell_id
+    device = json.loads((tmp_path / "run" / "device.json").read_text())
+    assert device["attention"]["xla"]["is_right"]
+    assert device["experts"]["is_right"]
+    assert device["step"]["loss_falls"]
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,6 +1,9 @@
 """The mesh: six axes always, and errors that name the key."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
 from jaxinfra import mesh as mesh_lib
@@ -37,3 +40,55 @@ def test_slices_that_divide_neither_slow_axis_are_refused():
     )
     with pytest.raises(ValueError, match=rule):
         mesh_lib.make_mesh({"data": 4, "fsdp": 2}, slices=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device of several nodes."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
+
+
+@pytest.mark.parametrize("processes_a_node", [1, 4])
+@pytest.mark.parametrize("slow", ["data", "pipeline"])
+def test_the_slow_network_is_crossed_along_one_axis_alone(slow, processes_a_node):
+    """Two nodes of four devices: along every other axis a node is not left."""
+    each = 4 // processes_a_node
+    devices = [Device(i, i // each) for i in range(8)]
+    sizes = dict.fromkeys(AXES, 1) | {slow: 2, "fsdp": 2, "tensor": 2}
+    array = mesh_lib._across_slices(sizes, devices[::-1], 2)
+    assert array.shape == tuple(sizes.values())
+    node = np.vectorize(lambda device: device.process_index // processes_a_node)(array)
+    for axis, name in enumerate(AXES):
+        crossed = (np.diff(node, axis=axis) != 0).any()
+        assert crossed == (name == slow), name
+
+
+def test_the_slow_axis_is_outermost_of_a_longer_one():
+    devices = [Device(i, i // 4) for i in range(8)]
+    sizes = dict.fromkeys(AXES, 1) | {"data": 4, "tensor": 2}
+    array = mesh_lib._across_slices(sizes, devices, 2)
+    node = np.vectorize(lambda device: device.process_index)(array)
+    assert node[:, 0, 0, 0, 0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_simulated_devices_can_stand_for_slices():
+    mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 4}, slices=2)
+    assert list(mesh.devices[0].flat) == jax.devices()[:4]
+
+
+def test_slices_that_are_not_there_are_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Tpu(Device):
+        platform: str = "tpu"
+        slice_index: int = 0
+
+    sizes = dict.fromkeys(AXES, 1) | {"data": 2}
+    devices = [Tpu(i, 0) for i in range(2)]
+    with pytest.raises(
+        ValueError, match=r"are in 1 slices of .2.; set mesh.slices to 1"
+    ):
+        mesh_lib._across_slices(sizes, devices, 2)

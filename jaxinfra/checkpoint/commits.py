@@ -8,18 +8,29 @@ deleted; and the errors of checkpoints, by name.
 | `20.replaced` | the former `20`, while it is saved again; counts where `20` is not |
 | `20.deleting` | no longer counts |
 
-Imports no jax; `resilience.exitcodes` has the codes of the errors. Limits: POSIX
-folders, where a rename is atomic; an object store has none and needs a conditional
-write of the manifest instead.
+A run that takes the folder over (`fence_off`) renames what earlier attempts are still
+writing, so their commit finds nothing to rename: of the two renames one wins. These
+functions are generic in the kind of folder: here those of POSIX, where a rename is
+atomic; `remote.commits` registers those of an object store, which has none.
+
+Imports no jax; `resilience.exitcodes` has the codes of the errors.
 """
 
 import collections
 import concurrent.futures
+import contextlib
+import dataclasses
+import functools
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Collection, Iterable
+from typing import Any
 
+import jaxinfra
+
+MANIFEST = "manifest.json"
 THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
 
 _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(\.replaced)?")
@@ -42,7 +53,30 @@ class SaveError(Exception):
     """A save behind the training loop failed; every process raises the same text."""
 
 
-def step_folders(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """A committed save; `blocked_secs` of its `secs` were taken from the caller.
+
+    `bytes` is the whole checkpoint's, in all processes. `unpruned`: why old steps
+    could not be deleted, if they could not; the save is good nevertheless.
+    """
+
+    step: int
+    blocked_secs: float
+    secs: float
+    bytes: int
+    unpruned: str | None = None
+
+
+def place(folder: Any) -> Any:
+    """A path or URL as what these functions know; of an object store, by its public
+    name, which loads and registers them."""
+    is_local = isinstance(folder, str | os.PathLike) and "://" not in str(folder)
+    return pathlib.Path(folder) if is_local else jaxinfra.object_folder(folder)
+
+
+@functools.singledispatch
+def step_folders(folder: Any) -> list[tuple[int, Any]]:
     """Committed steps and where they stand, newest first, damaged ones too."""
     if not folder.is_dir():
         return []
@@ -51,14 +85,21 @@ def step_folders(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def writing_folder(folder: pathlib.Path, step: int, attempt: int) -> pathlib.Path:
-    """Of one attempt alone: a fenced writer's late chunks fall into no other's."""
-    return folder / f"{step}.{attempt}.writing"
+@functools.singledispatch
+def fence_off(folder: Any, *, attempt: int) -> None:
+    """Takes from attempts before `attempt` what they have not committed."""
+    if not folder.is_dir():
+        return
+    for match in [_WRITING.fullmatch(name) for name in os.listdir(folder)]:
+        if match and int(match[1]) < attempt:
+            with contextlib.suppress(FileNotFoundError):  # it was quicker
+                os.rename(folder / match[0], folder / f"{match[0]}.deleting")
 
 
-def begin(writing: pathlib.Path, *, attempt: int) -> None:
-    """Makes an empty folder to write in, and deletes what killed saves left."""
-    folder = writing.parent
+@functools.singledispatch
+def begin(folder: Any, *, step: int, attempt: int) -> str:
+    """Makes an empty folder to write in, named after its attempt so that a fenced
+    writer's late chunks fall into no other's; deletes what killed saves left."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         sync_folder(folder.parent)
@@ -66,11 +107,19 @@ def begin(writing: pathlib.Path, *, attempt: int) -> None:
     for match in matches:
         if match and int(match[1]) <= attempt:
             shutil.rmtree(folder / match[0])
-    writing.mkdir()
+    for left in folder.glob("*.deleting"):
+        shutil.rmtree(left)
+    name = f"{step}.{attempt}.writing"
+    (folder / name).mkdir()
+    return name
 
 
-def commit(writing: pathlib.Path, *, step: int) -> None:
-    """Gives a folder that is whole and synced its step's number, durably."""
+@functools.singledispatch
+def commit(writing: Any, *, step: int, manifest: bytes) -> Any:
+    """Gives a folder whose files are written its manifest and its step's number,
+    durably; returns where it stands now."""
+    write_synced(writing / MANIFEST, [manifest])
+    sync_folders(writing)
     final = writing.with_name(str(step))
     if final.exists():
         replaced = final.with_name(f"{step}.replaced")
@@ -78,41 +127,58 @@ def commit(writing: pathlib.Path, *, step: int) -> None:
         os.rename(final, replaced)
     os.rename(writing, final)
     sync_folder(final.parent)
+    return final
 
 
-def abandon(writing: pathlib.Path) -> None:
+@functools.singledispatch
+def abandon(writing: Any) -> None:
     """Frees the space of a failed save, as far as that is possible."""
     shutil.rmtree(writing, ignore_errors=True)
 
 
-def prune(folder: pathlib.Path, *, step: int, keep: int) -> str | None:
-    """Deletes steps older than the `keep` newest up to `step`, and what was replaced.
+def surplus(
+    folder: Any, *, step: int, keep: int, also: Collection[int] = ()
+) -> list[str]:
+    """Names of steps up to `step` that are neither of the `keep` newest nor in `also`,
+    and of what was replaced.
 
     Steps newer than `step` are of a future that was walked back from: they stay until
-    they are saved again. Returns why it could not delete, which loses nothing.
+    they are saved again.
     """
     kept: set[int] = set()
+    names, num_kept = [], 0
+    for found, path in step_folders(folder):
+        if found > step:
+            continue
+        if found in kept or (num_kept >= keep and found not in also):
+            names.append(path.name)
+        else:
+            kept.add(found)
+            num_kept += 1
+    return names
+
+
+@functools.singledispatch
+def prune(folder: Any, names: list[str]) -> str | None:
+    """Deletes steps by their names; returns why it could not, which loses nothing."""
     try:
+        for name in names:
+            os.rename(folder / name, folder / f"{name}.deleting")
         for left in folder.glob("*.deleting"):
             shutil.rmtree(left)
-        for found, path in step_folders(folder):
-            if found > step:
-                continue
-            if found not in kept and len(kept) < keep:
-                kept.add(found)
-                continue
-            doomed = path.with_name(f"{path.name}.deleting")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
     except OSError as error:
         return str(error)
     return None
 
 
-def write_synced(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file and its contents to the disk; its name needs `sync_folders`."""
+@functools.singledispatch
+def write_synced(path: Any, pieces: Iterable[Any]) -> None:
+    """Writes a file, its bytes given in pieces, down to the disk; its name needs
+    `sync_folders`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

@@ -13,6 +13,7 @@ Limits: digests find damage, not a forger, who can compute them as well.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -29,11 +30,12 @@ import xxhash
 from jaxinfra.checkpoint import commits
 from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+MANIFEST = commits.MANIFEST
 CHECKSUM_BYTES = 4  # zarr3's crc32c codec appends it to every chunk.
 MAX_MANIFEST_BYTES = 256 << 20  # About 1.5 million chunks.
 MAX_DEPTH = 64
+_PIECE_BYTES = 4 << 20  # Read, then digested while it is in the cores' caches.
 ITEM_BYTES = {
     **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
@@ -42,10 +44,11 @@ ITEM_BYTES = {
 }
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_FIELDS = {
+_FIRST_FIELDS = {
     *("format_version", "step", "run_id", "attempt"),
     *("versions", "config", "data", "arrays"),
 }
+_FIELDS = {1: _FIRST_FIELDS, 2: _FIRST_FIELDS | {"unix_secs", "metrics"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,11 @@ class ArrayRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that is known of one checkpoint besides the arrays' values."""
+    """All that is known of one checkpoint besides the arrays' values.
+
+    unix_secs: when it was saved, by the clock of the first process. metrics: figures of
+    the step by which steps are kept. Format 1 has neither.
+    """
 
     step: int
     run_id: str
@@ -79,6 +86,8 @@ class Manifest:
     config: dict[str, Any]
     data: dict[str, Any]
     arrays: dict[str, ArrayRecord]
+    unix_secs: int = 0
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def files(self) -> Iterator[FileRecord]:
         """Every file that the manifest vouches for."""
@@ -140,16 +149,18 @@ def parse(text: bytes) -> Manifest:
     _require(isinstance(values, dict), "it must be an object")
     body = {key: value for key, value in values.items() if key != "sha256"}
     _require(dump(body) == text, "its bytes do not match its sha256")
-    if body.get("format_version") != FORMAT_VERSION:
+    version = body.get("format_version")
+    if type(version) is not int or version not in _FIELDS:
         raise IncompatibleCheckpoint(
-            f"{MANIFEST}: format_version={body.get('format_version')!r}, this version "
-            f"reads {FORMAT_VERSION}; use the jaxinfra that wrote it, or a newer one"
+            f"{MANIFEST}: format_version={version!r:.100}, this version reads 1 to "
+            f"{FORMAT_VERSION}; use the jaxinfra that wrote it, or a newer one"
         )
-    _require(set(body) == _FIELDS, f"its fields must be {sorted(_FIELDS)}, sha256")
-    for key in ("versions", "config", "data", "arrays"):
+    fields = _FIELDS[version]
+    _require(set(body) == fields, f"its fields must be {sorted(fields)}, sha256")
+    for key in {"versions", "config", "data", "arrays", "metrics"} & fields:
         _require(isinstance(body[key], dict), f"{key} must be an object")
-    _require(_is_count(body["step"]), "step must be an integer >= 0")
-    _require(_is_count(body["attempt"]), "attempt must be an integer >= 0")
+    for key in {"step", "attempt", "unix_secs"} & fields:
+        _require(_is_count(body[key]), f"{key} must be an integer >= 0")
     _require(isinstance(body["run_id"], str), "run_id must be a string")
     entries = body["arrays"].items()
     check_arrays({n: v.get("dtype") for n, v in entries if isinstance(v, dict)})
@@ -166,11 +177,14 @@ def load(step_folder: pathlib.Path) -> Manifest:
     """
     path = step_folder / MANIFEST
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
+        with path.open("rb") as file:
+            # Sized before it is read; an object store's file ends where it ends.
+            size = file.seek(0, os.SEEK_END)
+            _require(size <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
+            file.seek(0)
+            text = file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    _require(len(text) <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
     manifest = parse(text)
     # A step may stand in a folder set aside for the moment, as `20.replaced`.
     wanted = step_folder.name.split(".")[0]
@@ -179,6 +193,14 @@ def load(step_folder: pathlib.Path) -> Manifest:
         f"it is of step {manifest.step} in a folder of step {wanted}",
     )
     return manifest
+
+
+def plain_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A copy as JSON reads it back: later changes by the caller do not reach it."""
+    is_dict = all(isinstance(value, dict) for value in metadata.values())
+    if {*metadata, "metrics"} != {"config", "data", "metrics"} or not is_dict:
+        raise ValueError(f"metadata {sorted(metadata)} must be dicts: config, data")
+    return json.loads(json.dumps(metadata, allow_nan=False))
 
 
 def versions() -> dict[str, str]:
@@ -206,7 +228,8 @@ def check_arrays(dtypes: Mapping[str, str]) -> None:
         _require(other[: len(one)] != one, f"array {one} is inside array {other}")
 
 
-def check_sizes(step_folder: pathlib.Path, manifest: Manifest) -> None:
+@functools.singledispatch
+def check_sizes(step_folder: Any, manifest: Manifest) -> None:
     """Looks whether every file is there with its size; quick, reads no contents.
 
     Raises:
@@ -225,8 +248,7 @@ def validate(step_folder: pathlib.Path) -> list[str]:
 
     def problem(record: FileRecord) -> str | None:
         try:
-            _check_size(step_folder / record.path, record)  # Before room is made.
-            read_into(step_folder, record, bytearray(record.bytes))
+            read(step_folder, record)
         except CheckpointError as error:
             return str(error)
         return None
@@ -235,7 +257,22 @@ def validate(step_folder: pathlib.Path) -> list[str]:
         return [line for line in pool.map(problem, manifest.files()) if line]
 
 
-def read_into(step_folder: pathlib.Path, record: FileRecord, *buffers) -> None:
+@functools.singledispatch
+def read(step_folder: Any, record: FileRecord) -> None:
+    """Reads a file that is exactly as written, and keeps nothing of it.
+
+    Raises:
+      CheckpointError: naming the file.
+    """
+    _check_size(step_folder / record.path, record)  # Before pieces are counted.
+    # One buffer again and again: a sparse file may have any size.
+    piece = memoryview(bytearray(max(1, min(record.bytes, _PIECE_BYTES))))
+    whole, rest = divmod(record.bytes, len(piece))
+    read_into(step_folder, record, *[piece] * whole, piece[:rest])
+
+
+@functools.singledispatch
+def read_into(step_folder: Any, record: FileRecord, *buffers) -> None:
     """Fills buffers, one after the other, with a file that is exactly as written.
 
     Raises:
@@ -247,8 +284,11 @@ def read_into(step_folder: pathlib.Path, record: FileRecord, *buffers) -> None:
     try:
         with open(path, "rb") as file:
             for buffer in buffers:
-                file.readinto(buffer)
-                found.update(buffer)
+                view = memoryview(buffer)
+                for start in range(0, len(view), _PIECE_BYTES):
+                    piece = view[start : start + _PIECE_BYTES]
+                    file.readinto(piece)
+                    found.update(piece)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if found.hexdigest() != record.xxh3_128:

@@ -1,85 +1,70 @@
 """When: a save behind the training loop, agreed by all processes, committed at once.
 
 A save copies the arrays to the host and returns; a thread does the rest, agreeing
-with the other processes (`processes`), in three moves:
+with the other processes (`processes`), in four moves:
 
-1. the first process makes an empty `<step>.<attempt>.writing`;
+1. the first process makes an empty place to write in;
 2. every process writes its own chunks there and tells their digests;
-3. the first process checks its right to the folder (`fence`), syncs, writes the
-   manifest, and renames to `<step>`: from here on the step is committed.
+3. the first process checks its right to the run (`fence`) and commits (`commits`);
+4. before older steps are deleted, every process reads back what it wrote.
 
-A kill before the rename leaves the earlier steps as they were; one after it loses
-nothing. A step saved again stands by as `<step>.replaced` until the new one is in.
-
-Limits: the rename decides, so a fenced writer that passes its check at the moment of
-a take-over can still commit; its attempt in the manifest tells.
+A kill before the commit leaves the earlier steps as they were; one after it loses
+nothing.
 """
 
 import concurrent.futures
-import dataclasses
 import itertools
-import json
-import os
-import pathlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+import jaxinfra
 from jaxinfra.checkpoint import commits, integrity, store
 from jaxinfra.checkpoint import snapshot as snapshots
-from jaxinfra.checkpoint.commits import SaveError
+from jaxinfra.checkpoint.commits import SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
 
 Arrays = Mapping[str, jax.Array]
 Shapes = Mapping[str, tuple[int, ...]]
-Taken = Mapping[str, snapshots.SnapshotArray]
 About = dict[str, Any]  # The manifest's fields that are known when a save starts.
 
 # Counts the saves of this process: the same in all, it names their topics.
 _TURN = itertools.count()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SaveReport:
-    """A committed save; `blocked_secs` of its `secs` were taken from the caller.
-
-    `bytes` is the whole checkpoint's, in all processes. `unpruned`: why old steps
-    could not be deleted, if they could not; the save is good nevertheless.
-    """
-
-    step: int
-    blocked_secs: float
-    secs: float = 0.0
-    bytes: int = 0
-    unpruned: str | None = None
-
-
 class Checkpointer:
     """Saves a run's steps, one at a time; every process makes one and calls it alike.
 
-    Keeps the newest `keep` steps. `attempt` is the owner's fencing number and `fence`
-    raises once another owns the run (`resilience.ownership`).
+    Keeps the newest `keep` steps, and those that `retain` (`retention`) gives of all.
+    `attempt` is the owner's fencing number, `fence` raises once another owns the run
+    (`resilience.ownership`), `ready` makes durable what belongs to a step before it is
+    committed. `staging_bytes`, `is_deferred`: see `snapshot`.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: Any,
         *,
         keep: int,
         run_id: str,
         attempt: int,
         process: ProcessGroup | None = None,
         fence: Callable[[], None] = lambda: None,
+        ready: Callable[[], None] = lambda: None,
+        retain: Callable[[list[tuple[int, Any]]], set[int]] = lambda steps: set(),
+        staging_bytes: float = math.inf,
+        is_deferred: bool = False,
     ):
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1: the newest stays")
-        self._folder = pathlib.Path(folder)
-        self._keep = keep
+        self._folder, self._keep, self._retain = commits.place(folder), keep, retain
         self._about = {"run_id": run_id, "attempt": attempt}
         self._process = process or ProcessGroup()
-        self._fence = fence
+        self._fence, self._ready = fence, ready
+        self._staging_bytes, self._is_deferred = staging_bytes, is_deferred
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: list[concurrent.futures.Future[SaveReport]] = []
         self._finished: list[SaveReport] = []
@@ -95,9 +80,9 @@ class Checkpointer:
         """Starts to save; on return the arrays may be donated. Waits for an earlier
         one.
 
-        `metadata` has two JSON objects, `config` and `data`. `logical_shapes` are
-        those of padded arrays, without the padding. How an earlier save ended is told
-        by `poll`; its failure does not prevent this one.
+        `metadata` has JSON objects: `config`, `data`, and `metrics` if there are any.
+        `logical_shapes` are those of padded arrays, without the padding. How an earlier
+        save ended is told by `poll`; its failure does not prevent this one.
 
         Raises:
           ValueError, CheckpointError: at once, for what can never be saved.
@@ -105,13 +90,18 @@ class Checkpointer:
         started = time.monotonic()
         concurrent.futures.wait(self._pending)
         integrity.check_arrays({name: x.dtype.name for name, x in arrays.items()})
-        about = {"step": int(step), **self._about, **_plain(metadata)}
-        taken = snapshots.take(arrays, logical_shapes=logical_shapes or {})
-        topic = f"jaxinfra/save/{next(_TURN)}"
-        report = SaveReport(step=step, blocked_secs=time.monotonic() - started)
-        self._pending.append(
-            self._worker.submit(self._write, topic, taken, about, report)
+        about = {"step": int(step), "unix_secs": int(time.time()), **self._about}
+        about |= integrity.plain_metadata(metadata)
+        taken = snapshots.take(
+            arrays,
+            logical_shapes=logical_shapes or {},
+            staging_bytes=self._staging_bytes,
+            is_deferred=self._is_deferred,
         )
+        taken.blocked_secs = time.monotonic() - started
+        topic = f"jaxinfra/save/{next(_TURN)}"
+        self._pending.append(self._worker.submit(self._write, topic, taken, about))
+        taken.finish()  # What the bound let wait for the writer.
 
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call; costs nothing while one is running.
@@ -141,54 +131,57 @@ class Checkpointer:
         self._worker.shutdown()
         return self.wait()
 
-    def _write(
-        self, topic: str, taken: Taken, about: About, report: SaveReport
-    ) -> SaveReport:
+    def _write(self, topic: str, taken: snapshots.Snapshot, about: About) -> SaveReport:
         """The save's thread, in every process."""
-        started = time.monotonic()
-        group, step = self._process, about["step"]
-        writing = commits.writing_folder(self._folder, step, about["attempt"])
+        started, group, step = time.monotonic(), self._process, about["step"]
+        first, written, writing = group.from_first, [], None
         try:
-            group.from_first(f"{topic}/begin", lambda: self._begin(writing, about))
-            group.contribute(topic, lambda: store.write_arrays(writing, taken))
-            num_bytes = group.from_first(
-                f"{topic}/commit",
-                lambda: self._commit(writing, taken, about, group.collect(topic)),
-            )
+            writing = self._folder / first(f"{topic}/begin", lambda: self._begin(about))
+            write = lambda: written.append(store.write_arrays(writing, taken))
+            group.contribute(topic, lambda: write() or written[0])
+            told = lambda: group.collect(topic)
+            commit = lambda: self._commit(writing, taken, about, told())
+            name, num_bytes = first(f"{topic}/commit", commit)
+            secs = taken.blocked_secs + time.monotonic() - started
+            old = first(f"{topic}/old", lambda: self._surplus(step))
+            if old:
+                final, layouts = self._folder / name, taken.layouts
+                read_back = lambda: jaxinfra.read_back(final, written[0], layouts)
+                group.contribute(f"{topic}/check", read_back)
+                first(f"{topic}/good", lambda: group.collect(f"{topic}/check"))
         except (GroupError, jax.errors.JaxRuntimeError) as error:
-            if group.rank == 0:
+            taken.abandon()
+            if group.rank == 0 and writing is not None:
                 commits.abandon(writing)
             raise SaveError(f"save of step {step} failed: {error}") from error
-        secs = report.blocked_secs + time.monotonic() - started
-        unpruned = None
-        if group.rank == 0:
-            unpruned = commits.prune(self._folder, step=step, keep=self._keep)
-        return dataclasses.replace(
-            report, secs=secs, bytes=num_bytes, unpruned=unpruned
+        unpruned = commits.prune(self._folder, old) if old and not group.rank else None
+        return SaveReport(
+            step=step,
+            blocked_secs=taken.blocked_secs,
+            secs=secs,
+            bytes=num_bytes,
+            unpruned=unpruned,
         )
 
-    def _begin(self, writing: pathlib.Path, about: About) -> None:
+    def _begin(self, about: About) -> str:
+        """Begun first and asked then: who takes the run over meanwhile sees it."""
+        name = commits.begin(self._folder, step=about["step"], attempt=about["attempt"])
         self._fence()
-        commits.begin(writing, attempt=about["attempt"])
+        return name
 
     def _commit(
-        self, writing: pathlib.Path, taken: Taken, about: About, digests: list
-    ) -> int:
-        """Returns the bytes of the whole checkpoint, without its manifest."""
-        records = store.describe_arrays(writing, taken, digests)
+        self, writing: Any, taken: snapshots.Snapshot, about: About, digests: list
+    ) -> tuple[str, int]:
+        """The step's name, and the bytes of its files but for the manifest."""
+        records = store.describe_arrays(writing, taken.layouts, digests)
         versions = integrity.versions()
         manifest = integrity.Manifest(arrays=records, versions=versions, **about)
         text = integrity.build(manifest)
-        commits.write_synced(writing / integrity.MANIFEST, text)
-        commits.sync_folders(writing)
+        self._ready()
         self._fence()
-        commits.commit(writing, step=manifest.step)
-        return sum(file.bytes for file in manifest.files())
+        final = commits.commit(writing, step=manifest.step, manifest=text)
+        return final.name, sum(file.bytes for file in manifest.files())
 
-
-def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
-    """A copy as JSON reads it back: later changes by the caller do not reach it."""
-    is_dict = all(isinstance(value, dict) for value in metadata.values())
-    if set(metadata) != {"config", "data"} or not is_dict:
-        raise ValueError(f"metadata {sorted(metadata)} must be dicts: config, data")
-    return json.loads(json.dumps(metadata, allow_nan=False))
+    def _surplus(self, step: int) -> list[str]:
+        also = self._retain(commits.step_folders(self._folder))
+        return commits.surplus(self._folder, step=step, keep=self._keep, also=also)

@@ -4,11 +4,11 @@ A step that stands under its number was committed, so whatever is wrong with it 
 damage. It is reported, passed over, and left on disk.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-import os
-import pathlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,14 +43,14 @@ class Restored:
     rejected: tuple[tuple[int, str], ...] = ()
 
 
-def latest(folder: str | os.PathLike) -> int | None:
+def latest(folder: Any) -> int | None:
     """The newest step whose manifest and file sizes are right; logs why others are not.
 
     Raises:
       NoUsableCheckpoint: there are steps and none is right.
     """
     rejected = []
-    for step, path in commits.step_folders(pathlib.Path(folder)):
+    for step, path in commits.step_folders(commits.place(folder)):
         try:
             integrity.check_sizes(path, integrity.load(path))
         except IncompatibleCheckpoint:
@@ -60,11 +60,22 @@ def latest(folder: str | os.PathLike) -> int | None:
             rejected.append((step, str(error)))
         else:
             return step
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
+
+
+def newest_shapes(folder: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array of the newest step whose manifest is good; of none,
+    nothing."""
+    for _, path in commits.step_folders(commits.place(folder)):
+        with contextlib.suppress(CheckpointError):
+            return {n: a.shape for n, a in integrity.load(path).arrays.items()}
+    return {}
 
 
 def restore(
-    folder: str | os.PathLike,
+    folder: Any,
     step: int,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
@@ -78,7 +89,7 @@ def restore(
     """
     paths = [
         path
-        for found, path in commits.step_folders(pathlib.Path(folder))
+        for found, path in commits.step_folders(commits.place(folder))
         if found == step
     ]
     if not paths:
@@ -87,10 +98,11 @@ def restore(
 
 
 def restore_latest(
-    folder: str | os.PathLike,
+    folder: Any,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     logical_shapes: Shapes | None = None,
+    staging_bytes: float = math.inf,
     process: ProcessGroup | None = None,
 ) -> Restored | None:
     """The newest step that every process can read whole; None where nothing was saved.
@@ -105,22 +117,23 @@ def restore_latest(
     group, topic = process or ProcessGroup(), f"jaxinfra/restore/{next(_TURN)}"
     names = group.from_first(
         f"{topic}/steps",
-        lambda: [path.name for _, path in commits.step_folders(pathlib.Path(folder))],
+        lambda: [path.name for _, path in commits.step_folders(commits.place(folder))],
     )
+    read = lambda path: _read(path, abstract, shapes, staging_bytes)
     rejected: list[tuple[int, str]] = []
     for name in names:
-        path = pathlib.Path(folder, name)
+        path = commits.place(folder) / name
         try:
-            restored = _read_together(
-                group, f"{topic}/{name}", lambda p=path: _read(p, abstract, shapes)
-            )
+            restored = _read_together(group, f"{topic}/{name}", lambda p=path: read(p))
         except CheckpointError as error:
             if isinstance(error, IncompatibleCheckpoint):
                 raise
             rejected.append((int(name.split(".")[0]), str(error)))
         else:
             return dataclasses.replace(restored, rejected=tuple(rejected))
-    return _none_usable(folder, rejected)
+    if rejected:
+        raise none_usable(folder, rejected)
+    return None
 
 
 def _read_together(
@@ -140,22 +153,29 @@ def _read_together(
 
 
 def _read(
-    path: pathlib.Path,
+    path: Any,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     logical_shapes: Shapes,
+    staging_bytes: float = math.inf,
 ) -> Restored:
     manifest = integrity.load(path)
     integrity.check_sizes(path, manifest)
-    arrays = store.read_arrays(path, manifest, abstract, logical_shapes=logical_shapes)
+    arrays = store.read_arrays(
+        path,
+        manifest,
+        abstract,
+        logical_shapes=logical_shapes,
+        staging_bytes=staging_bytes,
+    )
     about = ("config", "data", "run_id", "attempt", "versions")
     metadata = {name: getattr(manifest, name) for name in about}
     return Restored(step=manifest.step, arrays=arrays, metadata=metadata)
 
 
-def _none_usable(folder: str | os.PathLike, rejected: list[tuple[int, str]]) -> None:
-    if rejected:
-        reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
-        raise NoUsableCheckpoint(
-            f"{folder} has checkpoints and none is usable, so nothing was started or "
-            f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
-        )
+def none_usable(folder: Any, rejected: list[tuple[int, str]]) -> NoUsableCheckpoint:
+    """The error of a run all of whose steps are damaged."""
+    reasons = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+    return NoUsableCheckpoint(
+        f"{folder} has checkpoints and none is usable, so nothing was started or "
+        f"overwritten; put a good copy back, or begin in a new --run.dir:{reasons}"
+    )

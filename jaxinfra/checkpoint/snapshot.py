@@ -1,32 +1,34 @@
 """Host copies of arrays, taken before the next step donates their buffers.
 
-A process copies only the shards it owns: addressable ones with replica id 0, which
-exactly one process has. An array may be physically padded (a vocabulary of 257 over
-8 shards of 33 is 264 rows): what lies beyond its logical shape is cut here, so a
-checkpoint does not know the mesh that wrote it.
+A process copies only its share: of the devices that hold the same shard each takes
+some of its chunks, so replicas share the writing. An array may be physically padded (a
+vocabulary of 257 over 8 shards of 33 is 264 rows): what lies beyond its logical shape
+is cut here, so a checkpoint does not know the mesh that wrote it.
+
+All is copied at once and written later, so the caller is blocked for the copy alone,
+unless host memory is bounded or the copy deferred: see `staging`.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+import jaxinfra
+
 CHUNK_BYTES = 64 << 20  # At most, where the shard's shape can be divided so.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HostShard:
-    """A block of an array: its values and where its first one stands."""
-
-    start: tuple[int, ...]
-    values: np.ndarray
+Box = tuple[tuple[int, int], ...]  # First and last + 1, of every dim.
+Window = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SnapshotArray:
-    """This process's share of one array; `shape` is the logical one.
+class ArrayLayout:
+    """How one array lies on disk; `shape` is the logical one.
 
     Every shard begins at a multiple of `chunk_shape` and ends at one, or at the end
     of the array: no chunk has two writers.
@@ -35,28 +37,92 @@ class SnapshotArray:
     shape: tuple[int, ...]
     dtype: str
     chunk_shape: tuple[int, ...]
-    shards: tuple[HostShard, ...]
+
+
+class Chunk(NamedTuple):
+    """A chunk of this process's share: its array, where it stands, its values."""
+
+    name: str
+    box: Box
+    values: np.ndarray
+
+
+class Source(NamedTuple):
+    """Where a chunk comes from: a window of a shard that is a device's own."""
+
+    name: str
+    box: Box
+    shard: jax.Array
+    window: Window
+
+
+class Snapshot:
+    """This process's chunks on the host; iterated over once, by a writer that says of
+    each when it is `written`. `staging.Staged` has them come one by one."""
+
+    def __init__(self, layouts: dict[str, ArrayLayout], sources: list[Source]):
+        self.layouts = layouts
+        self.blocked_secs = 0.0
+        self._sources = sources
+        self._ready: collections.deque[Chunk] = collections.deque()
+
+    def copy(self) -> None:
+        """On return the arrays may be donated, if `finish` is called too."""
+        for source in self._sources:  # All transfers start before the first is awaited.
+            source.shard.copy_to_host_async()
+        self._ready.extend(
+            Chunk(source.name, source.box, host_copy(source, is_whole=True))
+            for source in self._sources
+        )
+        self._sources = []
+
+    def finish(self) -> None:
+        """Copies what could not be before there was a writer: here nothing."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self._ready:
+            yield self._ready.popleft()
+
+    def written(self, chunk: Chunk) -> None:
+        """The writer keeps no reference to the chunk's values."""
+
+    def abandon(self) -> None:
+        """Nobody will write what is left."""
+        self._ready.clear()
 
 
 def take(
     arrays: Mapping[str, jax.Array],
     *,
     logical_shapes: Mapping[str, tuple[int, ...]],
+    staging_bytes: float = math.inf,
+    is_deferred: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
-) -> dict[str, SnapshotArray]:
-    """Copies to the host what this process will write.
+) -> Snapshot:
+    """What this process will write. The arrays may be donated when this has returned,
+    and so has `finish` of what it returns, which may wait for a writer.
 
-    All transfers start before the first is awaited. On return no copy shares memory
-    with a device buffer, so the arrays may be donated.
+    Raises:
+      ValueError: a logical shape that does not lie within the array.
     """
-    owned = {name: _owned_shards(array) for name, array in arrays.items()}
-    for shards in owned.values():
-        for shard in shards:
-            shard.data.copy_to_host_async()
-    return {
-        name: _take(name, array, owned[name], logical_shapes.get(name), chunk_bytes)
+    layouts = {
+        name: _layout(name, array, logical_shapes.get(name), chunk_bytes)
         for name, array in arrays.items()
     }
+    is_staged = is_deferred or not math.isinf(staging_bytes)
+    arrays = jaxinfra.copied_on_device(arrays) if is_deferred else arrays
+    sources = [
+        source
+        for turn, (name, array) in enumerate(arrays.items())
+        for source in _share(name, array, layouts[name], turn)
+    ]
+    snapshot = (
+        jaxinfra.Staged(layouts, sources, staging_bytes, is_deferred=is_deferred)
+        if is_staged
+        else Snapshot(layouts, sources)
+    )
+    snapshot.copy()
+    return snapshot
 
 
 def chunk_shape(
@@ -86,17 +152,12 @@ def chunk_shape(
     return tuple(chunk)
 
 
-def _owned_shards(array: jax.Array) -> list:
-    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
-
-
-def _take(
+def _layout(
     name: str,
     array: jax.Array,
-    shards: list,
     logical_shape: tuple[int, ...] | None,
     chunk_bytes: int,
-) -> SnapshotArray:
+) -> ArrayLayout:
     shape = tuple(array.shape if logical_shape is None else logical_shape)
     fits = len(shape) == array.ndim and all(
         logical <= physical for logical, physical in zip(shape, array.shape)
@@ -106,30 +167,51 @@ def _take(
             f"array {name!r}: its logical shape {shape} must lie within its physical "
             f"shape {array.shape}; pass the shape without the padding"
         )
-    host_shards = []
-    for shard in shards:
-        start = tuple(index.start or 0 for index in shard.index)
-        inside = tuple(
-            slice(0, max(0, size - first)) for size, first in zip(shape, start)
-        )
-        values = _host_copy(shard)[inside]
-        if values.size:
-            host_shards.append(HostShard(start=start, values=values))
-    return SnapshotArray(
-        shape=shape,
-        dtype=array.dtype.name,
-        chunk_shape=chunk_shape(
-            array.shape,
-            array.sharding.shard_shape(array.shape),
-            itemsize=array.dtype.itemsize,
-            chunk_bytes=chunk_bytes,
-        ),
-        shards=tuple(host_shards),
+    shard_shape = array.sharding.shard_shape(array.shape)
+    size = array.dtype.itemsize
+    chunk = chunk_shape(
+        array.shape, shard_shape, itemsize=size, chunk_bytes=chunk_bytes
     )
+    return ArrayLayout(shape=shape, dtype=array.dtype.name, chunk_shape=chunk)
 
 
-def _host_copy(shard: jax.Shard) -> np.ndarray:
-    """Values in memory of their own, where numpy would view the device's buffer."""
-    on_device = shard.data.sharding.memory_kind == "device"
-    is_view = shard.device.platform == "cpu" or not on_device
-    return np.array(shard.data, copy=True) if is_view else np.asarray(shard.data)
+def _share(
+    name: str, array: jax.Array, layout: ArrayLayout, turn: int
+) -> Iterator[Source]:
+    """The chunks that this process writes: of a shard's, those whose number, counted on
+    from `turn`, is its replica's."""
+    shard_shape = array.sharding.shard_shape(array.shape)
+    num_shards = math.prod(
+        -(-size // max(1, part)) for size, part in zip(array.shape, shard_shape)
+    )
+    replicas = len(array.sharding.device_set) // max(1, num_shards)
+    for shard in array.addressable_shards:
+        start = tuple(cut.start or 0 for cut in shard.index)
+        inside = [
+            max(0, min(part, size - first))
+            for part, size, first in zip(shard_shape, layout.shape, start)
+        ]
+        counts = [-(-size // part) for size, part in zip(inside, layout.chunk_shape)]
+        for number, index in enumerate(np.ndindex(*counts)):
+            if (turn + number) % replicas == shard.replica_id:
+                window = tuple(
+                    slice(i * part, min((i + 1) * part, size))
+                    for i, part, size in zip(index, layout.chunk_shape, inside)
+                )
+                box = tuple((a + w.start, a + w.stop) for a, w in zip(start, window))
+                yield Source(name, box, shard.data, window)
+
+
+def host_copy(source: Source, *, is_whole: bool) -> np.ndarray:
+    """A chunk's values in memory that is no device's.
+
+    `is_whole`: the shard came to the host in one piece. Else the chunk alone does: jax
+    would keep a copy of the whole with the array.
+    """
+    [device] = source.shard.devices()
+    on_device = source.shard.sharding.memory_kind == "device"
+    if device.platform == "cpu" or not on_device:  # numpy views the device's buffer
+        return np.array(np.asarray(source.shard)[source.window], copy=True)
+    if is_whole:
+        return np.asarray(source.shard)[source.window]
+    return np.asarray(jaxinfra.cut_on_device(source.shard, source.window))

@@ -1,80 +1,77 @@
-"""Chunk files: every process writes its own shards and reads what its mesh needs.
+"""Chunk files: every process writes its own share and reads what its mesh needs.
 
-Written through TensorStore as zarr3 with crc32c, so that anyone can open an array
-with a zarr reader. Read back from the manifest alone: a chunk is its values in
-C order, little-endian, and 4 bytes of crc32c; the XXH3-128 digest of the bytes just
-read is compared before any of them is used, so a missing or stale chunk cannot read
-as zeros. The digest is taken from memory, not from the file: it covers the way down.
+An array is stored as zarr3 with crc32c, so that anyone can open it with a zarr reader:
+a chunk is its values in C order, little-endian, and 4 bytes of crc32c. Both that and
+the XXH3-128 digest of the manifest are taken from memory, on the way to the file: they
+cover the way down. Read back from the manifest alone: the digest of the bytes just
+read is compared before any of them is used, so a missing or stale chunk cannot read as
+zeros. Reading and writing by own threads was faster than TensorStore; `scripts/bench.py
+checkpoint` has the figures.
 
-Limits: POSIX folders. A restore holds this process's share in host memory. Typed PRNG
-keys are stored by their caller as key data.
+Limits: a restore holds this process's share in host memory, or `staging_bytes` of it
+at a time. Typed PRNG keys are stored by their caller as key data.
 """
 
 import collections
 import concurrent.futures
 import itertools
 import json
-import pathlib
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import google_crc32c
 import jax
 import numpy as np
-import tensorstore
 import xxhash
 
 from jaxinfra.checkpoint import commits, integrity
 from jaxinfra.checkpoint.commits import IncompatibleCheckpoint
 from jaxinfra.checkpoint.integrity import ArrayRecord, FileRecord, Manifest
-from jaxinfra.checkpoint.snapshot import SnapshotArray
+from jaxinfra.checkpoint.snapshot import ArrayLayout, Box, Chunk, Snapshot
 
-WRITE_TIMEOUT_SECS = 600.0  # Of one chunk: a black hole must not hang a save.
+# Of a chunk, as it goes through the digests and to the file while it is in the cores'
+# caches; crc32c holds Python's lock for so long.
+PIECE_BYTES = 1 << 20
 
-Box = tuple[tuple[int, int], ...]  # First and last + 1, of every dim.
+Digests = dict[str, dict[str, str]]  # name -> path of a chunk -> its digest
 
 
-def write_arrays(
-    folder: pathlib.Path, arrays: Mapping[str, SnapshotArray]
-) -> dict[str, dict[str, str]]:
-    """Writes this process's chunks and returns their digests: name -> path -> digest.
+def write_arrays(folder: Any, snapshot: Snapshot) -> Digests:
+    """Writes this process's chunks as they come to the host; returns their digests.
 
-    Files are synced, the folders holding them are not.
-
-    Raises:
-      OSError, ValueError: from TensorStore, with the system's error code in the text.
+    Files are synced, the folders holding them are not. Raises what the system does.
     """
-    jobs = [
-        (name, array, opened, box, values)
-        for name, array in arrays.items()
-        for opened in [tensorstore.open(_spec(folder, name, array)).result()]
-        for box, values in _chunks(array)
-    ]
 
-    def write(job) -> tuple[str, str, str]:
-        name, array, opened, box, values = job
-        index = tuple(first // size for (first, _), size in zip(box, array.chunk_shape))
-        path = integrity.chunk_path(name, index)
-        window = tuple(slice(*ends) for ends in box)
-        writing = opened[window].write(
-            values, can_reference_source_data_indefinitely=True
-        )
-        digest = xxhash.xxh3_128(_padded(values, array.chunk_shape))
-        writing.result(timeout=WRITE_TIMEOUT_SECS)
-        with open(folder / path, "rb") as file:
-            file.seek(-integrity.CHECKSUM_BYTES, 2)
-            digest.update(file.read())
-        return name, path, digest.hexdigest()
+    def write(chunk: Chunk) -> tuple[str, str, str]:
+        layout = snapshot.layouts[chunk.name]
+        starts = [first for first, _ in chunk.box]
+        index = tuple(at // size for at, size in zip(starts, layout.chunk_shape))
+        path = integrity.chunk_path(chunk.name, index)
+        digest = xxhash.xxh3_128()
+        pieces = _pieces(_padded(chunk.values, layout.chunk_shape), digest)
+        commits.write_synced(folder / path, pieces)
+        snapshot.written(chunk)
+        return chunk.name, path, digest.hexdigest()
 
-    digests: dict[str, dict[str, str]] = {name: {} for name in arrays}
-    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
-        for name, path, digest in pool.map(write, jobs):
-            digests[name][path] = digest
+    digests: Digests = {name: {} for name in snapshot.layouts}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
+            jobs = collections.deque()
+            for chunk in snapshot:
+                jobs.append(pool.submit(write, chunk))
+                del chunk
+                while jobs and jobs[0].done():
+                    _note(digests, jobs.popleft())
+            while jobs:
+                _note(digests, jobs.popleft())
+    finally:
+        snapshot.abandon()
     return digests
 
 
 def describe_arrays(
-    folder: pathlib.Path,
-    arrays: Mapping[str, SnapshotArray],
-    digests: list[dict[str, dict[str, str]]],
+    folder: Any, arrays: Mapping[str, ArrayLayout], digests: list[Digests]
 ) -> dict[str, ArrayRecord]:
     """Records of all arrays from all processes' digests; writes the `zarr.json`s.
 
@@ -82,14 +79,13 @@ def describe_arrays(
       KeyError: a chunk that no process wrote.
     """
 
-    def describe(item: tuple[str, SnapshotArray]) -> ArrayRecord:
+    def describe(item: tuple[str, ArrayLayout]) -> ArrayRecord:
         name, array = item
         found = {path: one for part in digests for path, one in part[name].items()}
         size = integrity.chunk_file_bytes(array.chunk_shape, array.dtype)
         zarr_json = json.dumps(_metadata(array)).encode()
         path = f"{integrity.array_folder(name)}/zarr.json"
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        commits.write_synced(folder / path, zarr_json)
+        commits.write_synced(folder / path, [zarr_json])
         indexes = integrity.grid(array.shape, array.chunk_shape)
         paths = [integrity.chunk_path(name, index) for index in indexes]
         return ArrayRecord(
@@ -110,74 +106,106 @@ def describe_arrays(
 
 
 def read_arrays(
-    folder: pathlib.Path,
+    folder: Any,
     manifest: Manifest,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     logical_shapes: Mapping[str, tuple[int, ...]],
+    staging_bytes: float = math.inf,
+    is_cast: bool = False,
 ) -> dict[str, jax.Array]:
     """The arrays named in `abstract`, on its shardings; what is padding reads as 0.
 
-    A process reads the chunks under its own shards and no other, each once.
+    A process reads the chunks under its own shards and no other, each once. At most
+    `staging_bytes`, or one array, are on their way to the devices. `is_cast`: the
+    dtype of a target may be another.
 
     Raises:
       CheckpointError: a chunk is not as written; names its file, thereby the array.
       IncompatibleCheckpoint: an array is not there, or has another shape or dtype.
     """
     for name, target in abstract.items():
-        _check_target(name, manifest, target, logical_shapes.get(name, target.shape))
-    # calloc: a block takes no memory before its first chunk lands.
-    blocks = {
-        name: {
-            box: np.zeros([last - first for first, last in box], target.dtype)
-            for box in _own_boxes(target)
-        }
-        for name, target in abstract.items()
-    }
-    jobs = [
-        (manifest.arrays[name], index, boxes, blocks[name])
-        for name in abstract
-        for index, boxes in _needed(manifest.arrays[name], blocks[name]).items()
-    ]
-
-    def read(job) -> None:
-        array, index, boxes, blocks_here = job
-        here = _chunk_box(array, index)
-        values = blocks_here.get(here)
-        # The usual case is one chunk for one block: it is read in place.
-        if values is None or values.shape != array.chunk_shape or boxes != [here]:
-            values = np.empty(array.chunk_shape, array.dtype)
-        record = array.chunks[_position(array, index)]
-        checksum = bytearray(integrity.CHECKSUM_BYTES)
-        integrity.read_into(folder, record, values.reshape(-1).view(np.uint8), checksum)
-        for box in boxes:
-            if values is blocks_here[box]:
-                continue
-            both = tuple(
-                (max(one[0], other[0]), min(one[1], other[1]))
-                for one, other in zip(here, box)
-            )
-            blocks_here[box][_window(both, box)] = values[_window(both, here)]
-
+        shape = logical_shapes.get(name, target.shape)
+        _check_target(name, manifest, target, shape, is_cast)
+    arrays: dict[str, jax.Array] = {}
     with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
-        collections.deque(pool.map(read, jobs), maxlen=0)
-    return {name: _place(target, blocks.pop(name)) for name, target in abstract.items()}
+        for names in _batches(abstract, staging_bytes):
+            # calloc: a block takes no memory before its first chunk lands.
+            blocks = {
+                name: {
+                    box: np.zeros([b - a for a, b in box], manifest.arrays[name].dtype)
+                    for box in _own_boxes(abstract[name])
+                }
+                for name in names
+            }
+            jobs = [
+                (folder, manifest.arrays[name], index, boxes, blocks[name])
+                for name in names
+                for index, boxes in _needed(manifest.arrays[name], blocks[name]).items()
+            ]
+            collections.deque(pool.map(_read_chunk, jobs), maxlen=0)
+            for name in names:
+                arrays[name] = _place(abstract[name], blocks.pop(name))
+            if not math.isinf(staging_bytes):  # Their host copies may go.
+                jax.block_until_ready([arrays[name] for name in names])
+    return arrays
 
 
-def _chunks(array: SnapshotArray) -> Iterator[tuple[Box, np.ndarray]]:
-    """The chunks of this process's shards: where each stands, and its values."""
-    for shard in array.shards:
-        for index in integrity.grid(shard.values.shape, array.chunk_shape):
-            window = tuple(
-                slice(i * size, (i + 1) * size)
-                for i, size in zip(index, array.chunk_shape)
-            )
-            values = shard.values[window]
-            box = tuple(
-                (start + cut.start, start + cut.start + size)
-                for start, cut, size in zip(shard.start, window, values.shape)
-            )
-            yield box, values
+def _batches(
+    abstract: Mapping[str, jax.ShapeDtypeStruct], staging_bytes: float
+) -> Iterator[list[str]]:
+    """Names in order, as many at a time as fit into `staging_bytes` on the host."""
+    names, staged = [], 0
+    for name, target in abstract.items():
+        parts = [math.prod(b - a for a, b in box) for box in _own_boxes(target)]
+        size = sum(parts) * target.dtype.itemsize
+        if names and staged + size > staging_bytes:
+            yield names
+            names, staged = [], 0
+        names, staged = [*names, name], staged + size
+    if names:
+        yield names
+
+
+def _read_chunk(
+    job: tuple[Any, ArrayRecord, tuple[int, ...], list[Box], dict[Box, np.ndarray]],
+) -> None:
+    """Reads one chunk into every block that it overlaps."""
+    folder, array, index, boxes, blocks = job
+    here = _chunk_box(array, index)
+    values = blocks.get(here)
+    # The usual case is one chunk for one block: it is read in place.
+    if values is None or values.shape != array.chunk_shape or boxes != [here]:
+        values = np.empty(array.chunk_shape, array.dtype)
+    record = array.chunks[_position(array, index)]
+    checksum = bytearray(integrity.CHECKSUM_BYTES)
+    integrity.read_into(folder, record, values.reshape(-1).view(np.uint8), checksum)
+    for box in boxes:
+        if values is blocks[box]:
+            continue
+        both = tuple(
+            (max(one[0], other[0]), min(one[1], other[1]))
+            for one, other in zip(here, box)
+        )
+        blocks[box][_window(both, box)] = values[_window(both, here)]
+
+
+def _note(digests: Digests, job: concurrent.futures.Future) -> None:
+    name, path, digest = job.result()
+    digests[name][path] = digest
+
+
+def _pieces(data: np.ndarray, digest: Any) -> Iterator[Any]:
+    """A chunk's bytes and its crc32c; `digest` has seen all of them in the end."""
+    checksum = 0
+    for start in range(0, len(data), PIECE_BYTES):
+        piece = data[start : start + PIECE_BYTES]
+        checksum = google_crc32c.extend(checksum, piece)
+        digest.update(piece)
+        yield piece
+    trailer = checksum.to_bytes(integrity.CHECKSUM_BYTES, "little")
+    digest.update(trailer)
+    yield trailer
 
 
 def _padded(values: np.ndarray, chunk_shape: tuple[int, ...]) -> np.ndarray:
@@ -189,20 +217,7 @@ def _padded(values: np.ndarray, chunk_shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _spec(folder: pathlib.Path, name: str, array: SnapshotArray) -> dict:
-    path = folder.absolute() / integrity.array_folder(name)
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": _metadata(array),
-        "open": True,
-        "assume_metadata": True,  # No process waits for another's zarr.json.
-        "store_data_equal_to_fill_value": True,  # A missing chunk is never zeros.
-        "fill_missing_data_reads": False,
-    }
-
-
-def _metadata(array: SnapshotArray) -> dict:
+def _metadata(array: ArrayLayout) -> dict:
     """`zarr.json`. Source: Zarr core specification 3.0; its bytes and crc32c codecs."""
     is_bytes = integrity.ITEM_BYTES[array.dtype] == 1
     endian = {} if is_bytes else {"configuration": {"endian": "little"}}
@@ -224,6 +239,7 @@ def _check_target(
     manifest: Manifest,
     target: jax.ShapeDtypeStruct,
     shape: tuple[int, ...],
+    is_cast: bool,
 ) -> None:
     if name not in manifest.arrays:
         raise IncompatibleCheckpoint(
@@ -231,7 +247,8 @@ def _check_target(
             "model or optimizer: give the config that it was saved with"
         )
     stored = manifest.arrays[name]
-    if (stored.shape, stored.dtype) != (tuple(shape), target.dtype.name):
+    dtype = stored.dtype if is_cast else target.dtype.name
+    if (stored.shape, stored.dtype) != (tuple(shape), dtype):
         raise IncompatibleCheckpoint(
             f"array {name!r} of step {manifest.step} is {stored.dtype}{stored.shape}, "
             f"the model wants {target.dtype.name}{tuple(shape)}; give the config that "
@@ -285,6 +302,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 
 def _place(target: jax.ShapeDtypeStruct, blocks: Mapping[Box, np.ndarray]) -> jax.Array:
-    return jax.make_array_from_callback(
-        target.shape, target.sharding, lambda index: blocks[_box(index, target.shape)]
-    )
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        return blocks[_box(index, target.shape)].astype(target.dtype, copy=False)
+
+    return jax.make_array_from_callback(target.shape, target.sharding, block)

@@ -29,7 +29,7 @@ from jaxinfra.data.shards import Split
 from jaxinfra.stages import BatchSizes, Weights
 
 _ALL = slice(None)
-_ROWS_AHEAD, _STEPS_AHEAD = 4_096, 64  # planned at once: small calls of numpy cost most
+_STEPS_AHEAD = 64  # planned at once: small calls of numpy cost most
 
 
 def make_stream(
@@ -85,9 +85,15 @@ class Stream:
     def batch(self, step: int, positions: slice | np.ndarray = _ALL) -> Batch:
         """The rows of step `step`, or those at some positions of its global batch."""
         positions = np.arange(self.sizes.of(step), dtype=np.int64)[positions]
-        if self.sources.is_remote:
-            self._read_ahead(step, positions)
-        return self.sources.read(self._planned(step, positions))
+        plan = self._planned(step, positions)
+        if not self.sources.is_remote:
+            return self.sources.read(plan)
+        self.sources.ahead(plan)
+        batch = self.sources.read(plan)
+        for later in range(step + 1, step + 5):
+            if self.sizes.of(later) == self.sizes.of(step):
+                self.sources.ahead(self._planned(later, positions))
+        return batch
 
     def identity(self) -> dict[str, Any]:
         """What must not change for step k to stay the same batch: JSON."""
@@ -95,13 +101,9 @@ class Stream:
         sizes |= {"batch_ramp": self.sizes.ramp} if self.sizes.ramp else {}
         return self.sources.identity() | self.order.identity() | sizes
 
-    def _read_ahead(self, step: int, positions: np.ndarray) -> None:
-        for later in range(step + 1, step + 5):
-            if self.sizes.of(later) == self.sizes.of(step):
-                self.sources.ahead(self._planned(later, positions))
-
     def _planned(self, step: int, positions: np.ndarray) -> Plan:
-        count = min(max(_ROWS_AHEAD // max(positions.size, 1), 1), _STEPS_AHEAD)
+        room = self.sources.plan_rows // max(positions.size, 1)
+        count = min(max(room, 1), _STEPS_AHEAD)
         part, number = divmod(step, count)
         if self.sizes.of(part * count) != self.sizes.of((part + 1) * count - 1):
             part, number, count = step, 0, 1
@@ -110,7 +112,7 @@ class Stream:
 
     @functools.cached_property
     def _plan(self) -> Callable[[int, int, bytes], Plan]:
-        @functools.lru_cache(maxsize=2)
+        @functools.lru_cache(maxsize=8)
         def plan(part: int, count: int, positions: bytes) -> Plan:
             """Of the positions, int64, of `count` steps from step part * count."""
             firsts = [self.sizes.rows_before(part * count + i) for i in range(count)]

@@ -30,7 +30,8 @@ import numpy as np
 from jaxinfra.config import DataError
 from jaxinfra.data import prepare, shards, sources, splits, writer
 from jaxinfra.data.chat_template import END, GUARD, START, ChatTemplate
-from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer, id_dtype
+from jaxinfra.data.tokenizer import Tokenizer, id_dtype
+from jaxinfra.data.tokenizer_json import HfTokenizer
 
 _BATCH = 1_000  # conversations encoded at a time
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer_files
-from jaxinfra.data.tokenizer import NEEDS_HF, HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer_json import NEEDS_HF, HfTokenizer
 
 # Noncharacters of Unicode, never in text that is interchanged: within a name that a
 # message may not write, and around what the model says.

@@ -7,8 +7,12 @@ else from them.
 
 import collections
 import concurrent.futures
+import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.config import DataError
+
+_ASK_EVERY_SECS = 0.5  # whether to give up a batch that does not come
 
 Arrays = TypeVar("Arrays", bound=tuple)  # a NamedTuple of arrays, None where absent
 
@@ -80,20 +86,38 @@ def to_device(
 
 
 def prefetch(
-    make_batch: Callable[[int], Any], start_step: int, stop_step: int, *, depth: int = 2
+    make_batch: Callable[[int], Any],
+    start_step: int,
+    stop_step: int,
+    *,
+    depth: int = 2,
+    gives_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[Fetched]:
     """Batches of steps start_step .. stop_step - 1, made up to `depth` steps ahead.
 
     One background thread calls `make_batch`; depth 0 calls it in the consumer. What it
     raises is raised at its step, with its own traceback. Closing the iterator (use
     `contextlib.closing`), its end or its error ends the thread: after the batch that is
-    being made, never later.
+    being made, never later. `gives_up` is asked while a batch is waited for, as long as
+    storage is away: where it is true the iterator ends, and its thread is left alone.
     """
     if depth < 0:
         raise DataError(f"prefetch depth={depth} must be 0 or more")
     if depth == 0:
         return _fetch(make_batch, range(start_step, stop_step))
-    return _fetch_ahead(make_batch, range(start_step, stop_step), depth)
+    return _fetch_ahead(make_batch, range(start_step, stop_step), depth, gives_up)
+
+
+def until_none_comes(
+    batches: Iterator[Fetched], failed: list[DataError]
+) -> Iterator[Fetched]:
+    """`batches` as far as they can be had; the DataError that ends them is put into
+    `failed` instead of raised, so that what was learned until then can be saved."""
+    with contextlib.closing(batches):
+        try:
+            yield from batches
+        except DataError as error:
+            failed.append(error)
 
 
 def digest(batch: tuple) -> jax.Array:
@@ -138,18 +162,54 @@ def _fetch(make_batch: Callable[[int], Any], steps: range) -> Iterator[Fetched]:
 
 
 def _fetch_ahead(
-    make_batch: Callable[[int], Any], steps: range, depth: int
+    make_batch: Callable[[int], Any],
+    steps: range,
+    depth: int,
+    gives_up: Callable[[], bool],
 ) -> Iterator[Fetched]:
-    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    todo: queue.SimpleQueue[tuple[int, Future] | None] = queue.SimpleQueue()
+
+    def submit(step: int) -> Future:
+        future: Future = Future()
+        todo.put((step, future))
+        return future
+
+    # A daemon: a process may end while it waits for a server.
+    thread = threading.Thread(
+        target=_make_all, args=(make_batch, todo), name="prefetch", daemon=True
+    )
+    thread.start()
+    ahead = collections.deque(map(submit, steps[:depth]))
     try:
-        ahead = collections.deque(pool.submit(make_batch, s) for s in steps[:depth])
         for step in steps:
             start_secs = time.perf_counter()
-            batch = ahead.popleft().result()
+            future = ahead.popleft()
+            while not concurrent.futures.wait([future], _ASK_EVERY_SECS).done:
+                if gives_up():
+                    thread = None
+                    return
+            batch = future.result()
             wait_secs = time.perf_counter() - start_secs
             if step + depth < steps.stop:
-                ahead.append(pool.submit(make_batch, step + depth))
+                ahead.append(submit(step + depth))
+            del future  # it holds the batch
             yield Fetched(step, batch, wait_secs)
             del batch  # as above
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in ahead:
+            future.cancel()
+        todo.put(None)
+        if thread is not None:
+            thread.join()
+
+
+def _make_all(make_batch: Callable[[int], Any], todo: queue.SimpleQueue) -> None:
+    """Makes the batch of each (step, future) until there is None."""
+    while (item := todo.get()) is not None:
+        step, future = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(make_batch(step))
+            except BaseException as error:
+                future.set_exception(error)
+        del item, future  # else the batch stays alive until the next

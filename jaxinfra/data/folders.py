@@ -67,7 +67,7 @@ class LocalFolder:
     """A folder of this machine, its arrays memory-mapped."""
 
     eager_shards = 1_000
-    open_shards = 8_192  # Linux lets a process map 65,530 files
+    open_shards = 4_096  # Linux lets a process map 65,530 files
 
     def __init__(self, path: pathlib.Path):
         self._path = path

@@ -24,7 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
+from jaxinfra.data.order import MAX_SIZE
 from jaxinfra.data.shards import CONCAT, MASK_DTYPE, Shard, Split
+
+_PLAN_ROWS, _PLAN_CUTS = 4_096, 2**19  # planned at once; bounded by memory
 
 
 class Batch(NamedTuple):
@@ -86,6 +89,11 @@ class Rows:
         num_rows_S = split.rows_S if self._is_laid_out else num_rows_S
         self._first_rows = np.concatenate([[0], np.cumsum(num_rows_S)]).astype(np.int64)
         self.num_rows = int(self._first_rows[-1])
+        if not 0 <= self.num_rows <= MAX_SIZE or (num_rows_S < 0).any():
+            raise DataError(
+                f"{split.folder} has more rows than 2**48, says dataset.json; "
+                "prepare it again"
+            )
         most = layout.most_starts if self._is_laid_out else split.most_starts(length)
         self.num_cuts = 1 + min(most, length)
         if self.num_rows == 0:
@@ -114,7 +122,10 @@ class Rows:
             ),
         )
         plan.cuts_BC[:, 0] = 0
-        for number in set(shard_B.tolist()) - {-1}:
+        numbers = set(shard_B.tolist()) - {-1}
+        if self.split.is_remote:
+            self.split.open_together(numbers)
+        for number in numbers:
             here = np.flatnonzero(shard_B == number)
             shard = self.split.shards[number]
             start_B, filled_B = self._bounds(
@@ -157,7 +168,14 @@ class Sources:
     """The rows of one or more splits of one tokenizer, by the number of each."""
 
     def __init__(self, rows: Sequence[Rows]):
-        """`rows` of each split, all of one length."""
+        """`rows` of each split, all of one length. Raises DataError where they have
+        more than one tokenizer."""
+        for other in rows:
+            if other.split.tokenizer_digest != rows[0].split.tokenizer_digest:
+                raise DataError(
+                    f"{other.split.folder} and {rows[0].split.folder} have different "
+                    "tokenizers; prepare one with the tokenizer of the other"
+                )
         self.rows = rows
         counts = [len(r.split.shards) for r in rows]
         self._first_shards = [sum(counts[:number]) for number in range(len(counts))]
@@ -180,6 +198,12 @@ class Sources:
             whole.start_B[here], whole.filled_B[here] = plan.start_B, plan.filled_B
             whole.cuts_BC[here, : rows.num_cuts] = plan.cuts_BC
         return whole
+
+    @property
+    def plan_rows(self) -> int:
+        """How many rows to plan at once: none but what is read, by URL."""
+        num_cuts = max(r.num_cuts for r in self.rows)
+        return 1 if self.is_remote else min(_PLAN_ROWS, _PLAN_CUTS // num_cuts)
 
     @property
     def is_remote(self) -> bool:

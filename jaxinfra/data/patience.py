@@ -61,7 +61,7 @@ class Patience:
         self._lock = threading.Lock()
         self._waited_since: dict[str, float] = {}  # by server, once told
 
-    def until_done(self, url: str, call: Callable[[], T]) -> T:
+    def until_done(self, url: str, call: Callable[[], T], what: str = "read") -> T:
         """What `call` returns in the end; DataError, naming `url`, if it cannot."""
         start_secs, server = time.monotonic(), urls.server_of(url)
         pause_secs = _SHORTEST_PAUSE_SECS
@@ -76,12 +76,14 @@ class Patience:
                 problem = _problem(url, error)
             waited_secs = time.monotonic() - start_secs
             if not problem.may_pass:
-                raise DataError(f"{urls.redacted(url)} cannot be read: {problem.text}")
+                raise DataError(
+                    f"{urls.redacted(url)} cannot be {what}: {problem.text}"
+                )
             if waited_secs >= self.secs:
                 with self._lock:
                     self._waited_since.pop(server, None)
                 raise DataError(
-                    f"{urls.redacted(url)} cannot be read for {waited_secs:.0f} s: "
+                    f"{urls.redacted(url)} cannot be {what} for {waited_secs:.0f} s: "
                     f"{problem.text}; check the server and the network, and start again"
                 )
             if waited_secs >= _TELL_AFTER_SECS:

@@ -41,6 +41,7 @@ from jaxinfra.data import (
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.sources import Piece
 from jaxinfra.data.tokenizer import BosRule
+from jaxinfra.data.tokenizer_json import HfTokenizer
 
 # Makes the tokenizer of a data set from the texts that are trained on.
 MakeTokenizer = Callable[[Sequence[str]], tokenizers.Tokenizer]
@@ -176,7 +177,7 @@ def prepared(
         raise DataError(_not_found(path_or_name))
     files = sources.find_files([path])
     coder = _named_tokenizer(tokenizer, eod=eod, bos=bos)
-    is_file = isinstance(coder, tokenizers.HfTokenizer)
+    is_file = isinstance(coder, HfTokenizer)
     options: dict[str, Any] = {
         "tokenizer": coder.digest() if is_file else tokenizer,
         "split": split,

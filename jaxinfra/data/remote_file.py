@@ -7,10 +7,8 @@ name the blocks in the cache, so that a copy of the data set, or a URL that was 
 anew, finds what is there.
 """
 
-import collections
-import contextlib
+import functools
 import re
-import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -20,11 +18,10 @@ from jaxinfra.config import DataError
 from jaxinfra.data import storage, urls
 from jaxinfra.data.block_cache import BlockCache
 from jaxinfra.data.patience import PATIENCE, Patience
+from jaxinfra.data.read_ahead import ReadAhead
 from jaxinfra.data.windows import BLOCK_BYTES
 
 _TRIES = 3  # of bytes that come with another sum
-_AHEAD_THREADS = 8
-_MAX_AHEAD = 32  # blocks waiting to be read ahead; more are left out
 _XXH3_128 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -56,6 +53,7 @@ class RemoteFile:
         block_bytes: int = BLOCK_BYTES,
         *,
         patience: Patience = PATIENCE,
+        ahead: ReadAhead | None = None,
     ):
         num_blocks = -(-size_bytes // block_bytes)
         if sums_K.shape != (num_blocks,) or sums_K.dtype != np.uint64:
@@ -70,9 +68,7 @@ class RemoteFile:
         self._patience = patience
         layout = f"{size_bytes}/{block_bytes}/".encode()
         self._name = xxhash.xxh3_128_hexdigest(layout + sums_K.tobytes())
-        self._lock = threading.Lock()  # of what follows
-        self._ahead: collections.deque[int] = collections.deque()
-        self._num_threads = 0
+        self._ahead = ahead or ReadAhead()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """uint8 [stop - start], read-only: a view of one block, or a copy of several.
@@ -98,32 +94,11 @@ class RemoteFile:
         """Fetches blocks, by number, in other threads; those that are too many are left
         out, and what goes wrong is not told before the block is read."""
         for number in blocks:
-            with self._lock:
-                if len(self._ahead) >= _MAX_AHEAD:
-                    return
-                if number in self._ahead or self._cache.holds(self._name_of(number)):
-                    continue
-                self._ahead.append(number)
-                if self._num_threads == _AHEAD_THREADS:
-                    continue
-                self._num_threads += 1
-            # Daemons: a process may end while they wait for a server.
-            thread = threading.Thread(target=self._fetch_ahead, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the system has no more threads
-                with self._lock:
-                    self._num_threads -= 1
-
-    def _fetch_ahead(self) -> None:
-        while True:
-            with self._lock:
-                if not self._ahead:
-                    self._num_threads -= 1
-                    return
-                number = self._ahead.popleft()
-            with contextlib.suppress(Exception):  # `read` meets it again
-                self._block(number)
+            name = self._name_of(number)
+            if self._cache.holds(name):
+                continue
+            if not self._ahead.begin(name, functools.partial(self._block, number)):
+                return
 
     def _name_of(self, number: int) -> str:
         return f"{self._name}-{number}"

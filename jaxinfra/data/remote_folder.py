@@ -16,6 +16,7 @@ from jaxinfra import runfolder
 from jaxinfra.config import Config, DataError
 from jaxinfra.data import folders, storage, urls
 from jaxinfra.data.block_cache import BlockCache
+from jaxinfra.data.read_ahead import ReadAhead
 from jaxinfra.data.remote_file import DamagedError, RemoteFile, cached_file
 from jaxinfra.data.windows import BLOCK_BYTES, Report, Taken
 
@@ -27,7 +28,7 @@ class RemoteFolder:
     """A folder of S3, GCS, the web or HDFS, read through a cache on disk."""
 
     # Shards are opened when they are read: each costs some requests and some memory.
-    eager_shards, open_shards = 0, 256
+    eager_shards, open_shards = 0, 1_024
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class RemoteFolder:
         that cannot be."""
         self._url = url
         folder = pathlib.Path(cache_dir or runfolder.cache_dir(Config(name="data")))
-        self._cache = _cache(folder / "blocks", cache_bytes)
+        self._cache, self._ahead = _shared(folder / "blocks", cache_bytes)
 
     @property
     def path(self) -> str:
@@ -77,7 +78,8 @@ class RemoteFolder:
         report: Report | None,
     ) -> "RemoteWindows":
         header, num_bytes = folders.npy_bytes(dtype, (size,))
-        file = RemoteFile(self._file(name), num_bytes, sums_K, self._cache)
+        url, ahead = self._file(name), self._ahead
+        file = RemoteFile(url, num_bytes, sums_K, self._cache, ahead=ahead)
         return RemoteWindows(file, dtype, size, header, report)
 
     def checksum(self, name: str) -> str:
@@ -146,6 +148,6 @@ class RemoteWindows:
 
 
 @functools.lru_cache
-def _cache(folder: pathlib.Path, max_bytes: int) -> BlockCache:
-    """One for all data sets of this process."""
-    return BlockCache(folder, max_bytes, memory_bytes=MEMORY_BYTES)
+def _shared(folder: pathlib.Path, max_bytes: int) -> tuple[BlockCache, ReadAhead]:
+    """Of all data sets of this process."""
+    return BlockCache(folder, max_bytes, memory_bytes=MEMORY_BYTES), ReadAhead()

@@ -23,12 +23,13 @@ how many begin in any 2**k tokens at most) and `shards`, for each shard `file`,
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,10 +38,12 @@ from jaxinfra.config import DataError
 from jaxinfra.data import folders
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.folders import Folder, LocalFolder
+from jaxinfra.data.records import check_equal, check_keys
 from jaxinfra.data.windows import Report, Windows
 
 FORMAT_VERSION = 3
 MANIFEST = "dataset.json"
+OPEN_THREADS = 16
 AUTO_VERIFY_BYTES = 256 * 2**20  # below it, a check of every byte costs under 0.1 s
 
 LENGTH_DTYPE = ROWS_DTYPE = np.dtype("<i8")
@@ -121,6 +124,7 @@ class Split:
     digest: str  # of the data set, "/", the name
     folder: str
     is_remote: bool = False
+    tokenizer_digest: str = ""
     dtype: np.dtype
     vocab_size: int
     num_tokens: int
@@ -132,6 +136,12 @@ class Split:
     tokens_S: np.ndarray  # int64 [S] tokens of each shard
     rows_S: np.ndarray  # int64 [S] rows of each shard, 0 where not laid out
     starts_K: np.ndarray  # entry k: the most documents that begin in 2**k tokens
+    checksums: Callable[[], Iterable[dict[str, str]]] = tuple  # of each shard's files
+
+    def open_together(self, numbers: Iterable[int]) -> None:
+        """Opens shards by number, several at once: each waits for a server."""
+        with concurrent.futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+            collections.deque(pool.map(self.shards.__getitem__, numbers), maxlen=0)
 
     def most_starts(self, length: int) -> int:
         """A bound on the documents that begin among any `length` tokens."""
@@ -189,16 +199,16 @@ def open_dataset(
         raise DataError(
             f"{where} cannot be read ({error}); name a folder that prepare wrote"
         ) from error
-    _check_keys(manifest, _MANIFEST_KEYS, where)
+    check_keys(manifest, _MANIFEST_KEYS, where)
     if (version := manifest["format_version"]) != FORMAT_VERSION:
         raise DataError(
             f"{where}: format_version {version} is not {FORMAT_VERSION}, which this "
             "release reads; prepare it again or use the release that wrote it"
         )
     tokenizer = tokenizers.from_json(manifest["tokenizer"])
-    _check_equal(where, "tokenizer_digest", manifest, tokenizer.digest())
+    check_equal(where, "tokenizer_digest", manifest, tokenizer.digest())
     dtype = tokenizers.id_dtype(tokenizer.vocab_size)
-    _check_equal(where, "dtype", manifest, dtype.name)
+    check_equal(where, "dtype", manifest, dtype.name)
     digest = hashlib.sha256(text).hexdigest()
     damage: list[str] = []
     report = damage.append if damaged == "quarantine" else None
@@ -210,7 +220,7 @@ def open_dataset(
             record,
             digest=f"{digest}/{name}",
             dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer,
             report=report,
         )
     dataset = Dataset(
@@ -229,13 +239,30 @@ def verify_dataset(dataset: Dataset) -> list[str]:
     """Reads every byte; one line for each bad file, none if all is well."""
     bad = []
     for split in dataset.splits.values():
-        for shard in split.shards:
-            for name, checksum in shard.checksums.items():
-                if (found := dataset.files.checksum(name)) != checksum:
-                    bad.append(f"{name} has checksum {found}, not {checksum}")
-                elif wrong := _wrong(name, split, shard, dataset.files):
-                    bad.append(f"{name} has {wrong}")
+        for number, checksums in enumerate(split.checksums()):
+            found = [_damage(n, sum_, dataset.files) for n, sum_ in checksums.items()]
+            bad += filter(None, found)
+            if not any(found):
+                bad += _wrong_in(split, number, dataset.files)
     return bad
+
+
+def _damage(name: str, checksum: str, files: Folder) -> str:
+    try:
+        found = files.checksum(name)
+    except (OSError, DataError) as error:
+        return f"{name} cannot be read ({error})"
+    return "" if found == checksum else f"{name} has checksum {found}, not {checksum}"
+
+
+def _wrong_in(split: Split, number: int, files: Folder) -> list[str]:
+    """What is wrong in a shard whose files are as they were written."""
+    try:
+        shard = split.shards[number]
+        told = {name: _wrong(name, split, shard, files) for name in shard.checksums}
+    except DataError as error:
+        return [str(error)]
+    return [f"{name} has {wrong}" for name, wrong in told.items() if wrong]
 
 
 def _wrong(name: str, split: Split, shard: Shard, files: Folder) -> str:
@@ -276,17 +303,17 @@ def _open_split(
     *,
     digest: str,
     dtype: np.dtype,
-    vocab_size: int,
+    tokenizer: tokenizers.Tokenizer,
     report: Report | None,
 ) -> Split:
     where = f"{folder}/{MANIFEST}: split {name!r}"
-    _check_keys(record, _SPLIT_KEYS, where)
-    _check_keys(record["layout"], _LAYOUT_KEYS, f"{where}: layout")
+    check_keys(record, _SPLIT_KEYS, where)
+    check_keys(record["layout"], _LAYOUT_KEYS, f"{where}: layout")
     layout = Layout(**record["layout"])
     keys = _SHARD_KEYS | ({"mask_checksum": str} if record["has_mask"] else {})
     keys |= {"rows": int, "rows_checksum": str} if layout.length else {}
     for number, shard in enumerate(record["shards"]):
-        _check_keys(shard, keys, f"{folder}/{MANIFEST}: a shard")
+        check_keys(shard, keys, f"{folder}/{MANIFEST}: a shard")
         is_name = name.isidentifier() and name.isascii()  # and no path
         is_next = is_name and shard["file"] == f"{name}-{number:05d}.tokens.npy"
         if not is_next or shard["tokens"] < 1 or shard["documents"] < 1:
@@ -297,7 +324,7 @@ def _open_split(
             )
     for key in ("tokens", "documents"):
         total = sum(shard[key] for shard in record["shards"])
-        _check_equal(where, key, record, total)
+        check_equal(where, key, record, total)
     open_shard = functools.partial(
         _open_shard, folder, record["shards"], dtype=dtype, report=report
     )
@@ -308,16 +335,15 @@ def _open_split(
         shards = tuple(shards)
     starts = record["most_starts"]
     if not starts or not all(type(n) is int and 0 < n < 2**63 for n in starts):
-        raise DataError(
-            f"{where}: most_starts must be numbers from 1; prepare it again"
-        )
+        raise DataError(f"{where}: most_starts must be numbers from 1; prepare it anew")
     return Split(
         name=name,
         digest=digest,
         folder=str(folder),
         is_remote=not isinstance(folder, LocalFolder),
+        tokenizer_digest=tokenizer.digest(),
         dtype=dtype,
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size,
         num_tokens=record["tokens"],
         num_documents=record["documents"],
         text_bytes=record["bytes"],
@@ -327,6 +353,7 @@ def _open_split(
         tokens_S=np.array([s["tokens"] for s in record["shards"]], np.int64),
         rows_S=np.array([s.get("rows", 0) for s in record["shards"]], np.int64),
         starts_K=np.array(starts, np.int64),
+        checksums=lambda: map(_checksums, record["shards"]),
     )
 
 
@@ -339,15 +366,11 @@ def _open_shard(
     report: Report | None,
 ) -> Shard:
     record = records[number]
-    names = {"tokens": record["file"]} | {
-        kind: record["file"].replace(".tokens.", f".{kind}.")
-        for kind in (key.removesuffix("_checksum") for key in record)
-        if f"{kind}_checksum" in record
-    }
-    sums_of = {kind: record[f"{kind}_checksum"] for kind in names if kind != "tokens"}
+    checksums = _checksums(record)
+    names = {name.split(".")[1]: name for name in checksums}
 
     def read(kind: str, dtype: np.dtype, *shape: int) -> np.ndarray:
-        return folder.array(names[kind], dtype, shape, sums_of[kind])
+        return folder.array(names[kind], dtype, shape, checksums[names[kind]])
 
     kinds = {"tokens": dtype} | ({"mask": MASK_DTYPE} if "mask" in names else {})
     counts = [folders.num_blocks(dtype, record["tokens"]) for dtype in kinds.values()]
@@ -364,34 +387,14 @@ def _open_shard(
     )
     has_rows = "rows" in names
     rows = read("rows", ROWS_DTYPE, record["rows"], 2) if has_rows else None
-    checksums = {
-        name: sums_of.get(kind, record["checksum"]) for kind, name in names.items()
-    }
     return Shard(arrays=arrays, ends_D=ends_D, checksums=checksums, rows=rows)
 
 
-def _check_keys(value: Any, keys: Mapping[str, type], where: Any) -> None:
-    """Raises unless `value` is a dict of just these keys, its values of these types."""
-    if not isinstance(value, dict) or value.keys() != keys.keys():
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise DataError(
-            f"{where} must hold exactly the keys {sorted(keys)}, not {found}; "
-            "prepare it again"
-        )
-    for key, kind in keys.items():
-        # Not isinstance: bool is an int, but no number of tokens.
-        if type(found := value[key]) is not kind or (
-            kind is int and not 0 <= found < 2**63
-        ):
-            raise DataError(
-                f"{where}: {key} must be {kind.__name__}, not {found!r:.80}; "
-                "prepare it again"
-            )
-
-
-def _check_equal(where: Any, key: str, record: dict[str, Any], rule: Any) -> None:
-    if record[key] != rule:
-        raise DataError(
-            f"{where}: {key} is {record[key]!r}, but what it describes says {rule!r}; "
-            "prepare it again"
-        )
+def _checksums(record: dict[str, Any]) -> dict[str, str]:
+    """Of the files of a shard, by name."""
+    of_kinds = {
+        record["file"].replace(".tokens.", f".{key.removesuffix('_checksum')}."): value
+        for key, value in record.items()
+        if key.endswith("_checksum")
+    }
+    return {record["file"]: record["checksum"], **of_kinds}

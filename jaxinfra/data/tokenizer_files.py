@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from jaxinfra.config import DataError, did_you_mean
 from jaxinfra.data import tiktoken_ranks
-from jaxinfra.data.tokenizer import NEEDS_HF, BosRule, HfTokenizer, parse_tokenizer_json
+from jaxinfra.data.tokenizer import BosRule
+from jaxinfra.data.tokenizer_json import NEEDS_HF, HfTokenizer, parse_tokenizer_json
 
 _SETTINGS = (  # the first that says something counts
     "tokenizer_config.json",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxinfra.config import DataError
-from jaxinfra.data.tokenizer import NEEDS_HF, HfTokenizer, parse_tokenizer_json
+from jaxinfra.data.tokenizer_json import NEEDS_HF, HfTokenizer, parse_tokenizer_json
 
 EOD = "<|endoftext|>"
 _BYTES = 256

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from jaxinfra.config import redacted as redacted  # what of a URL may be shown
+
 # Where credentials come from, by scheme; shown where they are refused.
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
@@ -13,19 +15,11 @@ CREDENTIALS = {
     "hdfs": "HADOOP_USER_NAME, or user:password@ in the URL",
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_USER = re.compile(r"^[^/@:]*(:(?!\d+(/|$))[^@]*)?@")  # `host:80/a@b` has none
 
 
 def is_url(path: Any) -> bool:
     """Whether it is a text that begins with scheme://."""
     return isinstance(path, str) and _URL.match(path) is not None
-
-
-def redacted(url: str) -> str:
-    """The URL without what may be secret: user, password and query."""
-    scheme, mark, rest = url.partition("://")
-    rest, query, _ = rest.partition("?")
-    return scheme + mark + _USER.sub("", rest) + ("?..." if query else "")
 
 
 def scheme_of(url: str) -> str:

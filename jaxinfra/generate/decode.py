@@ -21,8 +21,9 @@ from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import cache, sample
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, seam
+from jaxinfra.ops import attention, seam
 from jaxinfra.ops.seam import Context, Ops
+from jaxinfra.parallel import expert
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout, Rules
@@ -100,7 +101,9 @@ def make_generate(
     # A row's one new token cannot be split by length.
     rules = dataclasses.replace(layout.params, length=())
     make_ops = functools.partial(
-        Ops, seam.make_einsum(policy, rules), dispatch=layers.dense_dispatch
+        Ops,
+        seam.make_einsum(policy, rules),
+        dispatch=expert.make_dispatch(cfg, policy=policy, rules=rules),
     )
     make_model = functools.partial(
         transformer.make_model, cfg, policy=policy, rules=rules, unroll=unroll

@@ -19,8 +19,9 @@ from jaxinfra import mesh, sharding
 from jaxinfra.config import ConfigError, DataError, ModelConfig
 from jaxinfra.generate.rows import Row, Scored
 from jaxinfra.models import transformer
-from jaxinfra.ops import attention, layers, seam
+from jaxinfra.ops import attention, seam
 from jaxinfra.ops.seam import Context, Ops
+from jaxinfra.parallel import expert
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout, Rules
@@ -133,7 +134,7 @@ def _forward(
     ops = Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),
-        layers.dense_dispatch,
+        expert.make_dispatch(cfg, policy=policy, rules=rules),
     )
     model = transformer.make_model(
         cfg, ops=ops, policy=policy, rules=rules, unroll=unroll

@@ -21,7 +21,8 @@ from jaxinfra import options, params, runfolder
 from jaxinfra.checkpoint import lifecycle
 from jaxinfra.config import Config, ConfigError, DataError, ModelConfig
 from jaxinfra.data import tokenizer_training
-from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 from jaxinfra.interop import families, hf, hf_config, tensorfile
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
@@ -58,7 +59,7 @@ def write_published(
     dtype = np.dtype(dtype)
     fields |= {"dtype": dtype.name, "torch_dtype": dtype.name}
     fields |= _ids(files)
-    with _made(folder) as made:
+    with made_folder(folder) as made:
         _write(made / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
         hf.write_params(
             made,
@@ -96,7 +97,7 @@ def write_run(
         )
     config = Config(name=name, model=model, precision=RUN_PRECISIONS[dtype])
     specs = param_specs(model)
-    with _made(folder) as made:
+    with made_folder(folder) as made:
         runfolder.write_json(made / "config.json", options.to_json(config))
         if tokenizer is not None:
             runfolder.write_json(made / runfolder.TOKENIZER, tokenizer.to_json())
@@ -156,7 +157,7 @@ def _is_map(described: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _made(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def made_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which gets its name when the block ends well."""
     if folder.exists():
         raise ConfigError(f"--to {folder} is there already; choose another folder")

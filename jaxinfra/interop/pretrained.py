@@ -42,12 +42,16 @@ class Source(NamedTuple):
     model: ModelConfig
     read: Callable[..., Tree]
     family: str = ""  # of published ones
+    router_bias: Callable[[Layout], jax.Array] | None = None
 
     def load(self, *, layout: Layout, dtype: Any) -> Tree:
-        """The parameters of the source's own model, laid out as `layout.params`
-        says."""
+        """The parameters of the source's own model, laid out as `layout.params` says,
+        with `router_bias` beside them if there is one."""
         specs = param_specs(self.model)
-        return self.read(self.model, specs, layout=layout, dtype=dtype)
+        weights = self.read(self.model, specs, layout=layout, dtype=dtype)
+        if self.router_bias is None:
+            return weights
+        return weights | {"router_bias": self.router_bias(layout)}
 
     def adopt(self, config: Config) -> Config:
         """`config` with the source's model, but for what only training reads, and for
@@ -160,6 +164,12 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
         abstract = params.abstract(specs, layout, layout.params, stored)
         wanted = {f"{part}/{path}": leaf for path, leaf in params.named(abstract)}
         shapes = {f"{part}/{path}": s.shape for path, s in params.named(specs)}
+        arrays = arrays_of(wanted, shapes)
+        return params.unflatten(
+            abstract, [arrays[name].astype(dtype) for name in wanted]
+        )
+
+    def arrays_of(wanted, shapes=None):
         if pinned is None:  # passes over a step that is found damaged only now
             found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
         else:
@@ -167,12 +177,21 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
         assert found is not None
         for bad, why in found.rejected:
             _LOG.warning("step %d is passed over: %s", bad, why)
-        arrays = [found.arrays[name].astype(dtype) for name in wanted]
-        return params.unflatten(abstract, arrays)
+        return found.arrays
+
+    def router_bias(layout: Layout) -> jax.Array:
+        is_scaled = precision.policy(config.precision).loss_scale is not None
+        path = f"model_state/{'inner/' if is_scaled else ''}router_bias"
+        shape = (config.model.num_layers, config.model.num_experts)
+        place = jax.NamedSharding(layout.mesh, jax.P())
+        like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        return arrays_of({path: like})[path]
 
     length = config.model.max_length or config.train.length
     model = dataclasses.replace(config.model, max_length=length)
-    return Source(f"{run}@{step}", model, read)
+    has_bias = config.model.num_experts and config.train.router_bias_rate
+    bias = router_bias if has_bias else None
+    return Source(f"{run}@{step}", model, read, router_bias=bias)
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -55,7 +55,11 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 def canonical(model: ModelConfig) -> ModelConfig:
     """The same function said in one way: widths that 0 stands for, unused settings."""
     has_experts = any(layer.feed_forward == "experts" for layer in model.layers)
-    no_experts = {"num_experts": 0, "experts_per_token": 0, "router_renormalize": True}
+    plain, router = ModelConfig(), ("experts_per_token", "router_renormalize", "router")
+    sizes = ("num_experts", "router_scale", "router_groups", "router_top_groups")
+    no_experts = {
+        name: getattr(plain, name) for name in (*router, *sizes, "shared_experts")
+    }
     base, scaling, thetas = _rotary(model)
     return dataclasses.replace(
         model,

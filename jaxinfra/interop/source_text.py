@@ -10,7 +10,8 @@ import numpy as np
 from jaxinfra.config import ModelConfig
 from jaxinfra.data import chat_template, tokenizer_files
 from jaxinfra.data.chat_template import ChatTemplate
-from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 from jaxinfra.interop import tokenizers_of
 
 

@@ -19,7 +19,8 @@ from jaxinfra import runfolder
 from jaxinfra.config import ConfigError, DataError, ModelConfig
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data import tokenizer_files
-from jaxinfra.data.tokenizer import HfTokenizer, Tokenizer
+from jaxinfra.data.tokenizer import Tokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 from jaxinfra.interop import export, gguf_file
 
 EOS = "eos_token_id"  # an id or a list, in config.json and generation_config.json

@@ -92,6 +92,14 @@ def _layer_specs(cfg: ModelConfig, layer: LayerConfig) -> Tree:
         ffn["down_bias"] = bias((*E, D), (*experts, None))
         if cfg.activation in layers.GATED:
             ffn["gate_bias"] = ffn["up_bias"]
+    if not is_dense and cfg.shared_experts:  # as one feed-forward of their joint width
+        shared_F = cfg.shared_experts * F
+        ffn["shared"] = {
+            "up": matrix((D, shared_F), ("embed", "ffn"), (0,)),
+            "down": matrix((shared_F, D), ("ffn", "embed"), (0,), depth),
+        }
+        if cfg.activation in layers.GATED:
+            ffn["shared"]["gate"] = ffn["shared"]["up"]
     specs = {"attention": attention, "ffn": ffn}
     for part in ("attention", "ffn"):
         if cfg.norm_placement in ("pre", "both"):

@@ -28,7 +28,8 @@ class Model(NamedTuple):
     """A model's specs and its functions; `forward` is made of them.
 
     embed(params, tokens_BT, context) -> x_BTD
-    block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache)
+    block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache); without
+      a cache its place is taken by what a layer of experts tells the loss
     unembed(params, x_BTD) -> (normed h_BTD, head_VD); logits are h head^T
     forward(params, tokens_BT, context, caches) -> (h_BTD, head_VD, caches)
     """
@@ -64,7 +65,10 @@ def make_model(
     )
 
     def forward(params, tokens_BT, context, caches=None):
-        context = context._replace(rotations=_rotations(context.positions_BT, cfg))
+        context = context._replace(
+            rotations=layers.rotations_of(cfg, context.positions_BT),
+            router_bias_LE=params.get("router_bias", context.router_bias_LE),
+        )
         x_BTD = embed(params, tokens_BT, context)
         x_BTD, caches = stack(params, x_BTD, context, caches)
         return *unembed(params, x_BTD), caches
@@ -81,8 +85,7 @@ def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
             )
         if cfg.embedding_scale:
             x_BTD *= jnp.asarray(math.sqrt(cfg.width), x_BTD.dtype)
-        key = _layer_key(context, cfg.num_layers)
-        return layers.dropout(x_BTD, context.rows_B, key, rate=cfg.dropout)
+        return _dropout(x_BTD, context, _layer_key(context, cfg.num_layers), cfg)
 
 
 def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, ops):
@@ -96,12 +99,17 @@ def _block(params, x_BTD, context, layer: LayerConfig, number, cache, *, cfg, op
             params["attention"], h_BTD, context, layer, cache, cfg, ops
         )
         h_BTD = _norm(params.get("attention_post_norm"), h_BTD, cfg)
-        x_BTD += layers.dropout(h_BTD, context.rows_B, attention_key, rate=cfg.dropout)
+        x_BTD += _dropout(h_BTD, context, attention_key, cfg)
     with jax.named_scope("ffn"):
         h_BTD = _norm(params.get("ffn_norm"), x_BTD, cfg)
-        h_BTD = _ffn(params["ffn"], h_BTD, layer, cfg, ops)
+        given, einsum = params["ffn"], ops.einsum
+        if layer.feed_forward == "dense":
+            h_BTD = layers.mlp(given, h_BTD, activation=cfg.activation, einsum=einsum)
+        else:
+            h_BTD, told = ops.dispatch(given, h_BTD, context, number, einsum=einsum)
+            cache = told if cache is None else cache
         h_BTD = _norm(params.get("ffn_post_norm"), h_BTD, cfg)
-        x_BTD += layers.dropout(h_BTD, context.rows_B, ffn_key, rate=cfg.dropout)
+        x_BTD += _dropout(h_BTD, context, ffn_key, cfg)
     return x_BTD, cache
 
 
@@ -146,33 +154,6 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     return checkpoint_name(y_BTD, "attention_out"), cache
 
 
-def _ffn(params, x_BTD, layer, cfg, ops):
-    settings = {"activation": cfg.activation, "einsum": ops.einsum}
-    if layer.feed_forward == "dense":
-        return layers.mlp(params, x_BTD, **settings)
-    logits_BTE = ops.einsum(
-        "BTD,DE->BTE", x_BTD, params["router"], out=("batch", "length", None)
-    )
-    gates_BTE = layers.route(
-        logits_BTE, cfg.experts_per_token, renormalize=cfg.router_renormalize
-    )
-    return ops.dispatch(params, x_BTD, gates_BTE, **settings)
-
-
-def _rotations(positions_BT, cfg):
-    """Rotary angles for every base in use, once for all layers; 0 is the model's."""
-    if cfg.positions != "rotary":
-        return {}
-    thetas = sorted({layer.rope_theta for layer in cfg.layers})
-    frequencies = {
-        theta: layers.rope_frequencies(cfg.head_width, theta)
-        if theta
-        else layers.rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
-        for theta in thetas
-    }
-    return {t: layers.rotations(positions_BT, f) for t, f in frequencies.items()}
-
-
 def _unembed(params, x_BTD, *, cfg):
     with jax.named_scope("unembed"):
         head_VD = params["embedding"] if cfg.tied else params["head"]
@@ -189,13 +170,18 @@ def _norm(params, x_BTD, cfg):
     return layers.rms_norm(x_BTD, scale_D, eps=cfg.norm_eps)
 
 
+def _dropout(x_BTD, context, key, cfg):
+    settings = {"rate": cfg.dropout, "order_T": context.order_T}
+    return layers.dropout(x_BTD, context.rows_B, key, **settings)
+
+
 def _scale(stored, cfg):
     return 1.0 + stored.astype(jnp.float32) if cfg.norm_from_zero else stored
 
 
 def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     """All layers in order. caches: {prefix, pattern, suffix}, as the parameters are, or
-    None; the result has the same form."""
+    None; the result has the same form, of caches or of what layers told."""
     caches = caches or {"prefix": None, "pattern": None, "suffix": None}
 
     def run(layer_params, configs, first, x_BTD, caches, block=flat):
@@ -221,21 +207,22 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
         x_BTD, mine = run(
             layer_params, cfg.pattern, first + r * size, x_BTD, mine, block
         )
-        if pattern is not None:
-            put = functools.partial(
-                jax.lax.dynamic_update_index_in_dim, index=r, axis=0
-            )
-            pattern = jax.tree.map(put, pattern, mine)
-        return (x_BTD, pattern), None
+        if pattern is None:
+            return (x_BTD, None), mine
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=r, axis=0)
+        return (x_BTD, jax.tree.map(put, pattern, mine)), None
 
     carry = (x_BTD, caches["pattern"])
     if unroll:
-        for r, layer_params in enumerate(_unstack(params["pattern"], cfg.repeats)):
-            carry, _ = turn(carry, (r, layer_params))
+        told = []
+        for xs in enumerate(_unstack(params["pattern"], cfg.repeats)):
+            carry, mine = turn(carry, xs)
+            told.append(mine)
+        told = jax.tree.map(lambda *each: jnp.stack(each), *told) if told else None
     else:
         xs = (jnp.arange(cfg.repeats), params["pattern"])
-        carry, _ = jax.lax.scan(turn, carry, xs)
-    x_BTD, pattern = carry
+        carry, told = jax.lax.scan(turn, carry, xs)
+    x_BTD, pattern = carry[0], told if carry[1] is None else carry[1]
     first += size * cfg.repeats
     x_BTD, suffix = run(params["suffix"], cfg.suffix, first, x_BTD, caches["suffix"])
     return x_BTD, {"prefix": prefix, "pattern": pattern, "suffix": suffix}

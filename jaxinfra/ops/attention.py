@@ -56,14 +56,9 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
 
     def attend(q_BTKGH, k_BSKH, v_BSKH, context, cache, *, window, softcap):
         segments_BT = context.segments_BT
-        case = Case(
-            segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1
+        name = choose_kernel(
+            kernel, q_BTKGH, segments_BT, window=window, softcap=softcap
         )
-        name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
-        reason = _uncovered(name, case, q_BTKGH)
-        if reason:
-            _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
-            name = "xla"
         if name == "xla":
             keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
             out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
@@ -80,6 +75,26 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
         return mapped(q_BTKGH, k_BSKH, v_BSKH, segments_BT), cache
 
     return attend
+
+
+def choose_kernel(
+    kernel: str | None,
+    q_BTKGH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    window: int,
+    softcap: float,
+    where: str = "",
+) -> str:
+    """`kernel`, or the mesh platform's own; "xla", said once, if that does not cover
+    the case. `where`: why no fused kernel can be used there."""
+    case = Case(segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1)
+    name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
+    reason = _uncovered(name, case, q_BTKGH) or (where if name != "xla" else "")
+    if reason:
+        _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
+        name = "xla"
+    return name
 
 
 def splash(
@@ -101,7 +116,7 @@ def splash(
         mask = splash_attention.CausalMask((T, T))
     kernel = splash_attention.make_splash_mqa_single_device(
         splash_attention.MultiHeadMask([mask] * G),
-        block_sizes=_block_sizes(T),
+        block_sizes=block_sizes(T),
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name="attention",
         interpret=interpret,
@@ -205,12 +220,12 @@ def _block(q_BTKGH, k_BSKH, v_BSKH, seg_BT, seg_BS, *, first, low, window, softc
 def masked(q_BTKGH, k_BSKH, v_BSKH, seen_BTS, *, softcap: float) -> jax.Array:
     """Attention over the keys that `seen_BTS` marks (at least one for each query)."""
     scale = 1.0 / math.sqrt(q_BTKGH.shape[-1])
-    precision = _precision(q_BTKGH)
+    full = precision(q_BTKGH)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
         q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype),
         k_BSKH,
-        precision=precision,
+        precision=full,
         preferred_element_type=jnp.float32,
     )
     if softcap:
@@ -221,7 +236,7 @@ def masked(q_BTKGH, k_BSKH, v_BSKH, seen_BTS, *, softcap: float) -> jax.Array:
         "BKGTS,BSKH->BTKGH",
         weights_BKGTS,
         v_BSKH,
-        precision=precision,
+        precision=full,
         preferred_element_type=jnp.float32,
     ).astype(q_BTKGH.dtype)
 
@@ -237,16 +252,14 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
     missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
     if missing:
         return " + ".join(missing)
-    if kernel != "xla" and jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
-        return "a length split over the mesh axis context"
     if kernel == "splash":
-        return _splash_uncovered(length=q_BTKGH.shape[1])
+        return splash_uncovered(length=q_BTKGH.shape[1])
     if kernel == "cudnn":
         return _cudnn_uncovered(head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype)
     return ""
 
 
-def _splash_uncovered(*, length: int) -> str:
+def splash_uncovered(*, length: int) -> str:
     """Why splash cannot take rows of this length; empty if it can."""
     if length % _LANES:
         return f"a length of {length}, which is no multiple of {_LANES}"
@@ -263,29 +276,32 @@ def _cudnn_uncovered(*, head_width: int, dtype: jnp.dtype) -> str:
 
 
 @functools.cache
-def _block_sizes(length: int) -> splash_attention.BlockSizes:
-    """Largest blocks up to 512 that divide the length.
+def block_sizes(length: int, keys: int = 0) -> splash_attention.BlockSizes:
+    """Largest blocks up to 512 that divide the length, and the number of keys if that
+    is another.
 
-    Beyond one block the gradients of queries and of keys are two kernels: the fused one
-    writes a gradient of all queries for every block of keys, memory that grows with the
-    square of the length, and their sum took 2 ms a layer of Llama-3-8B on v5p.
+    Beyond one block of keys the gradients of queries and of keys are two kernels: the
+    fused one writes a gradient of all queries for every block of keys, memory that
+    grows with the square of the length, and their sum took 2 ms a layer of Llama-3-8B
+    on v5p.
     """
-    block = next(size for size in (512, 256, _LANES) if length % size == 0)
-    is_fused = block == length
+    largest = lambda n: next(size for size in (512, 256, _LANES) if n % size == 0)
+    block, key_block = largest(length), largest(keys or length)
+    is_fused = key_block == (keys or length)
     return splash_attention.BlockSizes(
         block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
+        block_kv=key_block,
+        block_kv_compute=key_block,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
+        block_kv_dkv=key_block,
+        block_kv_dkv_compute=key_block,
         block_q_dq=None if is_fused else block,
-        block_kv_dq=None if is_fused else block,
+        block_kv_dq=None if is_fused else key_block,
         use_fused_bwd_kernel=is_fused,
     )
 
 
-def _precision(x: jax.Array) -> jax.lax.Precision:
+def precision(x: jax.Array) -> jax.lax.Precision:
     is_full = x.dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if is_full else jax.lax.Precision.DEFAULT
 

@@ -1,10 +1,11 @@
 """The small pieces that a layer is made of, in the order in which tokens meet them:
-embedding, norms, rotary positions, the feed-forward layer, experts, dropout.
+embedding, norms, rotary positions, the feed-forward layer, dropout.
 """
 
 import functools
 import math
-from typing import assert_never
+from collections.abc import Callable
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import mesh, sharding
-from jaxinfra.config import RopeScaling
+from jaxinfra.config import ModelConfig, RopeScaling
 from jaxinfra.ops import seam
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
@@ -129,6 +130,23 @@ def rotations(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rotations_of(
+    cfg: ModelConfig, positions_BT: jax.Array
+) -> dict[float, tuple[jax.Array, jax.Array]]:
+    """Rotary angles for every base that a layer has, once for all layers; 0 is the
+    model's. Empty where positions are learned."""
+    if cfg.positions != "rotary":
+        return {}
+    thetas = sorted({layer.rope_theta for layer in cfg.layers})
+    frequencies = {
+        theta: rope_frequencies(cfg.head_width, theta)
+        if theta
+        else rope_frequencies(cfg.head_width, cfg.rope_theta, cfg.rope_scaling)
+        for theta in thetas
+    }
+    return {t: rotations(positions_BT, f) for t, f in frequencies.items()}
+
+
 @jax.custom_vjp
 def rope(x: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by each position's angles.
@@ -184,18 +202,14 @@ def mlp(
     Source: arXiv:2002.05202 (gated), arXiv:2109.08668 (relu squared).
     """
     hidden = ("batch", "length", "ffn")
-    up_BTF = einsum("BTD,DF->BTF", x_BTD, params["up"], out=hidden)
-    if "up_bias" in params:
-        up_BTF += params["up_bias"].astype(up_BTF.dtype)
-    up_BTF = checkpoint_name(up_BTF, "ffn_in")
-    if activation in GATED:
-        gate_BTF = einsum("BTD,DF->BTF", x_BTD, params["gate"], out=hidden)
-        if "gate_bias" in params:
-            gate_BTF += params["gate_bias"].astype(gate_BTF.dtype)
-        gate_BTF = checkpoint_name(gate_BTF, "ffn_in")
-        act_BTF = _ACTIVATIONS[activation](gate_BTF) * up_BTF
-    else:
-        act_BTF = _ACTIVATIONS[activation](up_BTF)
+
+    def project(name):
+        y_BTF = einsum("BTD,DF->BTF", x_BTD, params[name], out=hidden)
+        if f"{name}_bias" in params:
+            y_BTF += params[f"{name}_bias"].astype(y_BTF.dtype)
+        return checkpoint_name(y_BTF, "ffn_in")
+
+    act_BTF = activate(activation, project)
     y_BTD = einsum(
         "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "residual", "width")
     )
@@ -204,65 +218,28 @@ def mlp(
     return checkpoint_name(y_BTD, "ffn_out")
 
 
-def route(logits_BTE: jax.Array, per_token: int, *, renormalize: bool) -> jax.Array:
-    """The share of each expert in each token, float32 [B, T, E]: softmax, of which the
-    `per_token` largest stay, made to sum to 1 if `renormalize`; the rest are zero.
-
-    Source: arXiv:2401.04088 section 2.1.
-    """
-    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    top_BTk, ids_BTk = jax.lax.top_k(probs_BTE, per_token)
-    if renormalize:
-        top_BTk /= jnp.sum(top_BTk, axis=-1, keepdims=True)
-    is_BTkE = ids_BTk[..., None] == jnp.arange(logits_BTE.shape[-1])
-    return jnp.sum(jnp.where(is_BTkE, top_BTk[..., None], 0.0), axis=-2)
-
-
-def dense_dispatch(
-    params: dict,
-    x_BTD: jax.Array,
-    gates_BTE: jax.Array,
-    *,
-    activation: str,
-    einsum: Einsum,
-) -> jax.Array:
-    """Every expert on every token, times its share: `seam.Dispatch`.
-
-    Limits: E / per_token times the work that is needed, and [B, T, E, F] activations:
-    for small models, and as the oracle of other ways.
-    """
-    hidden = ("batch", "length", None, "ffn")
-
-    def project(name):
-        y_BTEF = einsum("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)
-        if f"{name}_bias" in params:
-            y_BTEF += params[f"{name}_bias"].astype(y_BTEF.dtype)
-        return checkpoint_name(y_BTEF, "ffn_in")
-
+def activate(activation: str, project: Callable[[str], jax.Array]) -> jax.Array:
+    """act(gate) * up for the gated ones, else act(up), of `project("gate")` and
+    `project("up")`."""
     act = _ACTIVATIONS[activation]
     if activation in GATED:
-        act_BTEF = act(project("gate")) * project("up")
-    else:
-        act_BTEF = act(project("up"))
-    gates_BTE = gates_BTE.astype(act_BTEF.dtype)
-    y_BTD = einsum(
-        "BTEF,EFD->BTD",
-        act_BTEF * gates_BTE[..., None],
-        params["down"],
-        out=("batch", "residual", "width"),
-    )
-    if "down_bias" in params:
-        y_BTD += jnp.einsum("BTE,ED->BTD", gates_BTE, params["down_bias"])
-    return checkpoint_name(y_BTD, "ffn_out")
+        return act(project("gate")) * project("up")
+    return act(project("up"))
 
 
 def dropout(
-    x_BTD: jax.Array, rows_B: jax.Array, key: jax.Array | None, *, rate: float
+    x_BTD: jax.Array,
+    rows_B: jax.Array,
+    key: jax.Array | None,
+    *,
+    rate: float,
+    order_T: Any = None,
 ) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
 
-    The mask of a row is drawn from fold_in(key, row id): the same on every mesh and for
-    every number of microbatches. No key or no rate: x itself.
+    The mask of a row is drawn from fold_in(key, row id): the same on every mesh, for
+    every number of microbatches, and for every order of the row's tokens (`order_T` as
+    in `seam.Context`). No key or no rate: x itself.
     """
     if key is None or rate == 0.0:
         return x_BTD
@@ -272,6 +249,9 @@ def dropout(
         return jax.random.bernoulli(row_key, 1.0 - rate, x_BTD.shape[1:])
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
+    if order_T is not None:
+        spec = jax.typeof(x_BTD).sharding.spec
+        kept_BTD = jax.reshard(kept_BTD[:, order_T], spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 

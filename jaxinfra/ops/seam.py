@@ -36,7 +36,10 @@ class Context(NamedTuple):
 
     positions_BT: int32, place in the document. segments_BT: int32 document number in
     the row, 0 is padding; None: one document. rows_B: uint32 global row id, and key: of
-    the step; both feed dropout, which is off where key is None.
+    the step; both feed dropout, which is off where key is None. weights_BT: 1 where a
+    token has a target; None where no loss is computed. router_bias_LE: what balances
+    the experts of each layer; None: nothing. order_T: the token of the row in each
+    place, where `context` splits the rows; None: as they are.
     """
 
     positions_BT: jax.Array
@@ -44,6 +47,9 @@ class Context(NamedTuple):
     rows_B: jax.Array | None = None
     key: jax.Array | None = None
     rotations: Any = None
+    weights_BT: jax.Array | None = None
+    router_bias_LE: jax.Array | None = None
+    order_T: Any = None
 
 
 class Attend(Protocol):
@@ -70,22 +76,22 @@ class Attend(Protocol):
 
 
 class Dispatch(Protocol):
-    """How tokens meet the experts that were chosen for them."""
+    """How tokens choose experts and meet them: a whole layer of experts."""
 
     def __call__(
         self,
         params: Any,
         x_BTD: jax.Array,
-        gates_BTE: jax.Array,
+        context: Context,
+        number: Any,
         /,
         *,
-        activation: str,
         einsum: Einsum,
-    ) -> jax.Array:
-        """Sum over experts of gate x expert(x), [B, T, D].
+    ) -> tuple[jax.Array, Any]:
+        """(sum over experts of share x expert(x), [B, T, D]; `experts.Told`, or None).
 
-        `gates_BTE` is zero but for the chosen. `params`: those of `layers.mlp`, each
-        with a first dim E.
+        `params`: the router, and those of `layers.mlp`, each with a first dim E.
+        `number` is the layer's place in the stack.
         """
         ...
 

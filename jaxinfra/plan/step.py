@@ -30,7 +30,7 @@ def plan_step(
     built = experiment.build(config, devices, get_task=get_task or tasks.text)
     with jax.set_mesh(built.layout.mesh):
         batch = experiment.abstract_batch(built, rows_of(built))
-        state = experiment.abstract_state(built)
+        state = built.abstract()
     compiled = compilers.compile_step(built, state, batch)
     chip, sizes = target.chip, dict(built.layout.mesh.shape)
     clock = (

@@ -22,7 +22,10 @@ import re
 import socket
 import threading
 import uuid
+from collections.abc import Iterable
 from typing import Any
+
+import jaxinfra
 
 LEASE_SECS = 30.0
 RENEW_SECS = 10.0
@@ -92,17 +95,21 @@ class Ownership:
 
 
 def acquire(
-    run_dir: str | os.PathLike,
+    run_dir: Any,
     *,
     lease_secs: float = LEASE_SECS,
     renew_secs: float = RENEW_SECS,
     me: Identity | None = None,
-) -> Ownership:
+) -> Any:
     """Takes a run folder (made if need be): the first time, or from a dead owner.
+
+    Gives an `Ownership`; for a folder of an object store what does the same there.
 
     Raises:
       FolderOwned: its owner lives; on another machine: was heard of within the lease.
     """
+    if not isinstance(run_dir, str | os.PathLike):
+        return jaxinfra.acquire_object(run_dir)
     folder, me = pathlib.Path(run_dir), me or this_process()
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -139,6 +146,14 @@ def this_process() -> Identity:
     )
 
 
+def is_running_here(owner: dict[str, Any], me: Identity) -> bool | None:
+    """Whether an owner of this machine and boot lives; None for one of another."""
+    machine = (owner.get("host"), owner.get("boot_id"), owner.get("namespace"))
+    if machine != (me.host, me.boot_id, me.namespace) or not me.boot_id:
+        return None
+    return _started(owner.get("pid")) == owner.get("started")
+
+
 def _refuse_if_alive(
     folder: pathlib.Path,
     attempt: int,
@@ -150,16 +165,16 @@ def _refuse_if_alive(
     try:
         with open(path) as file:  # On NFS, opening a file fetches its true mtime.
             age_secs = aside.stat().st_mtime - os.fstat(file.fileno()).st_mtime
-            owner = _parse(file.read())
+            owner = parse(file.read(1 << 16))
     except FileNotFoundError:
         return  # Its successor removed it: the attempt after it exists.
     if owner.get("released") is True:
         return
-    machine = (owner.get("host"), owner.get("boot_id"), owner.get("namespace"))
     who = f"pid {owner.get('pid')} on host {owner.get('host')!r}, attempt {attempt}"
     # After a reboot the lease has run out; a host name alone may be another's too.
-    if machine == (me.host, me.boot_id, me.namespace) and me.boot_id:
-        if _started(owner.get("pid")) == owner.get("started"):
+    is_running = is_running_here(owner, me)
+    if is_running is not None:
+        if is_running:
             raise FolderOwned(
                 f"{folder} is in use by {who}, which lives; wait for it, end it, or "
                 "give another --run.dir"
@@ -171,7 +186,7 @@ def _refuse_if_alive(
         )
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse(text: str) -> dict[str, Any]:
     """An owner's record; one that cannot be read is of nobody here: its lease
     counts."""
     try:
@@ -206,7 +221,12 @@ def _create(aside: pathlib.Path, path: pathlib.Path) -> bool:
 
 
 def _attempts(folder: pathlib.Path) -> list[int]:
-    matches = (_RECORD.fullmatch(name) for name in os.listdir(folder))
+    return attempts_of(os.listdir(folder))
+
+
+def attempts_of(names: Iterable[str]) -> list[int]:
+    """The attempts of which there are owner records, by the names of a folder."""
+    matches = (_RECORD.fullmatch(name) for name in names)
     return [int(match[1]) for match in matches if match]
 
 

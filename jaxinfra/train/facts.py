@@ -1,15 +1,16 @@
 """What a run tells of itself: a headline, bytes at rest, FLOPs and peak, a profile."""
 
 import contextlib
-import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import jaxinfra
 from jaxinfra import params, sharding, stages
-from jaxinfra.config import Config, ModelConfig
+from jaxinfra.config import Config, ModelConfig, ProfileConfig
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Layout
@@ -33,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def headline(
-    config: Config, specs: Tree, layout: Layout, *, start: int, run_dir: pathlib.Path
+    config: Config, specs: Tree, layout: Layout, *, start: int, run_dir: Any
 ) -> str:
     """One line: model, size, precision, mesh, where it starts and where it lives."""
     mesh = layout.mesh
@@ -120,25 +121,10 @@ def measured_peak(size: int = 1024, repeats: int = 3) -> float:
     return 2 * size**3 / best
 
 
-@contextlib.contextmanager
-def tracing(
-    run_dir: pathlib.Path, *, start: int, steps: int
-) -> Iterator[Callable[[int], None]]:
-    """A function to call before every step, counted from 0: it traces `steps` steps
-    from step `start` on into `run_dir`/profile; fewer if the block ends before."""
-    is_tracing = False
-
-    def profile(step: int) -> None:
-        nonlocal is_tracing
-        if steps and step == start:
-            jax.profiler.start_trace(str(run_dir / "profile"))
-            is_tracing = True
-        elif is_tracing and step >= start + steps:
-            is_tracing = False
-            jax.profiler.stop_trace()
-
-    try:
-        yield profile
-    finally:
-        if is_tracing:
-            jax.profiler.stop_trace()
+def profiler(
+    settings: ProfileConfig, run_dir: Any
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """A function to call before every step; loaded where there is something to do."""
+    if not settings.steps:
+        return contextlib.nullcontext(lambda step: None)
+    return jaxinfra.tracing(run_dir, start=settings.start, steps=settings.steps)

@@ -17,10 +17,13 @@ import jax
 import rich.console
 import rich.progress
 
+import jaxinfra
 from jaxinfra import runfolder
 from jaxinfra.config import Config
-from jaxinfra.options import to_json
+from jaxinfra.options import recorded
 from jaxinfra.train import objective
+
+_STARVED = 0.05  # of a step spent waiting for its batch, from which on it is shown
 
 
 class Journal:
@@ -29,17 +32,18 @@ class Journal:
     In a job of several processes the first one writes and shows; the others nothing.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, is_first: bool):
+    def __init__(self, run_dir: Any, *, is_first: bool):
         self._run_dir, self._is_first = run_dir, is_first
         self._stack = contextlib.ExitStack()
         self._metrics = self._events = None
         self._progress: Progress | None = None
         self._at_start: dict[str, Any] = {}  # figures that go with the first step
+        self._last: dict[str, Any] = {}
 
     def __enter__(self) -> "Journal":
         if self._is_first:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._events = runfolder.JsonLines(self._run_dir / "events.jsonl")
+            self._events = runfolder.json_lines(self._run_dir / "events.jsonl")
             self._stack.callback(self._events.close)
         return self
 
@@ -59,14 +63,17 @@ class Journal:
         back metrics of steps that were undone, tells the start, and begins to show
         steps; `unit` is what the loss's weights count."""
         if self._is_first:
-            runfolder.write_json(self._run_dir / "config.json", to_json(config))
+            runfolder.write_json(self._run_dir / "config.json", recorded(config))
             devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
             environment = runfolder.environment(devices)
             runfolder.write_json(self._run_dir / "environment.json", environment)
             for name, value in files.items():
                 runfolder.write_json(self._run_dir / name, value)
-            lost = runfolder.rewind_metrics(self._run_dir, start)
-            self._metrics = runfolder.JsonLines(self._run_dir / "metrics.jsonl")
+            metrics = self._run_dir / "metrics.jsonl"
+            is_local = isinstance(metrics, pathlib.Path)
+            rewind = jaxinfra.rewind_metrics if is_local else jaxinfra.rewind_parts
+            lost = rewind(self._run_dir, start)
+            self._metrics = runfolder.json_lines(metrics)
             self._stack.callback(self._metrics.close)
             self.event("start", step=start, undone_steps=lost, **facts)
         self._at_start = {k: v for k, v in facts.items() if k.startswith("memory/")}
@@ -84,6 +91,7 @@ class Journal:
         assert self._progress is not None, "start comes first"
         record, self._at_start = record | self._at_start, {}
         self._progress.step(record)
+        self._last = record
         if self._metrics:
             self._metrics.write({k: _plain(v) for k, v in record.items()})
 
@@ -104,8 +112,14 @@ class Journal:
         elif self._is_first:
             print(text)
 
+    def evaluated(self, step: int) -> dict[str, float]:
+        """What `step` was evaluated to, if it is the last one recorded."""
+        found = self._last if self._last.get("step") == step else {}
+        is_plain = lambda k, v: k.startswith("eval/") and math.isfinite(v)
+        return {k: v for k, v in found.items() if is_plain(k, v)}
+
     def sync(self) -> None:
-        """All that was told is on disk when this returns."""
+        """All that was told is on disk when this returns; a save's thread calls it."""
         for lines in (self._metrics, self._events):
             if lines:
                 lines.sync()
@@ -190,7 +204,8 @@ class Reader:
         record: dict[str, Any] = {"step": step}
         names = {"digest": "data/digest", "padding_frac": "data/padding_frac"}
         for name, value in values.items():
-            record[names.get(name, f"train/{name}")] = value
+            path = name if "/" in name else f"train/{name}"
+            record[names.get(name, path)] = value
         record["train/lr"] = self._lr(step - 1)
         record["data/wait_secs"] = wait_secs
         now, self._settled_secs = self._settled_secs or time.perf_counter(), None
@@ -280,6 +295,9 @@ def _figures(record: dict[str, Any], unit: str) -> str:
         parts.append(f"{record['perf/tokens_per_sec']:,.0f} {unit}s/s")
     if "perf/mfu" in record:
         parts.append(f"mfu {record['perf/mfu']:.1%}")
+    starved = record["data/wait_secs"] / record.get("perf/step_secs", math.inf)
+    if starved > _STARVED:
+        parts.append(f"waits for data {starved:.0%}")
     return "  ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """The training loop: step n is dispatched before the metrics of n - 1 are read.
 
-Only at boundaries (evaluation, save, end) does the host wait for the device. The order
-there is fixed: metrics up to step s are on disk before the save of s begins.
+Only at boundaries (evaluation, save, end) does the host wait for the device. Metrics up
+to step s are written before the save of s begins, which syncs them before it commits.
 """
 
 import dataclasses
@@ -111,7 +111,6 @@ def run(
             code = exitcodes.DIVERGED
             break
         if schedule.is_save(step) or late.is_stop:
-            journal.sync()
             saver.save(step, state)
         if is_boundary:
             reader.restart_clock()
@@ -120,9 +119,16 @@ def run(
             journal.event("preemption", step=step, reason=reason)
             code = exitcodes.PREEMPTED
             break
+    is_cut = step < schedule.steps and code == exitcodes.DONE  # no batch came
     last = reader.flush({})
     if last.has_diverged:
         code = exitcodes.DIVERGED
+    elif is_cut:
+        if step > start and not schedule.is_save(step):
+            saver.save(step, state)
+        reason = hooks.stop_wanted() or "its data cannot be had"
+        journal.event("preemption", step=step, reason=reason)
+        code = exitcodes.PREEMPTED
     if not _tell_saves(saver.close, journal):
         code = exitcodes.SAVE_FAILED
     return state, code

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxinfra import sharding
@@ -29,12 +30,18 @@ class Aux(NamedTuple):
     """What a loss reports besides itself; all leaves are summed over microbatches.
 
     weight_sum: float32, number of targets. metrics: sums, shown divided by weight_sum.
-    stats: sums from which `update_state` makes the next model state.
+    stats: sums, and `Maxima`, from which `update_state` makes the next model state.
     """
 
     weight_sum: jax.Array
     metrics: dict[str, jax.Array]
     stats: Any = ()
+
+
+class Maxima(NamedTuple):
+    """A tree of statistics of which microbatches keep the largest, not the sum."""
+
+    tree: Any
 
 
 class LossFn(Protocol):
@@ -105,32 +112,56 @@ class Targets(NamedTuple):
     segments_BT: jax.Array
 
 
+class Routers(Protocol):
+    """Of a model with experts: `routers.Routers`."""
+
+    def summed(self, told: Any) -> Any: ...
+
+
 def next_token_loss(
-    model: Model, loss_config: loss.LossConfig, *, document_mask: bool = True
+    model: Model,
+    loss_config: loss.LossConfig,
+    *,
+    document_mask: bool = True,
+    routers: Routers | None = None,
+    order_T: np.ndarray | None = None,
 ) -> LossFn:
     """Cross-entropy of the next token. Without `document_mask` a row is one document to
     attention; targets across a boundary do not count either way. Without a key targets
-    are not smoothed."""
+    are not smoothed, and what `routers` make of the use of experts is no loss.
+    `order_T`: where each row's tokens stand, of `context.row_order`."""
     sharp = dataclasses.replace(loss_config, label_smoothing=0.0)
 
     def loss_fn(params, model_state, batch: Rows, key):
         t = make_targets(
-            batch.tokens_BT1, batch.segments_BT1, loss_config.rules, batch.weights_BT1
+            batch.tokens_BT1,
+            batch.segments_BT1,
+            loss_config.rules,
+            batch.weights_BT1,
+            order_T=order_T,
         )
         context = Context(
             positions_BT=t.positions_BT,
             segments_BT=t.segments_BT if document_mask else None,
             rows_B=batch.rows_B,
             key=key,
+            weights_BT=t.weights_BT if routers else None,
+            router_bias_LE=model_state["router_bias"] if model_state else None,
+            order_T=order_T,
         )
-        h_BTD, head_VD, _ = model.forward(params, t.tokens_BT, context)
+        h_BTD, head_VD, told = model.forward(params, t.tokens_BT, context)
         whole = sharding.spec(loss_config.rules, "batch", "length", "width")
         h_BTD = jax.reshard(h_BTD, whole)
         with jax.named_scope("loss"):
             used = sharp if key is None else loss_config
             sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)
         metrics = {"log_z_squared": sums.z}
-        return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        if routers is None:
+            return sums.nll, Aux(jnp.sum(t.weights_BT), metrics)
+        extra = routers.summed(told)
+        total = sums.nll if key is None else sums.nll + extra.loss
+        metrics |= extra.metrics
+        return total, Aux(jnp.sum(t.weights_BT), metrics, extra.stats)
 
     return loss_fn
 
@@ -140,12 +171,14 @@ def make_targets(
     segments_BT1: jax.Array,
     rules: Rules,
     weights_BT1: jax.Array | None = None,
+    *,
+    order_T: np.ndarray | None = None,
 ) -> Targets:
     """Shifts by one; a target counts where it belongs to its input's document, and by
     its own weight where there are weights.
 
     Positions count from the start of each document in the row. T + 1 tokens arrive
-    whole; the results are split along length too.
+    whole; the results are split along length too, in `order_T` if given.
     """
     segments_BT1 = segments_BT1.astype(jnp.int32)
     inputs_BT, nexts_BT = segments_BT1[:, :-1], segments_BT1[:, 1:]
@@ -162,6 +195,8 @@ def make_targets(
         positions_BT=index_BT - jax.lax.cummax(starts_BT, axis=1),
         segments_BT=inputs_BT,
     )
+    if order_T is not None:
+        targets = jax.tree.map(lambda x_BT: x_BT[:, order_T], targets)
     split = sharding.spec(rules, "batch", "length")
     return jax.tree.map(lambda x_BT: jax.reshard(x_BT, split), targets)
 
@@ -260,7 +295,7 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
 
         def add(total, part):
             result = placed(grad_fn(params, model_state, part, key))
-            return jax.tree.map(jnp.add, total, result), None
+            return jax.tree.map(_merge, total, result, is_leaf=_is_maxima), None
 
         parts = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], parts)
@@ -269,6 +304,14 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
         return jax.lax.scan(add, total, rest)[0]
 
     return accumulated
+
+
+def _is_maxima(node: Any) -> bool:
+    return isinstance(node, Maxima)
+
+
+def _merge(total: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.maximum if _is_maxima(total) else jnp.add, total, part)
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:

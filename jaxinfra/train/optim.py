@@ -69,12 +69,16 @@ def make_optimizer(
     """The whole update rule, clipping first. `update` takes the keyword `step`.
 
     It computes in float32 for parameters of any dtype; `moments` is the dtype of its
-    state at rest. Source: arXiv:2302.06675 algorithm 2 (lion); `train.adafactor`.
+    state at rest, but for adamw's in 8 bits (`train.adam8`). Source: arXiv:2302.06675
+    algorithm 2 (lion); `train.adafactor`.
     """
     decay = optax.add_decayed_weights(
         cfg.weight_decay, mask=jax.tree.map(lambda s: s.kind in DECAYED, specs)
     )
-    adam = optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps)
+    betas = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps}
+    adam = optax.scale_by_adam(**betas)
+    if cfg.moments == "8bit":
+        adam = jaxinfra.scale_by_adam8(specs, **betas)
     at_rate = scale_at_step(schedule, cfg.learning_rate)
     match cfg.name:
         case "adamw":

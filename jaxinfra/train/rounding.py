@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.params import Tree, named, unflatten
+from jaxinfra.quant.random_bits import mix
 
 
 def apply_stochastic(params: Tree, updates: Tree, key: jax.Array) -> Tree:
@@ -42,20 +43,10 @@ def _bits(key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
     integer operations on what is read and written anyway.
     """
     first, second = jax.random.key_data(key)[:2]
-    seed = _mix(_mix(first + jnp.uint32(zlib.crc32(path.encode()))) + second)
+    seed = mix(mix(first + jnp.uint32(zlib.crc32(path.encode()))) + second)
     index, stride = jnp.uint32(0), 1
     for dim in reversed(range(len(shape))):  # padding, of the first dim, moves nothing
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
         index += place * jnp.uint32(stride % 2**32)
         stride *= shape[dim]
-    return _mix(index ^ seed)
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """A bijection of uint32 of which every output bit hangs on every input bit.
-
-    Source: github.com/skeeto/hash-prospector, two multiplications of bias 0.11.
-    """
-    h = (h ^ (h >> 16)) * jnp.uint32(0x21F0AAAD)
-    h = (h ^ (h >> 15)) * jnp.uint32(0xD35A2D97)
-    return h ^ (h >> 15)
+    return mix(index ^ seed)

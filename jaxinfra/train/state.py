@@ -3,7 +3,9 @@ and from the checkpoints of a run folder that this job owns.
 """
 
 import contextlib
-import pathlib
+import dataclasses
+import functools
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxinfra import options, runfolder
+import jaxinfra
+from jaxinfra import options, runfolder, sharding
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.checkpoint.commits import SaveError
+from jaxinfra.checkpoint import commits, lifecycle, restore
+from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, SaveError, SaveReport
 from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
-from jaxinfra.config import ConfigError
+from jaxinfra.checkpoint.restore import Restored
+from jaxinfra.config import CheckpointConfig, ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
+from jaxinfra.train.journal import Journal
 from jaxinfra.train.objective import Scaled
 
 # key -> (params, model_state)
@@ -62,7 +67,10 @@ def make_shardings(
     places = dict(params_lib.named(optimizer))
     opt_state = abstract_opt_state(tx, specs, layout)
     parameters = _parameters_of(opt_state, specs, layout)
-    moments = [whole if of is None else places[of] for of in parameters]
+    moments = [
+        whole if of is None else _placed_moment(places[of], leaf.shape)
+        for of, leaf in zip(parameters, jax.tree.leaves(opt_state), strict=True)
+    ]
     return Shardings(
         params=params_lib.shardings(specs, layout, layout.params),
         grads=params_lib.shardings(specs, layout, layout.grads),
@@ -98,6 +106,7 @@ def init_state(
     dtype: jnp.dtype,
     seed: int,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
     weights: Tree | None = None,
 ) -> TrainState:
@@ -105,25 +114,24 @@ def init_state(
     `weights`.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
-    say, of `dtype`, and there is no model state. `loss_scale`: see Policy.
+    say, of `dtype`, and `model_state()`. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    if weights is not None:
-        params, model_state = weights, ()
-    elif first is None:
-        params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
-        model_state = ()
+    if first is not None and weights is None:
+        params, inner = jax.jit(_placed(first, shardings, whole))(key)
     else:
-        params, model_state = jax.jit(_placed(first, shardings, whole))(key)
+        params, inner = weights, jax.device_put(model_state(), whole)
+    if params is None:
+        params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
     if loss_scale is not None:
         scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.device_put(np.int32(0), whole),
         params=params,
         opt_state=init_opt_state(tx, params, shardings),
-        model_state=model_state,
+        model_state=inner,
         key=jax.device_put(np.asarray(jax.random.key_data(key)), whole),
     )
 
@@ -136,6 +144,7 @@ def abstract_state(
     *,
     dtype: jnp.dtype,
     first: First | None = None,
+    model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
@@ -143,22 +152,22 @@ def abstract_state(
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     if first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
-        model_state = ()
+        inner = jax.eval_shape(model_state)
     else:
-        params, model_state = jax.eval_shape(first, jax.random.key(0))
+        params, inner = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
-        model_state = jax.tree.map(lambda x: like(x, whole), model_state)
+    inner = jax.tree.map(lambda x: like(x, whole), inner)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
-        model_state = Scaled(model_state, *scale)
+        inner = Scaled(inner, *scale)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(
             like, abstract_opt_state(tx, specs, layout), shardings.opt_state
         ),
-        model_state=model_state,
+        model_state=inner,
         key=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole),
     )
 
@@ -169,11 +178,18 @@ def logical_shapes(
     """Path -> shape without the vocabulary's padding, of every array of `state`."""
     by_path = dict(params_lib.named(specs))
     return {
-        path: tuple(leaf.shape) if of is None else by_path[of].shape
+        path: tuple(leaf.shape) if of is None else _logical(by_path[of], leaf.shape)
         for (path, leaf), of in zip(
             params_lib.named(state), _parameters_of(state, specs, layout), strict=True
         )
     }
+
+
+def _logical(spec: params_lib.ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # Scales of blocks: the last dim, never the padded one, has as many as it has.
+    return (
+        (*spec.shape[:-1], shape[-1]) if shape[-1:] != spec.shape[-1:] else spec.shape
+    )
 
 
 class Owner:
@@ -184,7 +200,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owned(run_dir: pathlib.Path, group: ProcessGroup) -> Iterator[Owner]:
+def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
     """Owns the run folder within the block.
 
     Raises ownership.FolderOwned in every process if a live run has it.
@@ -212,33 +228,43 @@ class Saver:
     """Saves and restores the state of one run; every process makes one alike.
 
     `abstract` is the state to restore into, `logical_shapes` what its arrays are
-    without padding, `stream` the identity of the data stream.
+    without padding, `stream` the identity of the data stream. What `journal` was told
+    of a step is on disk before that step is committed.
     """
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: Any,
         *,
         abstract: TrainState,
         logical_shapes: dict[str, tuple[int, ...]],
         stream: dict[str, Any],
         config: dict[str, Any],
-        keep: int,
+        settings: CheckpointConfig,
+        journal: Journal,
         owner: Owner,
         group: ProcessGroup,
     ):
-        self._folder = run_dir / runfolder.CHECKPOINTS
+        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
         self._abstract, self._shapes = abstract, logical_shapes
         self._stream, self._config, self._group = stream, config, group
-        self._owner = owner
+        self._owner, self._journal = owner, journal
+        bound = settings.staging_gib * 2**30 or math.inf
+        self._staging_bytes = bound
+        kinds = (settings.keep_every, settings.keep_best, settings.keep_hours)
+        retain = {"retain": jaxinfra.make_retain(settings)} if any(kinds) else {}
         self.rejected: tuple[tuple[int, str], ...] = ()
         self._make = lambda run_id: lifecycle.Checkpointer(
             self._folder,
-            keep=keep,
+            keep=settings.keep,
             run_id=run_id,
             attempt=owner.attempt,
             process=group,
             fence=owner.check,
+            ready=journal.sync,
+            staging_bytes=bound,
+            is_deferred=settings.defer_copies,
+            **retain,
         )
 
     def restore(self, *, accept_changes: bool = False) -> TrainState | None:
@@ -248,12 +274,7 @@ class Saver:
         `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
         is not the one that the state has seen, unless `accept_changes`.
         """
-        found = restore.restore_latest(
-            self._folder,
-            dict(params_lib.named(self._abstract)),
-            logical_shapes=self._shapes,
-            process=self._group,
-        )
+        found = self._newest(accept_changes)
         self._checkpointer = self._make(
             found.metadata["run_id"] if found else uuid.uuid4().hex
         )
@@ -263,7 +284,7 @@ class Saver:
         if accept_changes:
             return self._unflatten(found.arrays)
         if not (self._folder.parent / "config.json").exists():
-            runfolder.refuse_changes(
+            jaxinfra.refuse_changes(
                 found.metadata["config"],
                 options.from_json(self._config),
                 where=f"step {found.step} of {self._folder}",
@@ -278,20 +299,45 @@ class Saver:
             )
         return self._unflatten(found.arrays)
 
+    def _newest(self, accept_changes: bool) -> Restored | None:
+        """What `restore` goes on from. A checkpoint whose moments have other bits is
+        converted where changes are accepted."""
+        abstract = dict(params_lib.named(self._abstract))
+        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
+        self._group.from_first("jaxinfra/fence_off", fence)
+        read = functools.partial(
+            restore.restore_latest,
+            self._folder,
+            staging_bytes=self._staging_bytes,
+            process=self._group,
+        )
+        try:
+            return read(abstract, logical_shapes=self._shapes)
+        except IncompatibleCheckpoint:
+            if not accept_changes:
+                raise
+            stored = restore.newest_shapes(self._folder)
+            # By its public name, which loads the module: it is seldom needed.
+            other, convert = jaxinfra.other_moments(abstract, stored)
+            shapes = {name: stored[name] for name in other if name in stored}
+            found = read(other, logical_shapes=shapes)
+            return found and dataclasses.replace(found, arrays=convert(found.arrays))
+
     def _unflatten(self, arrays: dict[str, jax.Array]) -> TrainState:
         names = [name for name, _ in params_lib.named(self._abstract)]
         return params_lib.unflatten(self._abstract, [arrays[name] for name in names])
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; the state may be donated when this returns."""
+        metadata = {"config": self._config, "data": self._stream}
         self._checkpointer.save(
             step,
             dict(params_lib.named(state)),
-            metadata={"config": self._config, "data": self._stream},
+            metadata=metadata | {"metrics": self._journal.evaluated(step)},
             logical_shapes=self._shapes,
         )
 
-    def poll(self) -> list[lifecycle.SaveReport]:
+    def poll(self) -> list[SaveReport]:
         """Saves that have ended; raises SaveError for one that failed, and FolderOwned
         if that is because a later run has the folder."""
         try:
@@ -300,7 +346,7 @@ class Saver:
             self._owner.check()
             raise
 
-    def close(self) -> list[lifecycle.SaveReport]:
+    def close(self) -> list[SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
 
@@ -320,18 +366,34 @@ def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> Fir
 
 def _parameters_of(tree: Tree, specs: Tree, layout: Layout) -> list[str | None]:
     """For every leaf, the path of the parameter that it is, or is a moment of; None for
-    other leaves. A moment's path ends in its parameter's and its shape is the same."""
+    other leaves. A moment's path ends in its parameter's and its shape is the same; the
+    last dim of one in 8 bits (`/values`) has fewer `/scales`."""
     shapes = {
         path: params_lib.physical_shape(spec, layout)
         for path, spec in params_lib.named(specs)
     }
 
     def parameter(path: str, shape: tuple[int, ...]) -> str | None:
-        parts = path.split("/")
+        parts = path.removesuffix("/values").removesuffix("/scales").split("/")
         for start in range(len(parts)):
             tail = "/".join(parts[start:])
-            if shapes.get(tail) == tuple(shape):
+            known = shapes.get(tail)
+            if known == shape:
+                return tail
+            if path.endswith("/scales") and known and known[:-1] == shape[:-1]:
                 return tail
         return None
 
-    return [parameter(path, leaf.shape) for path, leaf in params_lib.named(tree)]
+    return [parameter(path, tuple(leaf.shape)) for path, leaf in params_lib.named(tree)]
+
+
+def _placed_moment(place: jax.NamedSharding, shape: tuple[int, ...]) -> Any:
+    """Where a moment of a parameter at `place` lies: with it, but that scales whose
+    blocks would cross the shards are whole."""
+    parts = [sharding.axis_product(place.mesh, _axes(entry)) for entry in place.spec]
+    kept = [e if n % k == 0 else None for e, n, k in zip(place.spec, shape, parts)]
+    return jax.NamedSharding(place.mesh, jax.P(*kept))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())

@@ -147,9 +147,9 @@ def test_a_forged_manifest_is_refused_by_rule(path, new, says, folder):
 
 def test_a_newer_format_is_named_and_not_walked_back_from(folder, state):
     values = json.loads((folder / "2/manifest.json").read_bytes())
-    newer = changed(values, ("format_version",), 2)
+    newer = changed(values, ("format_version",), 3)
     (folder / "2/manifest.json").write_bytes(newer)
-    with pytest.raises(IncompatibleCheckpoint, match="format_version=2"):
+    with pytest.raises(IncompatibleCheckpoint, match="format_version=3"):
         restored(folder, state)
 
 

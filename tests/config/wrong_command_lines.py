@@ -106,8 +106,33 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
     (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
     (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),
-    (["--mesh.expert", "2"], ["mesh.expert=2", "expert parallelism"]),
-    (["--mesh.context", "2"], ["mesh.context=2", "context parallelism"]),
+    (
+        ["--config", "tiny_moe", "--mesh.expert", "3"],
+        ["model.num_experts=8", "'expert' of size 3", "set mesh.expert to"],
+    ),
+    (
+        ["--mesh.context", "3"],
+        ["train.length=128", "6 parts", "'ring'", "multiple of 6"],
+    ),
+    (
+        ["--mesh.context", "8", "--parallel.context", "ulysses"],
+        ["model.num_kv_heads=4", "of size 8", "set parallel.context to ring"],
+    ),
+    (
+        ["--config", "tiny_moe", "--model.router_groups", "3"],
+        ["model.router_groups=3", "model.num_experts=8", "to 0"],
+    ),
+    (
+        [
+            *("--config", "tiny_moe", "--model.router_groups", "8"),
+            *("--model.router_top_groups", "1"),
+        ],
+        ["model.router_top_groups=1", "model.experts_per_token=2", "raise it"],
+    ),
+    (
+        ["--config", "digits_convnet", "--mesh.pipeline", "2"],
+        ["mesh.pipeline=2", "set mesh.pipeline to 1"],
+    ),
     (
         [
             *("--model.width=48", "--model.num_heads=6", "--model.num_kv_heads=6"),
@@ -153,7 +178,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--data.tokenizer", "bite"], ["data.tokenizer='bite'", "did you mean byte?"]),
     (["--data.tokenizer", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
     (["--data.bos", "sometimes"], ["data.bos", "always"]),
-    (["--run.dir", "s3://bucket/run"], ["run.dir=", "set run.dir to a local path"]),
+    (["--run.dir", "ftp://bucket/run"], ["run.dir=ftp://...", "gs://bucket/"]),
     (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
     (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),
     (["--eval.sets.A-b", "configs"], ["eval.sets.A-b", "a-z, 0-9 and _"]),

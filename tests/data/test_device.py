@@ -289,3 +289,28 @@ def test_prefetch_closed_while_a_batch_is_made_waits_for_that_one_only():
 def test_prefetch_with_a_negative_depth_is_an_error():
     with pytest.raises(DataError, match="depth=-1"):
         device.prefetch(lambda k: k, 0, 1, depth=-1)
+
+
+def test_a_batch_that_does_not_come_is_given_up():
+    never, asked = threading.Event(), []
+    batches = device.prefetch(
+        lambda step: never.wait(60) if step else step,
+        0,
+        9,
+        gives_up=lambda: asked.append(1) or len(asked) > 1,
+    )
+    assert [fetched.step for fetched in batches] == [0]
+    assert len(asked) == 2
+    never.set()
+
+
+def test_what_cannot_be_had_ends_batches_and_is_told():
+    def make(step):
+        if step == 3:
+            raise DataError("gone")
+        return step
+
+    failed = []
+    batches = device.until_none_comes(device.prefetch(make, 0, 9), failed)
+    assert [fetched.batch for fetched in batches] == [0, 1, 2]
+    assert [str(error) for error in failed] == ["gone"]

@@ -10,9 +10,9 @@ import servers
 import xxhash
 
 from jaxinfra.config import DataError
-from jaxinfra.data import remote_file
 from jaxinfra.data.block_cache import BlockCache
 from jaxinfra.data.patience import Patience
+from jaxinfra.data.read_ahead import ReadAhead
 from jaxinfra.data.remote_file import RemoteFile, block_sums, cached_file
 
 pytest.importorskip("aiohttp")
@@ -30,12 +30,14 @@ def web():
 
 @pytest.fixture
 def make(tmp_path, web):
-    def make(*, memory_bytes=0, max_bytes=10**6, patience=None):
+    def make(*, memory_bytes=0, max_bytes=10**6, patience=None, ahead=None):
         cache = BlockCache(tmp_path / "cache", max_bytes, memory_bytes=memory_bytes)
         patience = patience or Patience(30, lambda line: None)
         url = f"{web.url}/tokens"
         sums_K = block_sums(DATA, BLOCK)
-        return RemoteFile(url, len(DATA), sums_K, cache, BLOCK, patience=patience)
+        return RemoteFile(
+            url, len(DATA), sums_K, cache, BLOCK, patience=patience, ahead=ahead
+        )
 
     return make
 
@@ -131,7 +133,7 @@ def test_sums_of_another_number_are_an_error(make, tmp_path):
 def test_blocks_are_read_ahead_in_the_background(make, web):
     file = make(memory_bytes=10**6)
     file.read_ahead([3, 4, 5, 3, 4])
-    until(lambda: len(web.requests) >= 3 and file._num_threads == 0)
+    until(lambda: len(web.requests) >= 3 and file._ahead._num_threads == 0)
     assert file.read(3_000, 6_000).tobytes() == DATA[3_000:6_000]
     file.read_ahead([3, 4, 5])
     assert len(web.requests) == 3
@@ -142,23 +144,20 @@ def test_reading_ahead_is_bounded_and_what_is_too_much_is_left_out(make, web):
         time.sleep(0.05)
 
     web.fault = slow
-    before = remote_file._MAX_AHEAD, remote_file._AHEAD_THREADS
-    remote_file._MAX_AHEAD, remote_file._AHEAD_THREADS = 4, 2
-    try:
-        file = make()
+    ahead = ReadAhead(threads=2, max_waiting=4)
+    files = [make(ahead=ahead), make(ahead=ahead)]
+    for file in files:
         file.read_ahead(range(NUM_BLOCKS))
-        assert file._num_threads == 2
-        until(lambda: file._num_threads == 0)
-        assert 4 <= len(web.requests) <= 8
-    finally:
-        remote_file._MAX_AHEAD, remote_file._AHEAD_THREADS = before
+    assert ahead._num_threads == 2  # of all files together
+    until(lambda: ahead._num_threads == 0)
+    assert 4 <= len(web.requests) <= 8
 
 
 def test_an_error_of_reading_ahead_shows_when_the_block_is_read(make, web):
     web.fault = lambda request: 403
     file = make()
     file.read_ahead([1, 2, 999])
-    until(lambda: len(web.requests) >= 2 and file._num_threads == 0)
+    until(lambda: len(web.requests) >= 2 and file._ahead._num_threads == 0)
     with pytest.raises(DataError, match="tokens cannot be read: HTTP 403"):
         file.read(1_000, 1_001)
     web.fault = lambda request: None

@@ -1,6 +1,8 @@
 """A data set behind a URL gives the batches of the same folder on this machine."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import servers
 from jaxinfra.config import DataError
 from jaxinfra.data import folders, remote_file, shards, windows, writer
 from jaxinfra.data.batches import make_evaluation, make_stream
-from jaxinfra.data.remote_folder import RemoteFolder, _cache
+from jaxinfra.data.remote_folder import RemoteFolder, _shared
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 pytest.importorskip("aiohttp", reason="needs the extra remote")
@@ -23,7 +25,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr("jaxinfra.data.remote_folder.BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(remote_file.RemoteFile.__init__, "__defaults__", (BLOCK,))
-    _cache.cache_clear()
+    _shared.cache_clear()
     rng = np.random.default_rng(0)
     documents = [
         np.append(rng.integers(0, 256, n), 256) for n in rng.integers(2, 80, 50)
@@ -84,9 +86,12 @@ def test_batches_are_those_of_the_folder(server, folder, tmp_path, query):
 
 
 def test_the_second_process_reads_the_cache_alone(server, tmp_path):
-    batches = [stream_of(opened(server, tmp_path)).batch(step) for step in range(30)]
+    data = opened(server, tmp_path)
+    batches = [stream_of(data).batch(step) for step in range(30)]
+    while data.files._ahead._num_threads:
+        time.sleep(0.01)
     server.requests.clear()
-    _cache.cache_clear()
+    _shared.cache_clear()
     stream = stream_of(opened(server, tmp_path))
     for step, expected in enumerate(batches):
         equal(stream.batch(step), expected)
@@ -149,3 +154,23 @@ def test_servers_that_fail_for_a_while_change_nothing(server, folder, tmp_path):
     stream = stream_of(opened(server, tmp_path))
     for step in range(10):
         equal(stream.batch(step), expected.batch(step))
+
+
+def test_a_cold_start_opens_shards_together(server, folder, tmp_path):
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def slow(request):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+
+    server.fault = slow
+    equal(
+        stream_of(opened(server, tmp_path)).batch(0),
+        stream_of(shards.open_dataset(folder)).batch(0),
+    )
+    assert most > 2

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ from data import fuzzing
 
 from jaxinfra.config import DataError
 from jaxinfra.data import folders, shards, writer
+from jaxinfra.data.batches import make_stream
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 LENGTHS = [7, 31, 3, 64, 1, 11]
@@ -229,3 +231,29 @@ def test_damaged_data_sets_never_crash_hang_or_fill_the_memory():
 @pytest.mark.slow
 def test_many_more_damaged_data_sets():
     fuzzing.run(5_000, seed=2)
+
+
+def test_verification_names_every_bad_file_though_shards_cannot_be_opened(folder):
+    (folder / "train-00000.ends.npy").write_bytes(b"cut")
+    (folder / "train-00001.tokens.npy").unlink()
+    lazy = folders.LocalFolder(folder)
+    lazy.eager_shards = 0
+    data = shards.open_dataset(lazy, verify=False)
+    found = "\n".join(shards.verify_dataset(data))
+    assert "train-00000.ends.npy has checksum" in found
+    assert "train-00001.tokens.npy cannot be read" in found
+
+
+def test_more_rows_than_there_can_be_are_refused(folder):
+    data = shards.open_dataset(folder)
+    many = np.array([2**62, 2**62], np.int64)
+    split = dataclasses.replace(data.split("train"), tokens_S=many)
+    with pytest.raises(DataError, match="more rows than"):
+        make_stream(split, length=1, batch_size=2, seed=0)
+
+
+def test_two_tokenizers_are_refused_by_the_library_too(folder):
+    split = shards.open_dataset(folder).split("train")
+    other = dataclasses.replace(split, tokenizer_digest="other")
+    with pytest.raises(DataError, match="have different tokenizers"):
+        make_stream({"a": split, "b": other}, length=4, batch_size=2, seed=0)

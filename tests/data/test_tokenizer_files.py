@@ -19,7 +19,7 @@ from jaxinfra.data import (
     tokenizer_training,
 )
 from jaxinfra.data import tokenizer as tokenizers_of_ours
-from jaxinfra.data.tokenizer import HfTokenizer
+from jaxinfra.data.tokenizer_json import HfTokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 

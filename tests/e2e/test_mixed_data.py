@@ -102,6 +102,19 @@ def test_what_cannot_be_mixed_is_refused(sets, cache, tmp_path, changed, message
     assert not run_dir.exists()
 
 
+def test_sets_of_two_vocabularies_are_refused(sets, cache, tmp_path):
+    file, folder = tmp_path / "a.txt", tmp_path / "characters"
+    file.write_text("to be or not to be. " * 200)
+    options = OPTIONS | {"split": "tail", "tokenizer": "char"}
+    preparation.prepare([file], folder, **options)
+    mixed = {k: v for k, v in sets.items() if "weights" not in k}
+    mixed |= {"data.sets.characters": folder, "run.dir": tmp_path / "run"}
+    done = command.train(cache | mixed)
+    assert done.returncode == 2, done.stderr
+    assert f"data.sets.characters={folder} has another tokenizer than" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_damaged_data_ends_the_run_or_is_logged(sets, cache, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("to be or not to be. " * 2_000)

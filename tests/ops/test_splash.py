@@ -50,4 +50,4 @@ def test_splash_is_naive_attention(name):
     ("length", "block"), [(128, 128), (384, 128), (768, 256), (1024, 512)]
 )
 def test_blocks_are_the_largest_that_divide_the_length(length, block):
-    assert attention._block_sizes(length).block_q == block
+    assert attention.block_sizes(length).block_q == block

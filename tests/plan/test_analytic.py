@@ -26,7 +26,7 @@ def tiny(mesh, **changes):
 def compiled_arguments(config):
     built = experiment.build(config)
     with jax.set_mesh(built.layout.mesh):
-        state = experiment.abstract_state(built)
+        state = built.abstract()
         batch = experiment.abstract_batch(built, step.rows_of(built))
         lowered = built.train_step.lower(state, batch)
     return lowered.compile().memory_analysis().argument_size_in_bytes

@@ -7,6 +7,7 @@ import pytest
 
 from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.resilience import exitcodes
+from jaxinfra.train import journal as journals
 from jaxinfra.train import loop
 
 
@@ -126,7 +127,6 @@ def test_a_step_is_dispatched_before_the_one_before_is_read():
         "record 3",
         "evaluate 4",
         "record 4",
-        "sync",
         "save 4",
         "close",
     ]
@@ -137,7 +137,6 @@ def test_metrics_are_on_disk_before_the_save_of_their_step():
     run(world, steps=6, save_every=2)
     for s in (2, 4, 6):
         at = world.log.index(f"save {s}")
-        assert world.log[at - 1] == "sync"
         assert {f"record {k}" for k in range(1, s + 1)} <= set(world.log[:at])
         assert f"step {s + 1}" not in world.log[:at]
 
@@ -156,9 +155,8 @@ def test_a_wish_to_stop_is_met_by_a_save_one_step_later():
     world = World(stop_at=2)
     state, code = run(world, steps=100)
     assert (state, code) == (3, exitcodes.PREEMPTED)
-    assert world.log[-5:] == [
+    assert world.log[-4:] == [
         "record 3",
-        "sync",
         "save 3",
         "event preemption 3",
         "close",
@@ -217,3 +215,15 @@ def test_nothing_left_to_do_is_done():
     world = World()
     assert run(world, steps=4, start=4) == (4, exitcodes.DONE)
     assert world.log == ["close"]
+
+
+def test_a_step_that_waits_for_its_data_says_so():
+    record = {"train/loss": 1.0, "perf/step_secs": 0.5, "perf/tokens_per_sec": 9.0}
+    shown = [
+        journals._figures(record | {"data/wait_secs": secs}, "token")
+        for secs in (0.0, 0.02, 0.2)
+    ]
+    assert ["waits for data" in text for text in shown] == [False, False, True]
+    assert shown[2].endswith("waits for data 40%")
+    first = journals._figures({"train/loss": 1.0, "data/wait_secs": 9.0}, "token")
+    assert first == "loss 1.0000"  # its time is that of compiling

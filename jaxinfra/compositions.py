@@ -1,0 +1,162 @@
+"""What composes with what, and why not: one table, checked before jax loads.
+
+`FEATURES` says how a config asks for something, `APART` which two of them cannot be had
+together, with the reason and the way out. All other pairs compose: they give the
+numbers that each gives alone. `python -m jaxinfra.compositions` prints the table;
+rules on sizes, such as what must divide what, are in `checks`.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from jaxinfra.config import Config, ConfigError
+
+Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
+
+
+class Feature(NamedTuple):
+    """A thing that a config may ask for. setting: what asks for it, as shown."""
+
+    is_used: Callable[[Config, Sizes], bool]
+    setting: Callable[[Config, Sizes], str]
+
+
+class Pair(NamedTuple):
+    """Two features that cannot be had together."""
+
+    one: str
+    other: str
+    why: str
+    fix: str
+
+
+def _axis(name: str) -> Feature:
+    return Feature(
+        lambda config, sizes: sizes.get(name, 1) > 1,
+        lambda config, sizes: f"mesh.{name}={sizes[name]}",
+    )
+
+
+def _context(way: str) -> Feature:
+    return Feature(
+        lambda config, sizes: (
+            sizes.get("context", 1) > 1 and config.parallel.context == way
+        ),
+        lambda config, sizes: f"parallel.context={way}",
+    )
+
+
+def _precision(*names: str) -> Feature:
+    return Feature(
+        lambda config, sizes: config.precision in names,
+        lambda config, sizes: f"precision={config.precision}",
+    )
+
+
+def _key(key: str, is_used: Callable[[Config], bool]) -> Feature:
+    part, name = key.split(".")
+    return Feature(
+        lambda config, sizes: is_used(config),
+        lambda config, sizes: f"{key}={getattr(getattr(config, part), name)}",
+    )
+
+
+def _has_experts(config: Config) -> bool:
+    model = config.model
+    layers = model.prefix + model.pattern + model.suffix
+    is_text = config.task == "text"
+    return is_text and any(layer.feed_forward == "experts" for layer in layers)
+
+
+def _is_dropless(config: Config) -> bool:
+    is_way = config.parallel.experts == "dropless" and not config.model.capacity_factor
+    return _has_experts(config) and is_way
+
+
+def _is_bounded(config: Config) -> bool:
+    is_way = config.parallel.experts == "dropless" and config.model.capacity_factor > 0
+    return _has_experts(config) and is_way
+
+
+FEATURES: dict[str, Feature] = {
+    "data": _axis("data"),
+    "fsdp": _axis("fsdp"),
+    "expert": _axis("expert"),
+    "ring": _context("ring"),
+    "ulysses": _context("ulysses"),
+    "all_gather": _context("all_gather"),
+    "tensor": _axis("tensor"),
+    "pipeline": _axis("pipeline"),
+    "slices": _key("mesh.slices", lambda config: config.mesh.slices > 1),
+    "dropless": _key("parallel.experts", _is_dropless),
+    "bounded": _key("model.capacity_factor", _is_bounded),
+    "microbatches": _key(
+        "train.microbatches", lambda config: config.train.microbatches > 1
+    ),
+    "remat": _key("train.remat", lambda config: config.train.remat != "none"),
+    "dropout": _key("model.dropout", lambda config: config.model.dropout > 0),
+    "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
+    "float16": _precision("float16"),
+    "quantized": _precision("fp8", "int8", "mxfp8"),
+    "own task": Feature(
+        lambda config, sizes: config.task == "own",
+        lambda config, sizes: "a task of its own",
+    ),
+}
+
+# Values of one key: a config has one of them.
+ALTERNATIVES = (
+    ("ring", "ulysses", "all_gather"),
+    ("dropless", "bounded"),
+    ("float16", "quantized"),
+)
+
+APART = (
+    Pair(
+        "pipeline",
+        "own task",
+        "it gives a loss, and no layers that could be placed on stages",
+        "set mesh.pipeline to 1",
+    ),
+    Pair(
+        "dropless",
+        "quantized",
+        "rows that are grouped by expert are multiplied in compute precision alone",
+        "set model.capacity_factor, or parallel.experts to dense",
+    ),
+)
+
+
+def check(config: Config, sizes: Sizes) -> None:
+    """Raises ConfigError for the first pair of `APART` that `config` asks for."""
+    for pair in APART:
+        one, other = FEATURES[pair.one], FEATURES[pair.other]
+        if one.is_used(config, sizes) and other.is_used(config, sizes):
+            raise ConfigError(
+                f"{one.setting(config, sizes)} does not go with"
+                f" {other.setting(config, sizes)}: {pair.why}; {pair.fix}"
+            )
+
+
+def table() -> str:
+    """Every pair of features: what does not compose has the number of its reason."""
+    numbers = {frozenset((p.one, p.other)): str(i) for i, p in enumerate(APART, 1)}
+    for names in ALTERNATIVES:
+        pairs = itertools.combinations(names, 2)
+        numbers |= {frozenset(pair): "or" for pair in pairs}
+    names = list(FEATURES)
+    width = max(map(len, names))
+    lines = [" " * (width + 3) + " ".join(f"{i:>2}" for i in range(1, len(names)))]
+    for row, name in enumerate(names):
+        cells = (numbers.get(frozenset((name, other)), "+") for other in names[:row])
+        shown = " ".join(f"{cell:>2}" for cell in cells)
+        lines.append(f"{row + 1:>2} {name:<{width}}{shown}".rstrip())
+    lines += ["", "+ composes", "or: values of one key"]
+    for i, pair in enumerate(APART, 1):
+        lines.append(f"{i} {pair.one} with {pair.other}: {pair.why}; {pair.fix}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,224 @@
+"""Matmuls of rows that are grouped by expert, on one device, and how rows get grouped.
+
+All of it runs inside a `shard_map`. Rows of one expert stand together, each group
+padded to a multiple of `align`, so that a block of so many rows meets one expert. On
+TPU the compiler's own grouped matmul multiplies them; elsewhere, where that multiplies
+every row with every expert, one block comes after another.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import mesh, sharding
+from jaxinfra.ops.varying import varies_over, varying_like
+from jaxinfra.precision import Policy
+
+_RAGGED = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
+
+
+class Groups(NamedTuple):
+    """Where rows stand once they are grouped, all int32.
+
+    source_R: the row that a place takes, or one past the last for none. place_A: the
+    place of each row, or one past the last for none. sizes_E: places of each expert,
+    padding included, in order.
+    """
+
+    source_R: jax.Array
+    place_A: jax.Array
+    sizes_E: jax.Array
+
+
+def arrange(ids_A: jax.Array, *, num_experts: int, rows: int, align: int) -> Groups:
+    """Groups rows by expert into `rows` places; rows of an id of num_experts or more
+    get none. Rows of one expert keep their order."""
+    A = ids_A.size
+    sizes_E = _counts(ids_A, num_experts)
+    padded_E = -(-sizes_E // align) * align
+    first_E, start_E = _before(sizes_E), _before(padded_E)
+    order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
+    sorted_A = ids_A[order_A]
+    expert_A = jnp.minimum(sorted_A, num_experts - 1)
+    place_A = start_E[expert_A] + jnp.arange(A, dtype=jnp.int32) - first_E[expert_A]
+    place_A = jnp.where(sorted_A < num_experts, place_A, rows)
+    source_R = varying_like(jnp.full(rows, A, jnp.int32), ids_A)
+    source_R = source_R.at[place_A].set(order_A, mode="drop")
+    place_A = jnp.zeros_like(order_A).at[order_A].set(place_A)
+    return Groups(source_R, place_A, padded_E)
+
+
+def alignment(rows: int, num_experts: int) -> int:
+    """Rows of a block: 1 where the compiler has a grouped matmul. A block should fill a
+    core, and the padding of half a block an expert stay an eighth of the work."""
+    if _has_ragged():
+        return 1
+    even = max(1, rows // (4 * num_experts))
+    return min(128, max(8, 1 << (even.bit_length() - 1)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def moved(
+    x_ID: jax.Array, source_O: jax.Array, place_I: jax.Array, copies: int = 1
+) -> jax.Array:
+    """x[source // copies], zero for a source past the end.
+
+    `place_I` is the way back, for each of `copies` copies of every row: both ways are
+    then gathers, where the transpose of one would be a scatter.
+    """
+    return _taken(x_ID, source_O, copies)
+
+
+def _moved_forward(x_ID, source_O, place_I, copies):
+    return _taken(x_ID, source_O, copies), place_I
+
+
+def _moved_backward(copies, place_I, g_OD):
+    g_ID = _taken(g_OD, place_I, 1)
+    g_ICD = g_ID.reshape(-1, copies, g_ID.shape[-1]).astype(jnp.float32)
+    return jnp.sum(g_ICD, axis=1).astype(g_OD.dtype), None, None
+
+
+moved.defvjp(_moved_forward, _moved_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def grouped(
+    x_RI: jax.Array,
+    w_EIO: jax.Array,
+    sizes_E: jax.Array,
+    partition: jax.sharding.PartitionSpec,
+    align: int,
+    policy: Policy,
+) -> jax.Array:
+    """Rows times the matrix of their group, in compute dtype.
+
+    As the seam's einsum: `w_EIO`, laid out as `partition`, is gathered over `fsdp` in
+    compute dtype, again in the backward pass, and its gradient leaves in
+    `policy.reduce`, summed over all devices that see it.
+    """
+    return _product(x_RI, _whole(w_EIO, partition, policy), sizes_E, align, policy)
+
+
+def _grouped_forward(x_RI, w_EIO, sizes_E, partition, align, policy):
+    y_RO = grouped(x_RI, w_EIO, sizes_E, partition, align, policy)
+    return y_RO, (x_RI, w_EIO, sizes_E)
+
+
+def _grouped_backward(partition, align, policy, residuals, g_RO):
+    x_RI, w_EIO, sizes_E = residuals
+    w_EOI = jnp.swapaxes(_whole(w_EIO, partition, policy), 1, 2)
+    dx_RI = _product(g_RO, w_EOI, sizes_E, align, policy)
+    dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
+    dw_EIO = sharding.reduce_scatter(dw_EIO.astype(policy.reduce), partition)
+    over = varies_over(dw_EIO) - varies_over(w_EIO)
+    return dx_RI, jax.lax.psum(dw_EIO, tuple(over)).astype(w_EIO.dtype), None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def expert_of_rows(sizes_E: jax.Array, rows: int) -> jax.Array:
+    """The expert of each place, the last one past the end."""
+    return _owner(sizes_E, jnp.arange(rows, dtype=jnp.int32))
+
+
+def _product(x_RI, w_EIO, sizes_E, align, policy):
+    if _has_ragged():
+        return jax.lax.ragged_dot(
+            x_RI,
+            w_EIO,
+            sizes_E,
+            precision=policy.matmul_precision,
+            preferred_element_type=policy.compute,
+        )
+
+    def block(x_SI, expert, is_used):
+        multiply = lambda x_SI, w_IO: jnp.dot(
+            x_SI,
+            w_IO,
+            precision=policy.matmul_precision,
+            preferred_element_type=policy.compute,
+        )
+        nothing = lambda x_SI, w_IO: varying_like(
+            jnp.zeros((align, w_IO.shape[1]), policy.compute), x_SI, w_IO
+        )
+        return jax.lax.cond(is_used, multiply, nothing, x_SI, w_EIO[expert])
+
+    _, y_BSO = jax.lax.scan(
+        lambda _, xs: (None, block(*xs)), None, _in_blocks((x_RI,), sizes_E, align)
+    )
+    return y_BSO.reshape(-1, w_EIO.shape[2])
+
+
+def _outer(x_RI, g_RO, sizes_E, align, policy):
+    """Sum over each group's rows of x g^T, float32 [E, I, O]."""
+    if _has_ragged():
+        return jax.lax.ragged_dot_general(
+            x_RI,
+            g_RO,
+            sizes_E,
+            _RAGGED,
+            precision=policy.matmul_precision,
+            preferred_element_type=policy.accumulate,
+        )
+
+    def add(dw_EIO, block):
+        x_SI, g_SO, expert, is_used = block
+        more = lambda dw_EIO: dw_EIO.at[expert].add(
+            jnp.dot(
+                x_SI.T,
+                g_SO,
+                precision=policy.matmul_precision,
+                preferred_element_type=policy.accumulate,
+            )
+        )
+        return jax.lax.cond(is_used, more, lambda dw_EIO: dw_EIO, dw_EIO), None
+
+    shape = (sizes_E.size, x_RI.shape[1], g_RO.shape[1])
+    zeros = varying_like(jnp.zeros(shape, policy.accumulate), x_RI, g_RO)
+    blocks = _in_blocks((x_RI, g_RO), sizes_E, align)
+    return jax.lax.scan(add, zeros, blocks)[0]
+
+
+def _in_blocks(arrays, sizes_E, align):
+    """(*arrays by block, the expert of each block, whether there are rows in it)."""
+    blocks = [x.reshape(-1, align, x.shape[-1]) for x in arrays]
+    start_B = jnp.arange(len(blocks[0]), dtype=jnp.int32) * align
+    # The branch is a collective's neighbour: all its operands vary alike.
+    kinds = _owner(sizes_E, start_B), start_B < jnp.sum(sizes_E)
+    return (*blocks, *(varying_like(x, *arrays) for x in kinds))
+
+
+def _whole(w_EIO, partition, policy):
+    return sharding.all_gather(w_EIO.astype(policy.compute), partition)
+
+
+def _taken(x_ID, source_O, copies):
+    return x_ID.at[source_O // copies].get(mode="fill", fill_value=0)
+
+
+def _counts(ids_A: jax.Array, num_experts: int) -> jax.Array:
+    zeros = varying_like(jnp.zeros(num_experts, jnp.int32), ids_A)
+    return zeros.at[ids_A].add(1, mode="drop")
+
+
+def _before(sizes_E: jax.Array) -> jax.Array:
+    """Sum of those before each."""
+    return jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
+
+
+def _owner(sizes_E: jax.Array, places: jax.Array) -> jax.Array:
+    ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
+    found = jnp.searchsorted(ends_E, places, side="right").astype(jnp.int32)
+    return jnp.minimum(found, sizes_E.size - 1)
+
+
+def _has_ragged() -> bool:
+    return mesh.platform() == "tpu"

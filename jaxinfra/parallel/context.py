@@ -1,0 +1,115 @@
+"""A row's length split over devices: attention across the mesh axis `context`.
+
+Three ways, all equal to attention over whole rows. `ring`: keys and values go round the
+devices, each of which meets what passes. `all_gather`: they come to every device at
+once. For both a row is cut into 2 P chunks and device i has chunks i and 2 P - 1 - i:
+late queries see many keys and early ones few, so this gives all devices the same work.
+`ulysses`: heads are exchanged for length, so that a device has whole rows of some heads
+and any kernel serves.
+
+Source: arXiv:2310.01889 (ring), arXiv:2311.09431 (balanced order), arXiv:2309.14509
+(Ulysses).
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfra import mesh, sharding
+from jaxinfra.ops import attention
+from jaxinfra.ops.seam import Attend
+from jaxinfra.parallel import ring
+from jaxinfra.sharding import Rules
+
+Way = Literal["ring", "ulysses", "all_gather"]
+
+
+def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> Attend:
+    """Attention for training where `context` splits the rows, which must stand in
+    `row_order`. `kernel`: of `attention.KERNELS`, or the mesh platform's own."""
+
+    def attend(q_BTKGH, k_BSKH, v_BSKH, context, cache, *, window, softcap):
+        chosen = attention.choose_kernel(
+            kernel,
+            q_BTKGH,
+            context.segments_BT,
+            window=window,
+            softcap=softcap,
+            where=_unfused(way, q_BTKGH, kernel, window),
+        )
+        settings = {"window": window, "softcap": softcap, "kernel": chosen}
+        match way:
+            case "ring":
+                local = functools.partial(ring.attend, **settings)
+            case "all_gather":
+                local = functools.partial(ring.attend_gathered, **settings)
+            case "ulysses":
+                local = functools.partial(_ulysses, **settings)
+        tokens = functools.partial(sharding.spec, rules, "batch", "length")
+        heads = functools.partial(tokens, "heads")
+        mapped = jax.shard_map(
+            local,
+            in_specs=(heads(None, None), heads(None), heads(None), tokens()),
+            out_specs=heads(None, None),
+            check_vma=False,  # Pallas kernels do not say what their results vary over
+        )
+        return mapped(q_BTKGH, k_BSKH, v_BSKH, context.segments_BT), cache
+
+    return attend
+
+
+def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
+    """int32 [length]: the token of a row that stands in each place, so that equal parts
+    of the places have equal work; None where that is the row as it is."""
+    if parts == 1 or way == "ulysses":
+        return None
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
+    both = [(part, 2 * parts - 1 - part) for part in range(parts)]
+    return np.concatenate([chunks[list(pair)].reshape(-1) for pair in both])
+
+
+def _unfused(way: Way, q_BTKGH: jax.Array, kernel: str | None, window: int) -> str:
+    """Why no fused kernel serves inside `way`; empty if one does."""
+    if way == "ulysses":
+        return ""
+    if way == "all_gather":
+        return "keys that are gathered from many devices"
+    if window:
+        return "a window in a ring"
+    if (kernel or mesh.platform()) not in ("splash", "tpu"):
+        return "a part of a row's keys"
+    chunk = q_BTKGH.shape[1] // (2 * jax.sharding.get_abstract_mesh().shape["context"])
+    return attention.splash_uncovered(length=chunk)
+
+
+def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):
+    """Whole rows of 1/P of the heads, by `kernel`, and back."""
+    P = jax.lax.axis_size("context")
+    shape = q_BTKGH.shape
+    K, G = shape[2], shape[3]
+    # Fewer key heads than devices: each is copied, and its queries are shared out.
+    copies = P // math.gcd(K, P)
+    if G % copies:
+        raise ValueError(
+            f"parallel.context='ulysses' cannot share {K} key heads of {G} queries each"
+            f" out over mesh axis 'context' of size {P}; take parallel.context='ring'"
+        )
+    q_BTKGH = q_BTKGH.reshape(*shape[:2], K * copies, G // copies, shape[4])
+    if copies > 1:
+        k_BSKH, v_BSKH = (jnp.repeat(x, copies, axis=2) for x in (k_BSKH, v_BSKH))
+    to_heads = lambda x: jax.lax.all_to_all(x, "context", 2, 1, tiled=True)
+    whole = None
+    if segments_BT is not None:
+        whole = jax.lax.all_gather(segments_BT, "context", axis=1, tiled=True)
+    given = map(to_heads, (q_BTKGH, k_BSKH, v_BSKH))
+    settings = {"window": window, "softcap": softcap}
+    if kernel == "xla":
+        out = attention.xla(*given, whole, whole, **settings)
+    else:
+        fused = attention.splash if kernel == "splash" else attention.cudnn
+        out = fused(*given, whole, **settings)
+    return jax.lax.all_to_all(out, "context", 1, 2, tiled=True).reshape(shape)

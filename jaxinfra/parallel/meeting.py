@@ -1,0 +1,308 @@
+"""One part of a row's queries meets one part of its keys: a part of attention, with the
+log-sum-exp by which parts are merged, and its gradient given that of the whole.
+
+By splash on TPU, or in blocks of queries anywhere. Softmax and sums are float32.
+Source: arXiv:2205.14135 section 3.1 and algorithm 4.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from jaxinfra import mesh
+from jaxinfra.ops import attention
+
+_BLOCK = 512  # queries whose scores exist at a time
+
+
+class Queries(NamedTuple):
+    """places_T: of each token in its row. segments_BT: None for one document."""
+
+    q_BTKGH: jax.Array
+    places_T: jax.Array
+    segments_BT: jax.Array | None
+
+    def low(self) -> "Queries":
+        """The first half."""
+        return jax.tree.map(lambda x: _half(x, 0), self)
+
+    def high(self) -> "Queries":
+        """The second half."""
+        return jax.tree.map(lambda x: _half(x, 1), self)
+
+
+class Keys(NamedTuple):
+    """As `Queries`."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    places_S: jax.Array
+    segments_BS: jax.Array | None
+
+    def low(self) -> "Keys":
+        """The first half."""
+        return jax.tree.map(lambda x: _half(x, 0), self)
+
+
+class Result(NamedTuple):
+    """Attention to some keys, float32; where none is seen log_sum_BTKG is so low that
+    nothing of it is left in a merger."""
+
+    out_BTKGH: jax.Array
+    log_sum_BTKG: jax.Array
+
+
+class Asked(NamedTuple):
+    """The gradient by the whole result, that result, and its log-sum-exp."""
+
+    g_BTKGH: jax.Array
+    out_BTKGH: jax.Array
+    log_sum_BTKG: jax.Array
+
+    def low(self) -> "Asked":
+        """For the first half of the queries."""
+        return jax.tree.map(lambda x: _half(x, 0), self)
+
+    def high(self) -> "Asked":
+        """For the second half of the queries."""
+        return jax.tree.map(lambda x: _half(x, 1), self)
+
+
+def forward(
+    queries: Queries,
+    keys: Keys,
+    *,
+    window: int,
+    softcap: float,
+    kernel: str,
+    is_causal: bool = False,
+) -> Result:
+    """Attention of `queries` to `keys`. Not `is_causal`: all the keys come before all
+    the queries."""
+    if kernel == "splash":
+        assert not window
+        return _splash_forward(queries, keys, softcap, is_causal)
+    one = functools.partial(
+        _block_forward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
+    )
+    blocks = jax.tree.map(_split, queries)
+    return jax.tree.map(_unsplit, jax.lax.map(one, blocks))
+
+
+def backward(
+    queries: Queries,
+    keys: Keys,
+    asked: Asked,
+    *,
+    window: int,
+    softcap: float,
+    kernel: str,
+    is_causal: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq_BTKGH, dk_BSKH, dv_BSKH), float32, of these queries by these keys."""
+    if kernel == "splash":
+        return _splash_backward(queries, keys, asked, softcap, is_causal)
+    one = functools.partial(
+        _block_backward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
+    )
+
+    def add(sums, block):
+        dq_BTKGH, *more = one(*block)
+        return jax.tree.map(jnp.add, sums, tuple(more)), dq_BTKGH
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BSKH, keys.v_BSKH))
+    sums, dq = jax.lax.scan(add, zeros, jax.tree.map(_split, (queries, asked)))
+    return _unsplit(dq), *sums
+
+
+def merged(a: Result, b: Result) -> Result:
+    """Attention to the keys of both."""
+    log_sum_BTKG = jnp.logaddexp(a.log_sum_BTKG, b.log_sum_BTKG)
+    is_seen_BTKG = log_sum_BTKG > -jnp.inf
+
+    def weighted(part):
+        share_BTKG = jnp.exp(part.log_sum_BTKG - log_sum_BTKG)
+        return jnp.where(is_seen_BTKG, share_BTKG, 0.0)[..., None] * part.out_BTKGH
+
+    return Result(weighted(a) + weighted(b), log_sum_BTKG)
+
+
+def nothing(queries: Queries) -> Result:
+    """Attention to no key."""
+    shape = queries.q_BTKGH.shape
+    return Result(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf))
+
+
+def joined(low: Result, high: Result) -> Result:
+    """The results of two halves of the queries."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), low, high)
+
+
+def high_only(high: Result) -> Result:
+    """The result of the second half of the queries, as of all."""
+    none = Result(jnp.zeros_like(high[0]), jnp.full_like(high[1], -jnp.inf))
+    return joined(none, high)
+
+
+def _block_forward(queries, *, keys, window, softcap, is_causal) -> Result:
+    scores_BKGTS, _ = _scores(queries, keys, window, softcap, is_causal)
+    top_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
+    top_BKGT1 = jnp.where(top_BKGT1 == -jnp.inf, 0.0, top_BKGT1)
+    e_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
+    sum_BKGT1 = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
+    v_BSKH = keys.v_BSKH
+    out_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        (e_BKGTS / jnp.where(sum_BKGT1 == 0, 1.0, sum_BKGT1)).astype(v_BSKH.dtype),
+        v_BSKH,
+        precision=attention.precision(v_BSKH),
+        preferred_element_type=jnp.float32,
+    )
+    log_sum_BKGT = (jnp.log(sum_BKGT1) + top_BKGT1)[..., 0]
+    return Result(out_BTKGH, jnp.einsum("BKGT->BTKG", log_sum_BKGT))
+
+
+def _block_backward(queries, asked, *, keys, window, softcap, is_causal):
+    q_BTKGH, k_BSKH, v_BSKH = queries.q_BTKGH, keys.k_BSKH, keys.v_BSKH
+    multiply = functools.partial(
+        jnp.einsum,
+        precision=attention.precision(q_BTKGH),
+        preferred_element_type=jnp.float32,
+    )
+    scores_BKGTS, slope_BKGTS = _scores(queries, keys, window, softcap, is_causal)
+    log_sum_BKGT = jnp.einsum("BTKG->BKGT", asked.log_sum_BTKG)
+    p_BKGTS = jnp.exp(scores_BKGTS - log_sum_BKGT[..., None])
+    g_BTKGH = asked.g_BTKGH
+    mean_BKGT = jnp.einsum(
+        "BTKGH,BTKGH->BKGT",
+        g_BTKGH.astype(jnp.float32),
+        asked.out_BTKGH.astype(jnp.float32),
+    )
+    dv_BSKH = multiply("BKGTS,BTKGH->BSKH", p_BKGTS.astype(g_BTKGH.dtype), g_BTKGH)
+    dp_BKGTS = multiply("BTKGH,BSKH->BKGTS", g_BTKGH, v_BSKH)
+    ds_BKGTS = p_BKGTS * (dp_BKGTS - mean_BKGT[..., None]) * slope_BKGTS
+    ds_BKGTS = (ds_BKGTS / math.sqrt(q_BTKGH.shape[-1])).astype(q_BTKGH.dtype)
+    dq_BTKGH = multiply("BKGTS,BSKH->BTKGH", ds_BKGTS, k_BSKH)
+    dk_BSKH = multiply("BKGTS,BTKGH->BSKH", ds_BKGTS, q_BTKGH)
+    return dq_BTKGH, dk_BSKH, dv_BSKH
+
+
+def _scores(queries, keys, window, softcap, is_causal):
+    """(scores, -inf where unseen; the slope of the cap there)."""
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        queries.q_BTKGH,
+        keys.k_BSKH,
+        precision=attention.precision(queries.q_BTKGH),
+        preferred_element_type=jnp.float32,
+    ) / math.sqrt(queries.q_BTKGH.shape[-1])
+    slope_BKGTS = 1.0
+    if softcap:
+        bent_BKGTS = jnp.tanh(scores_BKGTS / softcap)
+        scores_BKGTS, slope_BKGTS = softcap * bent_BKGTS, 1.0 - bent_BKGTS**2
+    away_TS = queries.places_T[:, None] - keys.places_S[None, :]
+    seen_BTS = jnp.ones((1, *away_TS.shape), bool)
+    if is_causal:
+        seen_BTS &= away_TS >= 0
+    if window:
+        seen_BTS &= away_TS < window
+    if queries.segments_BT is not None:
+        same = queries.segments_BT[:, :, None] == keys.segments_BS[:, None, :]
+        seen_BTS = seen_BTS & same
+    return jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), slope_BKGTS
+
+
+def _splash(queries, keys, softcap, is_causal):
+    """(kernel, its q, k, v and segments by row and key head)."""
+    T, G, H = queries.q_BTKGH.shape[1], *queries.q_BTKGH.shape[3:]
+    shape = (T, keys.k_BSKH.shape[1])
+    mask = splash_attention.CausalMask if is_causal else splash_attention.FullMask
+    kernel = splash_attention.make_splash_mqa_single_device(
+        splash_attention.MultiHeadMask([mask(shape)] * G),
+        block_sizes=attention.block_sizes(*shape),
+        attn_logits_soft_cap=softcap or None,
+        save_residuals=True,
+        interpret=mesh.platform() != "tpu",
+    )
+    q_BKGTH = jnp.einsum("BTKGH->BKGTH", queries.q_BTKGH) / math.sqrt(H)
+    k_BKSH, v_BKSH = (jnp.einsum("BSKH->BKSH", x) for x in keys[:2])
+    segments = None
+    if queries.segments_BT is not None:
+        segments = splash_attention.SegmentIds(queries.segments_BT, keys.segments_BS)
+    return kernel, q_BKGTH.astype(queries.q_BTKGH.dtype), k_BKSH, v_BKSH, segments
+
+
+def _over_rows(function, *, segments: int, others: int):
+    """`function(*others, segments)` for every row and key head."""
+    over_heads = jax.vmap(function, in_axes=(*(0,) * others, None))
+    return jax.vmap(over_heads, in_axes=(*(0,) * others, 0 if segments else None))
+
+
+def _splash_forward(queries, keys, softcap, is_causal) -> Result:
+    kernel, q, k, v, segments = _splash(queries, keys, softcap, is_causal)
+    run = _over_rows(kernel, segments=segments is not None, others=3)
+    out_BKGTH, (log_sum_BKGT,) = run(q, k, v, segments)
+    return Result(
+        jnp.einsum("BKGTH->BTKGH", out_BKGTH).astype(jnp.float32),
+        jnp.einsum("BKGT->BTKG", log_sum_BKGT),
+    )
+
+
+def _splash_backward(queries, keys, asked, softcap, is_causal):
+    """By the kernel's own backward pass, which takes the whole's result and log-sum-exp
+    for its own."""
+    kernel, q, k, v, segments = _splash(queries, keys, softcap, is_causal)
+    settings = kernel.kwargs
+
+    def one(q, k, v, out, log_sum, g, segments):
+        given = (q, k, v, segments, None, out, log_sum)
+        found = splash_attention_kernel._splash_attention_bwd(
+            False,
+            settings["mask_value"],
+            settings["is_mqa"],
+            settings["block_sizes"],
+            None,
+            settings["mask_function"],
+            settings["attn_logits_soft_cap"],
+            settings["interpret"],
+            (*given, kernel.dq_mask_info, kernel.dkv_mask_info),
+            g,
+        )
+        return found[3:6]
+
+    by_head = lambda x: jnp.einsum("BTKGH->BKGTH", x)
+    run = _over_rows(one, segments=segments is not None, others=6)
+    dq, dk, dv = run(
+        q,
+        k,
+        v,
+        by_head(asked.out_BTKGH),
+        jnp.einsum("BTKG->BKGT", asked.log_sum_BTKG),
+        by_head(asked.g_BTKGH),
+        segments,
+    )
+    dq = dq.astype(jnp.float32) / math.sqrt(queries.q_BTKGH.shape[-1])
+    back = lambda x: jnp.einsum("BKSH->BSKH", x).astype(jnp.float32)
+    return jnp.einsum("BKGTH->BTKGH", dq), back(dk), back(dv)
+
+
+def _half(x: jax.Array, which: int) -> jax.Array:
+    return jnp.split(x, 2, axis=0 if x.ndim == 1 else 1)[which]
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """Blocks of tokens along a new first dim."""
+    if x.ndim == 1:
+        return x.reshape(-1, math.gcd(x.size, _BLOCK))
+    block = math.gcd(x.shape[1], _BLOCK)
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 0, 1)
+
+
+def _unsplit(x: jax.Array) -> jax.Array:
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

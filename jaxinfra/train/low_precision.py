@@ -1,0 +1,239 @@
+"""Training in low precision: a task whose matrices are multiplied by a recipe.
+
+`in_low_precision` is a function from `Task` to `Task`, and the model stays as it is:
+before the loss each chosen parameter is wrapped as a `matmul.Weight`, which the seam's
+einsum knows how to multiply. The figures of each matmul come back as the gradient of a
+probe that the weight carries, and leave as metrics `quant/...` and, for delayed scales,
+as `Aux.stats`, maxima that microbatches and devices merge in any order.
+
+Parameters, optimizer and checkpoints are those of bfloat16; evaluation and sampling
+multiply in the compute dtype, as whoever uses the weights will.
+"""
+
+import functools
+import logging
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfra.config import Config
+from jaxinfra.ops.seam import Einsum
+from jaxinfra.params import Tree, named, unflatten
+from jaxinfra.precision import Policy
+from jaxinfra.quant.formats import FORMATS, scale_for
+from jaxinfra.quant.matmul import OPERANDS, Weight, low_precision_einsum
+from jaxinfra.quant.random_bits import mix
+from jaxinfra.quant.recipe import (
+    Recipe,
+    chosen,
+    has_units,
+    make_recipe,
+    share_of_flops,
+)
+from jaxinfra.sharding import Layout
+from jaxinfra.train import objective
+from jaxinfra.train.objective import GradFn, LossFn, Maxima
+
+_LARGEST, _SATURATION, _UNDERFLOW = range(3)  # of matmul.FIGURES
+
+
+class Delayed(NamedTuple):
+    """A model state, and the history that delayed scales follow from.
+
+    largest: path -> float32 [..., 3 operands, history], newest first; a stack of layers
+    has that dim in front. Zero: not seen yet.
+    """
+
+    inner: Any
+    largest: dict[str, jax.Array]
+
+
+def low_precision_training(
+    config: Config, layout: Layout, policy: Policy, plain: Einsum
+) -> tuple[Einsum, Callable[[Any, float], Any]]:
+    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
+    it, on the devices of `layout`."""
+    recipe = make_recipe(config.precision, config.quant)
+    device = layout.mesh.devices.flat[0]
+    native = has_units(device, recipe.forward)
+    if not native:
+        logging.getLogger("jaxinfra").warning(
+            "precision=%s: %s has no units for it that are used here, so its numbers "
+            "are multiplied exactly in a wider type, and not faster",
+            config.precision,
+            device.device_kind,
+        )
+    einsum = low_precision_einsum(plain, recipe, policy, layout.params, native=native)
+    model = config.model
+
+    def trained(task: Any, flops_per_token: float) -> Any:
+        used = model.experts_per_token / model.num_experts if model.num_experts else 1.0
+        share = share_of_flops(
+            task.specs, recipe, flops_per_token=flops_per_token, experts_used=used
+        )
+        notes = f"precision {config.precision}: {share:.1%} of FLOPs outside the head"
+        return in_low_precision(task, recipe, notes=notes)
+
+    return einsum, trained
+
+
+def in_low_precision(task: Any, recipe: Recipe, *, notes: str = "") -> Any:
+    """`task`, a `tasks.Task` whose model has `low_precision_einsum`, trained so."""
+    grad_fn = objective.grad_of(task.loss_fn)
+    return task._replace(
+        grad_fn=low_precision(grad_fn, task.specs, recipe),
+        loss_fn=inner_loss(task.loss_fn),
+        model_state=lambda: first_state(task.specs, recipe, task.model_state()),
+        update_state=functools.partial(next_state, task.update_state),
+        notes="\n".join(filter(None, (task.notes, notes))),
+    )
+
+
+def first_state(specs: Tree, recipe: Recipe, inner: Any = ()) -> Any:
+    """The first model state: `inner`, with an empty history if scales are delayed."""
+    if not recipe.is_delayed:
+        return inner
+    names, empty = chosen(specs, recipe), {}
+    for path, spec in named(specs):
+        if path in names:
+            shape = (*_stack(spec), len(OPERANDS), recipe.history)
+            empty[path] = np.zeros(shape, np.float32)
+    return Delayed(inner, empty)
+
+
+def next_state(update_inner, model_state: Any, stats: Any) -> Any:
+    """The model state after a step; `update_inner(inner, stats)` makes the inner one.
+
+    The newest maxima enter the history, the oldest leave it. Source: Transformer
+    Engine's DelayedScaling recipe (`amax_compute_algo` max).
+    """
+    if not isinstance(model_state, Delayed):
+        return update_inner(model_state, stats)
+    inner, largest = stats
+    history = {
+        path: jnp.concatenate([largest.tree[path][..., None], old[..., :-1]], axis=-1)
+        for path, old in model_state.largest.items()
+    }
+    return Delayed(update_inner(model_state.inner, inner), history)
+
+
+def delayed_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
+    """float32 [..., 3] from the history of one parameter, [..., 3, history]: the
+    largest magnitude of it fills the format; 1 where nothing was seen yet."""
+    assert recipe.backward is not None
+    largest = jnp.max(history, axis=-1)
+    formats = (recipe.forward, recipe.forward, recipe.backward)
+    scales = [scale_for(largest[..., i], name) for i, name in enumerate(formats)]
+    return jnp.where(largest > 0, jnp.stack(scales, axis=-1), 1.0)
+
+
+def low_precision(grad_fn: GradFn, specs: Tree, recipe: Recipe) -> GradFn:
+    """`grad_fn` with the recipe's weights wrapped on the way in, and their gradients
+    and figures taken apart on the way out."""
+    names = frozenset(chosen(specs, recipe))
+    by_path = dict(named(specs))
+
+    def wrapped(params, model_state, batch, key):
+        is_delayed = isinstance(model_state, Delayed)
+        inner = model_state.inner if is_delayed else model_state
+
+        def wrap(path: str, array: jax.Array):
+            if path not in names:
+                return array
+            stack = _stack(by_path[path])
+            scales = (
+                delayed_scales(model_state.largest[path], recipe)
+                if is_delayed
+                else None
+            )
+            return Weight(
+                array,
+                jnp.zeros((*stack, len(OPERANDS), 3)),
+                scales,
+                *_chance(key, path, stack, batch, recipe),
+            )
+
+        leaves = [wrap(path, leaf) for path, leaf in named(params)]
+        result = grad_fn(unflatten(params, leaves), inner, batch, key)
+        is_weight = lambda leaf: isinstance(leaf, Weight)
+        found = jax.tree.leaves(result.grads, is_leaf=is_weight)
+        paths = [path for path, _ in named(params)]
+        probes = {
+            path: leaf.probe for path, leaf in zip(paths, found) if is_weight(leaf)
+        }
+        grads = [leaf.array if is_weight(leaf) else leaf for leaf in found]
+        aux = result.aux
+        metrics = aux.metrics
+        if recipe.figures:
+            scales = [leaf.scales for leaf in leaves if is_weight(leaf)]
+            shown = _metrics(list(probes.values()), scales, recipe)
+            # A metric is shown divided by the weight, which it is multiplied by here.
+            metrics = metrics | {k: v * aux.weight_sum for k, v in shown.items()}
+        stats = aux.stats
+        if is_delayed:
+            largest = {path: probe[..., _LARGEST] for path, probe in probes.items()}
+            stats = (stats, Maxima(largest))
+        return result._replace(
+            grads=unflatten(params, grads),
+            aux=aux._replace(metrics=metrics, stats=stats),
+        )
+
+    return wrapped
+
+
+def inner_loss(loss_fn: LossFn) -> LossFn:
+    """`loss_fn` for a model state with a history around it, in plain precision."""
+
+    def plain(params, model_state, batch, key):
+        if isinstance(model_state, Delayed):
+            model_state = model_state.inner
+        return loss_fn(params, model_state, batch, key)
+
+    return plain
+
+
+def _stack(spec) -> tuple[int, ...]:
+    return spec.shape[:1] if spec.axes[0] == "layers" else ()
+
+
+def _chance(key, path: str, stack, batch, recipe: Recipe):
+    """(seed, rows) of `Weight`: what rounding by chance follows from."""
+    if key is None or not recipe.by_chance:
+        return None, None
+    first, second = jax.random.key_data(key)[:2]
+    seed = mix(mix(first + jnp.uint32(zlib.crc32(path.encode()))) + second)
+    if stack:
+        seed = mix(seed + jnp.arange(stack[0], dtype=jnp.uint32))
+    seed = (seed >> 8).astype(jnp.float32)  # 24 bits: exact
+    rows = getattr(batch, "rows_B", None)
+    if rows is not None:
+        rows = jnp.broadcast_to(rows.astype(jnp.float32), (*stack, *rows.shape))
+    return seed, rows
+
+
+def _metrics(probes: list[jax.Array], scales: list, recipe: Recipe) -> dict:
+    """Over all matmuls: the mean and the worst of saturation and underflow, the largest
+    scale in use."""
+    flat = jnp.concatenate([probe.reshape(-1, len(OPERANDS), 3) for probe in probes])
+    formats = (recipe.forward, recipe.forward, recipe.backward or recipe.forward)
+    operands = OPERANDS if recipe.backward else OPERANDS[:2]
+    metrics = {}
+    for i, operand in enumerate(operands):
+        figures = flat[:, i]
+        largest = FORMATS[formats[i]].largest
+        in_use = [jnp.max(scale[..., i]) for scale in scales if scale is not None]
+        scale = functools.reduce(jnp.maximum, in_use) if in_use else None
+        metrics |= {
+            f"quant/{operand}_saturation": jnp.mean(figures[:, _SATURATION]),
+            f"quant/{operand}_saturation_worst": jnp.max(figures[:, _SATURATION]),
+            f"quant/{operand}_underflow": jnp.mean(figures[:, _UNDERFLOW]),
+            f"quant/{operand}_underflow_worst": jnp.max(figures[:, _UNDERFLOW]),
+            f"quant/{operand}_scale": (
+                jnp.max(figures[:, _LARGEST]) / largest if scale is None else scale
+            ),
+        }
+    return metrics

@@ -1,0 +1,318 @@
+"""First contact with an accelerator: what it can do, and whether we do it right there.
+
+Every figure comes with what it is measured against: kernels with a float32 reference,
+seconds with FLOPs or bytes. Sizes follow the platform, so that the same command runs on
+a laptop's CPU in a minute and fills an accelerator.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxinfra
+from jaxinfra import config as c
+from jaxinfra import experiment
+from jaxinfra import mesh as meshes
+from jaxinfra.data import packing
+from jaxinfra.ops import attention, grouped
+from jaxinfra.precision import policy
+from jaxinfra.train import facts
+
+# rows, length, key heads, query heads a key head, head width; width of matrices; of a
+# model: width, layers, rows, length; MiB to move.
+SIZES = {
+    "cpu": {
+        "attention": (1, 512, 2, 2, 64),
+        "matrix": 1024,
+        "experts": (2048, 256, 512, 8),
+        "model": (128, 2, 4, 256),
+        "mib": 64,
+    },
+    "accelerator": {
+        "attention": (4, 4096, 4, 4, 128),
+        "matrix": 8192,
+        "experts": (16384, 2048, 4096, 8),
+        "model": (2048, 12, 8, 2048),
+        "mib": 1024,
+    },
+}
+# bfloat16 has 8 bits: results about 1 are rounded by 2^-9, sums of a row's gradients by
+# a few times that.
+BF16_ROUNDING = 2e-2
+
+
+def report(repeats: int = 5) -> dict:
+    """Everything, as one JSON object; what cannot run says why."""
+    device = jax.devices()[0]
+    platform = "cpu" if device.platform == "cpu" else "accelerator"
+    sizes = SIZES[platform]
+    parts = {
+        "matmul": lambda: matmul(sizes["matrix"], repeats),
+        "memory": lambda: memory(sizes["mib"], repeats),
+        "host": lambda: host(sizes["mib"], repeats),
+        "links": lambda: links(sizes["mib"], repeats),
+        "attention": lambda: kernels(sizes["attention"], repeats),
+        "experts": lambda: experts(sizes["experts"], repeats),
+        "step": lambda: step(sizes["model"], repeats),
+    }
+    result = {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "count": jax.device_count(),
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "peak_flops": facts.peak_flops(device),
+    }
+    for name, part in parts.items():
+        try:
+            result[name] = part()
+        except Exception as error:  # one part that fails must not hide the others
+            result[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+    return result
+
+
+def matmul(size: int, repeats: int) -> dict:
+    """FLOP/s of square products, and of the peak."""
+    peak, found = facts.peak_flops(jax.devices()[0]), {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        secs = timed(jax.jit(lambda x: x @ x), x, repeats=repeats)
+        rate = 2 * size**3 / secs
+        found[jnp.dtype(dtype).name] = {
+            "secs": secs,
+            "flops": rate,
+            "of_peak": peak and rate / peak,
+        }
+    return found
+
+
+def memory(mib: int, repeats: int) -> dict:
+    """Bytes a second that an addition reads and writes on the device."""
+    x = jnp.zeros(mib * 2**18, jnp.float32)
+    secs = timed(jax.jit(lambda x: x + 1), x, repeats=repeats)
+    return {"secs": secs, "bytes_per_sec": 2 * x.nbytes / secs}
+
+
+def host(mib: int, repeats: int) -> dict:
+    """Bytes a second to the device and back, and by pinned memory, where optimizer
+    state and activations may be offloaded to, if there is any."""
+    device = jax.devices()[0]
+    on_host = np.zeros(mib * 2**18, np.float32)
+    on_device = jax.device_put(on_host, device)
+    kinds = [kind.kind for kind in device.addressable_memories()]
+    found = {
+        "memories": kinds,
+        "to_device_bytes_per_sec": on_host.nbytes
+        / timed(lambda: jax.device_put(on_host, device), repeats=repeats),
+        # Copied first: an array keeps what it has once been read as.
+        "to_host_bytes_per_sec": on_host.nbytes
+        / timed(lambda: np.asarray(on_device + 0), repeats=repeats),
+    }
+    if "pinned_host" not in kinds:
+        return found
+    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    here = jax.sharding.SingleDeviceSharding(device)
+    away = jax.device_put(on_device, pinned)
+    for name, x, place in (("offload", on_device, pinned), ("fetch", away, here)):
+        secs = timed(lambda x=x, place=place: jax.device_put(x, place), repeats=repeats)
+        found[f"{name}_bytes_per_sec"] = on_host.nbytes / secs
+    is_same = np.array_equal(np.asarray(away), on_host)
+    return found | {"offload_is_bitwise": bool(is_same)}
+
+
+def links(mib: int, repeats: int) -> dict:
+    """Bytes a second and device of collectives over all devices, by the bytes that one
+    must send at least."""
+    count = jax.device_count()
+    if count == 1:
+        return {"skipped": "one device has no link"}
+    grid = meshes.make_mesh({"fsdp": count})
+    with jax.set_mesh(grid):
+        split = jax.NamedSharding(grid, jax.P("fsdp"))
+        size = mib * 2**18 // count**2 * count**2
+        x = jax.device_put(np.zeros(size, np.float32), split)
+        own = x.nbytes // count
+        ring = [(i, (i + 1) % count) for i in range(count)]
+        kinds = {
+            "all_gather": (
+                lambda x: jax.lax.all_gather(x, "fsdp", tiled=True),
+                own * (count - 1),
+                jax.P(None),
+            ),
+            "reduce_scatter": (
+                lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True),
+                own * (count - 1) // count,
+                jax.P("fsdp"),
+            ),
+            "all_reduce": (
+                lambda x: jax.lax.psum(x, "fsdp"),
+                2 * own * (count - 1) // count,
+                jax.P(None),
+            ),
+            "all_to_all": (
+                lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True),
+                own * (count - 1) // count,
+                jax.P("fsdp"),
+            ),
+            "ppermute": (
+                lambda x: jax.lax.ppermute(x, "fsdp", ring),
+                own,
+                jax.P("fsdp"),
+            ),
+        }
+        found = {}
+        for name, (function, sent, out) in kinds.items():
+            mapped = jax.shard_map(
+                function, in_specs=jax.P("fsdp"), out_specs=out, check_vma=False
+            )
+            secs = timed(jax.jit(mapped), x, repeats=repeats)
+            found[name] = {"secs": secs, "bytes_per_sec": sent / secs}
+        return found
+
+
+def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
+    """Every attention kernel that runs here, forward and backward in bfloat16, against
+    float32."""
+    B, T, K, G, H = sizes
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    exact = [draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)]
+    g_BTKGH = draw(3, B, T, K, G, H)
+    given = [x.astype(jnp.bfloat16) for x in exact]
+    run = lambda kernel: jax.jit(functools.partial(_both, kernel))
+    with_xla = lambda q, k, v: attention.xla(q, k, v, None, None)
+    rounded = [x.astype(jnp.float32) for x in given]
+    expected = run(with_xla)(*rounded, g_BTKGH)
+    flops = 3.5 * 2 * B * K * G * T * T * H  # causal: half of 4 products of each pass
+    platform = jax.devices()[0].platform
+    found = {}
+    settings = {"window": 0, "softcap": 0.0}
+    candidates = {"xla": with_xla}
+    if platform == "tpu":
+        candidates["splash"] = lambda q, k, v: attention.splash(
+            q, k, v, None, **settings
+        )
+    if platform in ("gpu", "cuda"):
+        candidates["cudnn"] = lambda q, k, v: attention.cudnn(q, k, v, None, **settings)
+    for name, kernel in candidates.items():
+        both = run(kernel)
+        got = both(*given, g_BTKGH)
+        error = max(
+            float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
+            for x, y in zip(got, expected, strict=True)
+        )
+        secs = timed(both, *given, g_BTKGH, repeats=repeats)
+        found[name] = {
+            "error": error,
+            "is_right": error < BF16_ROUNDING,
+            "secs": secs,
+            "flops": flops / secs,
+        }
+    return found
+
+
+def _both(kernel, q, k, v, g):
+    out, back = jax.vjp(kernel, q, k, v)
+    return out, *back(g.astype(out.dtype))
+
+
+def experts(sizes: tuple[int, ...], repeats: int) -> dict:
+    """The grouped matmul of experts, in bfloat16, against a product a row and expert in
+    float32, and its FLOP/s beside a plain matmul's of the same work."""
+    N, D, F, E = sizes
+    own = policy("bfloat16")
+    one = meshes.make_mesh({}, devices=jax.devices()[:1])
+    ids_A = jax.random.randint(jax.random.key(0), (N,), 0, E)
+    x_ND = jax.random.normal(jax.random.key(1), (N, D), jnp.bfloat16)
+    w_EDF = jax.random.normal(jax.random.key(2), (E, D, F), jnp.bfloat16)
+    with jax.set_mesh(one):
+        align = grouped.alignment(N, E)
+        rows = N if align == 1 else (-(-N // align) + E) * align
+
+        def local(x_ND, w_EDF, ids_A):
+            at = grouped.arrange(ids_A, num_experts=E, rows=rows, align=align)
+            x_RD = grouped.moved(x_ND, at.source_R, at.place_A)
+            y_RF = grouped.grouped(x_RD, w_EDF, at.sizes_E, jax.P(), align, own)
+            return grouped.moved(y_RF, at.place_A, at.source_R)
+
+        whole = (jax.P(),) * 3
+        run = jax.jit(jax.shard_map(local, in_specs=whole, out_specs=jax.P()))
+        place = jax.NamedSharding(one, jax.P())
+        given = jax.device_put((x_ND, w_EDF, ids_A.astype(jnp.int32)), place)
+        few = 64
+        got = np.asarray(run(*given)[:few], np.float32)
+        x, w, ids = (np.asarray(a[:few] if a is not w_EDF else a) for a in given)
+        w = np.asarray(given[1], np.float32)
+        expected = np.einsum("nd,ndf->nf", np.float32(x), w[ids])
+        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        secs = timed(run, *given, repeats=repeats)
+        plain = jax.jit(lambda x, w: x @ w[0])
+        plain_secs = timed(plain, *given[:2], repeats=repeats)
+    return {
+        "error": error,
+        "is_right": error < BF16_ROUNDING,
+        "secs": secs,
+        "flops": 2 * N * D * F / secs,
+        "over_plain_matmul": secs / plain_secs,
+    }
+
+
+def step(sizes: tuple[int, ...], repeats: int) -> dict:
+    """A training step in bfloat16 on all devices: seconds, tokens a second, MFU."""
+    width, layers, rows, length = sizes
+    count = jax.device_count()
+    config = c.Config(
+        name="device",
+        precision="bfloat16",
+        model=c.ModelConfig(
+            vocab_size=32_000 if width > 1000 else 512,
+            width=width,
+            ffn_width=4 * width,
+            num_heads=width // 64,
+            num_kv_heads=width // 128,
+            repeats=layers,
+        ),
+        train=c.TrainConfig(
+            batch_size=rows * count, length=length, remat="full", steps=1000
+        ),
+        mesh=c.MeshConfig(data=1, fsdp=count),
+    )
+    built = jaxinfra.build(config)
+    with jax.set_mesh(built.layout.mesh):
+        rng = np.random.default_rng(0)
+        place = experiment.batch_sharding(built.layout)
+        tokens = rng.integers(0, config.model.vocab_size, (rows * count, length + 1))
+        batch = packing.Batch(
+            jax.device_put(tokens.astype(np.uint16), place),
+            jax.device_put(np.full((rows * count, 1), length + 1, np.uint16), place),
+        )
+        state, losses, secs = built.init(), [], []
+        for _ in range(repeats + 2):
+            begin = time.perf_counter()
+            state, metrics = built.train_step(state, batch)
+            losses.append(float(metrics["loss"]))
+            secs.append(time.perf_counter() - begin)
+    flops = built.task.flops_per_row * rows * count
+    peak = facts.peak_flops(jax.devices()[0])
+    secs_each = statistics.median(secs[2:])
+    return {
+        "secs": secs_each,
+        "compile_secs": secs[0],
+        "tokens_per_sec": rows * count * length / secs_each,
+        "mfu": peak and flops / secs_each / (peak * count),
+        "loss_falls": losses[-1] < losses[0],
+    }
+
+
+def timed(function, *args, repeats: int) -> float:
+    """Median seconds of a call whose results are waited for; the first is not
+    counted."""
+    jax.block_until_ready(function(*args))
+    secs = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        secs.append(time.perf_counter() - begin)
+    return statistics.median(secs)

@@ -1,0 +1,148 @@
+"""Attention over rows whose length is split, against attention over whole rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops import naive_attention
+
+from jaxinfra import mesh as mesh_lib
+from jaxinfra.ops.seam import Context
+from jaxinfra.parallel import context, meeting
+from jaxinfra.sharding import Rules
+
+FLOAT32_ROUNDING = 1e-5  # sums over 48 keys in another order, of results about 1
+MESH = {"data": 2, "context": 4}
+B, T, K, G, H = 2, 48, 2, 2, 8
+CASES = {
+    "segments": {"window": 0, "softcap": 0.0, "with_segments": True},
+    "one document": {"window": 0, "softcap": 0.0, "with_segments": False},
+    "window of 9": {"window": 9, "softcap": 0.0, "with_segments": True},
+    "window of 30, capped": {"window": 30, "softcap": 1.5, "with_segments": False},
+}
+QUICK = [("ring", "segments"), ("ulysses", "window of 9"), ("all_gather", "segments")]
+MORE = [
+    (way, case)
+    for way in ("ring", "ulysses", "all_gather")
+    for case in CASES
+    if (way, case) not in QUICK
+]
+
+
+@functools.cache
+def inputs():
+    return naive_attention.random_inputs(B=B, T=T, K=K, G=G, H=H)
+
+
+def split_attention(way, sizes, *, window, softcap, with_segments):
+    """(result, dq, dk, dv) on the mesh, back in the order of the rows."""
+    *arrays, g_BTKGH, segments_BT = inputs()
+    parts = sizes["context"]
+    order_T = context.row_order(T, parts=parts, way=way)
+    order_T = np.arange(T) if order_T is None else order_T
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    with jax.set_mesh(mesh_lib.make_mesh(sizes, devices=devices)) as mesh:
+        del mesh
+        attend = context.make_split_attend(Rules(), way=way)
+
+        def run(q, k, v, segments_BT):
+            about = Context(None, segments_BT if with_segments else None)
+            out, _ = attend(q, k, v, about, None, window=window, softcap=softcap)
+            return out
+
+        def both(q, k, v, g, segments_BT):
+            out, back = jax.vjp(lambda *x: run(*x, segments_BT), q, k, v)
+            return out, *back(g)
+
+        place = jax.P(("data", "fsdp", "expert"), "context")
+        given = [x[:, order_T] for x in (*arrays, g_BTKGH, segments_BT)]
+        heads = jax.P(*place, "tensor")
+        found = jax.jit(both)(
+            *(jax.device_put(x, heads) for x in given[:4]),
+            jax.device_put(given[4], place),
+        )
+    return [np.asarray(x)[:, np.argsort(order_T)] for x in found]
+
+
+def check(way, case, sizes=MESH):
+    found = split_attention(way, sizes, **CASES[case])
+    *arrays, segments_BT = inputs()
+    settings = dict(CASES[case])
+    segments_BT = segments_BT if settings.pop("with_segments") else None
+    expected = naive_attention.forward_backward(*arrays, segments_BT, **settings)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=FLOAT32_ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [*QUICK, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in MORE)],
+)
+def test_rows_that_are_split_attend_as_whole_ones(way, case):
+    check(way, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ring", "ulysses", "all_gather"])
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "expert": 1}]
+)
+def test_heads_and_length_are_split_together(way, sizes):
+    if way == "ulysses" and sizes.get("tensor"):
+        sizes = {"context": 2}
+    check(way, "segments", sizes)
+
+
+def test_every_device_has_the_same_work():
+    """Keys that the queries of a part see; as the rows are, the last part sees most."""
+    length, parts = 64, 4
+    as_it_is = np.arange(length).reshape(parts, -1) + 1
+    order_T = context.row_order(length, parts=parts, way="ring")
+    balanced = order_T.reshape(parts, -1) + 1
+    assert sorted(order_T) == list(range(length))
+    assert as_it_is.sum(1).max() > 1.7 * as_it_is.sum(1).mean()
+    assert balanced.sum(1).max() == balanced.sum(1).min()
+
+
+def test_every_turn_of_a_ring_computes_half_of_the_scores():
+    """Of each pair of device and turn: the scores computed hold all that are seen."""
+    length, parts = 48, 4
+    places = context.row_order(length, parts=parts, way="ring").reshape(parts, 2, -1)
+    for here in range(parts):
+        for step in range(1, parts):
+            keys = places[(here - step) % parts]
+            seen = keys.reshape(-1)[None, :] <= places[here].reshape(-1)[:, None]
+            assert seen.sum() == seen.size / 2
+            half = length // (2 * parts)
+            if (here - step) % parts < here:
+                assert seen[:, :half].all()
+            else:
+                assert seen[half:].all()
+
+
+def test_what_one_device_meets_is_that_of_the_splash_kernel():
+    """The kernel's program, interpreted, for a part of the keys in both directions."""
+    rng = np.random.default_rng(3)
+    T, S = 256, 128
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, k, v, g = draw(1, T, 1, 2, 8), draw(1, S, 1, 8), draw(1, S, 1, 8), None
+    g = draw(*q.shape)
+    segments = jnp.asarray(rng.integers(1, 3, (1, T)), jnp.int32)
+    queries = meeting.Queries(q, jnp.arange(T) + S, segments)
+    keys = meeting.Keys(k, v, jnp.arange(S), segments[:, :S])
+    settings = {"window": 0, "softcap": 0.0}
+    plain = meeting.forward(queries, keys, kernel="xla", **settings)
+    fused = meeting.forward(queries, keys, kernel="splash", **settings)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=FLOAT32_ROUNDING),
+        plain,
+        fused,
+    )
+    # As if other keys had been met too: the log-sum-exp is that of all of them.
+    asked = meeting.Asked(g, plain.out_BTKGH * 0.7, plain.log_sum_BTKG + 0.3)
+    plain = meeting.backward(queries, keys, asked, kernel="xla", **settings)
+    fused = meeting.backward(queries, keys, asked, kernel="splash", **settings)
+    for got, want in zip(fused, plain, strict=True):
+        np.testing.assert_allclose(got, want, atol=10 * FLOAT32_ROUNDING)
