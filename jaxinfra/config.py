@@ -31,14 +31,26 @@ class DataError(ValueError):
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"']+")
-_USER = re.compile(r"^[^/@:]*(:(?!\d+(/|$))[^@]*)?@")  # `host:80/a@b` has none
+_SHOWN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^?#]*)(.*)", re.DOTALL)
 
 
 def redacted(url: str) -> str:
-    """The URL without what may be secret: user, password and query."""
-    scheme, mark, rest = url.partition("://")
-    rest, query, _ = rest.partition("?")
-    return scheme + mark + _USER.sub("", rest) + ("?..." if query else "")
+    """The URL without what may be secret: user, password, query and fragment.
+
+    Where people write a password as it is, with /, ? or # in it, no rule tells it from
+    a path: of `host:80/a@b` too only what follows the @ is shown. A pathlib.Path of a
+    URL, which has lost a slash, is one here; another text is given as it is.
+    """
+    found = _SHOWN.fullmatch(url)
+    if not found:
+        return url
+    scheme, place, rest = found.groups()
+    server, _, path = place.partition("/")
+    if "@" in server or (":" in server and "@" in path):
+        place = ("...@" if "@" in path else "") + place.rpartition("@")[2]
+    elif ":" in server and "@" in rest:
+        return f"{scheme}..."
+    return scheme + place + (f"{rest[0]}..." if len(rest) > 1 else "")
 
 
 def without_secrets(text: str) -> str:

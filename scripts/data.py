@@ -145,7 +145,8 @@ def mixture(args: argparse.Namespace) -> None:
 def _named(words: list[str]) -> dict[str, str]:
     named = {name: value for name, _, value in (w.partition("=") for w in words)}
     if "" in named or not all(named.values()) or len(named) < len(words):
-        raise DataError(f"{' '.join(words)} must be NAME=VALUE words, each name once")
+        names = " ".join(word.partition("=")[0] for word in words)
+        raise DataError(f"{names} must be NAME=VALUE words, each name once")
     return named
 
 

@@ -3,8 +3,8 @@
 The way of an item through the files:
 
     sources    files -> documents; `readers` opens tables and compressed files
-    prepare    documents -> held out or shuffled (`splits`), encoded; much text in
-               `parts`, a process each, from `spans` of the files
+    prepare    documents -> held out or shuffled (`splits`), encoded by `recipes`; much
+               text in `parts`, a process each, from `spans` of the files or by `relay`
     writer     ids -> a data set folder, written whole or not at all
     tokenizer  text <-> ids
     shards     the folder, opened as memory maps, checked byte by byte

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards, sources, splits, writer
+from jaxinfra.data import prepare, shards, sources, splits, urls, writer
 from jaxinfra.data.chat_template import END, GUARD, START, ChatTemplate
 from jaxinfra.data.tokenizer import Tokenizer, id_dtype
 from jaxinfra.data.tokenizer_json import HfTokenizer
@@ -61,6 +61,7 @@ def prepare_chat(
     line, before anything is written.
     """
     prepare.check_options("documents", held_out, seed, shard_tokens, layout)
+    writer.check_out(out)
     special = special_names(tokenizer)
     found: list[Conversation] = []
     for file in sources.find_files(inputs):
@@ -73,7 +74,8 @@ def prepare_chat(
             for where, value in sources.read_objects(file)
         ]
     if not found:
-        raise DataError(f"{inputs[0]} holds no conversation; give files with lines")
+        first = urls.redacted(str(inputs[0]))
+        raise DataError(f"{first} holds no conversation; give files with lines")
     keys = [splits.key(conversation.text, seed=seed) for conversation in found]
     numbers = splits.split(
         np.array(keys, splits.KEY_DTYPE), held_out=held_out, seed=seed

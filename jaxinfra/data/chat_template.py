@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxinfra.config import DataError
-from jaxinfra.data import tokenizer_files
+from jaxinfra.data import tokenizer_files, urls
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.data.tokenizer_json import NEEDS_HF, HfTokenizer
 
@@ -85,6 +85,7 @@ def load(
     A folder has it as chat_template.jinja, or in tokenizer_config.json; of several by
     name, the default. Raises DataError if it cannot be read or compiled.
     """
+    urls.check_local(file, key="chat_template", fix="copy the file here first")
     settings = tokenizer_files.settings_of(folder) if folder else {}
     source = settings.get("chat_template")
     if isinstance(source, list):

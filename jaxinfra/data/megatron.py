@@ -23,7 +23,7 @@ from typing import overload
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, shards, splits, writer
+from jaxinfra.data import prepare, shards, splits, urls, writer
 from jaxinfra.data import tokenizer as tokenizers
 
 SUFFIXES = (".bin", ".idx")
@@ -55,6 +55,7 @@ def open_indexed(path: str | pathlib.Path) -> Indexed:
     says or of another format, and for an index that points elsewhere than the .bin has
     its sequences.
     """
+    urls.check_local(path, key="source", fix="copy the .bin and the .idx here first")
     index, data = (
         pathlib.Path(path).with_suffix(suffix) for suffix in (".idx", ".bin")
     )
@@ -126,6 +127,7 @@ def prepare_megatron(
     one process.
     """
     prepare.check_options("documents", held_out, seed, shard_tokens, layout)
+    writer.check_out(out)
     indexed = open_indexed(path)
     _check_ids(indexed, tokenizer)
     numbers, keys, num_bytes = [], [], []

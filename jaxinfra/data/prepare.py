@@ -4,11 +4,14 @@ Which documents are held out, and the order of the others, follow from the texts
 seed alone: the same input gives the same bytes on every machine, from any number of
 processes. A folder is written whole or not at all; `shards` says what stands in it.
 
-More text than one part (`spans`) is made in parts, a process each. They stay in
+More text than a little is made in parts (`spans`), by several processes and whatever
+the kinds of the files, in memory that does not grow with them. They stay in
 `.NAME.parts` beside the data set until it is there, so that the same command goes on
-where it was killed, and take as much of the disk as the data set. What needs the texts
-together has all of them in memory instead: the `tail` split, a tokenizer made of the
-texts, and near copies.
+where it was killed, and take as much of the disk as the data set.
+
+Limits: what needs the texts together has all of them in memory instead, in one process:
+the `tail` split, a tokenizer made of the texts (char, --train_tokenizer), and near
+copies. So does a document: a .txt file without document_separator is one.
 
 `chat` makes the documents of conversations, `megatron` takes ids that others made; all
 end in `writer`.
@@ -32,10 +35,12 @@ from jaxinfra.data import (
     fitting,
     folders,
     parts,
+    recipes,
     shards,
     sources,
     spans,
     splits,
+    urls,
     writer,
 )
 from jaxinfra.data import tokenizer as tokenizers
@@ -91,6 +96,7 @@ def prepare(
     and leaves nothing under the name of `out`.
     """
     check_options(split, held_out, seed, shard_tokens, layout)
+    writer.check_out(out)
     if num_workers < 1:
         raise DataError(f"workers={num_workers} must be 1 or more")
     steps = cleaning.steps(rules)
@@ -104,8 +110,8 @@ def prepare(
     is_together = (
         split == "tail" or copies == "near" or coder is None or callable(coder)
     )
-    if len(plan) > 1 and not is_together:
-        recipe = parts.Recipe(
+    if not spans.is_small(plan) and not is_together:
+        recipe = recipes.Recipe(
             tokenizer_json=json.dumps(coder.to_json()),
             text_key=text_key,
             document_separator=document_separator,
@@ -241,6 +247,7 @@ def _named_tokenizer(
                 f"tokenizer={name} has its own EOD and no BOS; leave them out"
             )
         return tokenizers.ByteTokenizer() if name == "byte" else None
+    urls.check_local(name, key="data.tokenizer", fix="copy its files here first")
     if not pathlib.Path(name).expanduser().exists():
         raise DataError(
             f"data.tokenizer={name!r} is not known: give byte, char, or a path that "
@@ -260,7 +267,7 @@ def _check_some(documents: Sequence[Any] | np.ndarray, files: Sequence[Any]) -> 
 
 
 def _joined(
-    made: Sequence[parts.Part], numbers_D: np.ndarray, *, held_out: float, seed: int
+    made: Sequence[recipes.Made], numbers_D: np.ndarray, *, held_out: float, seed: int
 ) -> dict[str, writer.SplitContent]:
     """The splits of the documents of these numbers."""
     keys_D = np.concatenate([part.facts_D["key"] for part in made])[numbers_D]
@@ -274,7 +281,7 @@ def _joined(
     }
 
 
-def _first_copies(made: Sequence[parts.Part], tell: TellTaken) -> np.ndarray:
+def _first_copies(made: Sequence[recipes.Made], tell: TellTaken) -> np.ndarray:
     digests_D = np.concatenate([part.facts_D["copy"] for part in made])
     kept = duplicates.first_of_each(digests_D)
     _tell_copies(
@@ -331,7 +338,7 @@ def _encoded(
     tokenizer: tokenizers.Tokenizer, pieces: Sequence[Piece]
 ) -> writer.SplitContent:
     return writer.SplitContent(
-        documents=list(parts.encode(tokenizer, pieces)),
+        documents=list(recipes.encode(tokenizer, pieces)),
         text_bytes=sum(len(piece.text.encode("utf-8")) for piece in pieces),
     )
 
@@ -342,6 +349,7 @@ def _not_found(path: str | pathlib.Path) -> str:
     close = difflib.get_close_matches(str(path), [*CORPORA, *beside], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return (
-        f"data.path={str(path)!r} does not exist; give a folder that prepare wrote, "
-        f"{sources.ACCEPTED}, or a corpus that ships here ({', '.join(CORPORA)}){hint}"
+        f"data.path={urls.redacted(str(path))!r} does not exist; give a folder that "
+        f"prepare wrote, {sources.ACCEPTED}, or a corpus that ships "
+        f"here ({', '.join(CORPORA)}){hint}"
     )

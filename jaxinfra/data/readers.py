@@ -8,19 +8,20 @@ A line is of `MAX_LINE_BYTES` at most, so that a file without line ends is an er
 before it fills the memory.
 """
 
+import contextlib
 import csv
 import gzip
 import io
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from jaxinfra.config import DataError
 from jaxinfra.data.storage import Url
 
 MAX_LINE_BYTES = 256 * 2**20
-_PIECE_BYTES = 2**20  # of a file whose lines are counted
+_PIECE_BYTES = 2**20  # read at a time
 _ZSTD_BYTES = 4_096  # compressed, at a time: at most 128 MiB of nothing but one letter
 _ROWS = 1_000  # read at a time
 
@@ -55,19 +56,17 @@ def read_lines(file: File) -> Iterator[bytes]:
             number += 1
 
 
-def read_whole(file: File) -> bytes:
-    """All bytes of a file of lines. Raises DataError as `read_lines`."""
-    pieces = []
+def read_pieces(file: File) -> Iterator[bytes]:
+    """All bytes of a file of lines, in order. Raises DataError as `read_lines`."""
     number, since_line_end = 1, 0
     with open_file(file) as data:
         while piece := data.read(_PIECE_BYTES):
-            pieces.append(piece)
             number += piece.count(b"\n")
             end = piece.rfind(b"\n")
             since_line_end = len(piece) - end - 1 + (since_line_end if end < 0 else 0)
             if since_line_end > MAX_LINE_BYTES:
                 raise _too_long(f"{file}:{number}")
-    return b"".join(pieces)
+            yield piece
 
 
 def table_texts(file: File, *, text_key: str) -> Iterator[str]:
@@ -76,7 +75,30 @@ def table_texts(file: File, *, text_key: str) -> Iterator[str]:
     Raises DataError, naming file and row, for a table without such a column, values
     that are no texts, and damaged files.
     """
-    for number, value in enumerate(TABLES[file.suffix](file, text_key), start=1):
+    yield from _texts(file, TABLES[file.suffix](file, text_key), 0, text_key)
+
+
+def row_group_bytes(file: File) -> list[int]:
+    """Of each row group of a Parquet file, as it stands there. Raises DataError."""
+    with _open_parquet(file) as table:
+        found = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+        columns = [[g.column(i) for i in range(g.num_columns)] for g in found]
+        return [sum(c.total_compressed_size for c in group) for group in columns]
+
+
+def group_texts(file: File, groups: tuple[int, int], *, text_key: str) -> Iterator[str]:
+    """As `table_texts`, of the row groups [first, stop) of a Parquet file."""
+    with _open_parquet(file) as table:
+        before = map(table.metadata.row_group, range(groups[0]))
+        num_before = sum(group.num_rows for group in before)
+        values = _batches(file, table, text_key, range(*groups))
+        yield from _texts(file, values, num_before, text_key)
+
+
+def _texts(
+    file: File, values: Iterator[Any], num_before: int, text_key: str
+) -> Iterator[str]:
+    for number, value in enumerate(values, start=num_before + 1):
         if not isinstance(value, str | None):
             raise DataError(
                 f"{file} row {number} has a {type(value).__name__} under {text_key!r}; "
@@ -110,25 +132,57 @@ def _csv_values(file: File, text_key: str) -> Iterator[Any]:
 
 
 def _parquet_values(file: File, text_key: str) -> Iterator[Any]:
-    pyarrow, parquet = _library("pyarrow", file), _library("pyarrow.parquet", file)
-    try:
-        with parquet.ParquetFile(_path_or_stream(file)) as table:
-            _column(file, table.schema_arrow.names, text_key)
-            for batch in table.iter_batches(_ROWS, columns=[text_key]):
-                yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise _damaged(file, error) from error
+    with _open_parquet(file) as table:
+        groups = range(table.metadata.num_row_groups)
+        yield from _batches(file, table, text_key, groups)
+
+
+@contextlib.contextmanager
+def _open_parquet(file: File) -> Iterator[Any]:
+    parquet = _library("pyarrow.parquet", file)
+    # A buffer: else all of a column of a row group is read at once.
+    options = {"buffer_size": _PIECE_BYTES}
+    with (
+        _named_damage(file),
+        parquet.ParquetFile(_path_or_stream(file), **options) as table,
+    ):
+        yield table
+
+
+def _batches(
+    file: File, table: Any, text_key: str, groups: Sequence[int]
+) -> Iterator[Any]:
+    _column(file, table.schema_arrow.names, text_key)
+    for batch in table.iter_batches(_ROWS, row_groups=groups, columns=[text_key]):
+        yield from _values(batch.column(0))
 
 
 def _arrow_values(file: File, text_key: str) -> Iterator[Any]:
     pyarrow, ipc = _library("pyarrow", file), _library("pyarrow.ipc", file)
+    with (
+        _named_damage(file),
+        _mapped(pyarrow, file) as data,
+        ipc.open_stream(data) as batches,
+    ):
+        column = _column(file, batches.schema.names, text_key)
+        for batch in batches:
+            yield from _values(batch.column(column))
+
+
+def _values(column: Any) -> list[Any]:
+    column.validate(full=True)  # else damaged places of texts end the interpreter
+    return column.to_pylist()
+
+
+@contextlib.contextmanager
+def _named_damage(file: File) -> Iterator[None]:
+    pyarrow = _library("pyarrow", file)
     try:
-        with _mapped(pyarrow, file) as data, ipc.open_stream(data) as batches:
-            column = _column(file, batches.schema.names, text_key)
-            for batch in batches:
-                yield from batch.column(column).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise _damaged(file, error) from error
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} is damaged or of another format ({error}); download it again"
+        ) from error
 
 
 TABLES: dict[str, Callable[[File, str], Iterator[Any]]] = {
@@ -181,12 +235,6 @@ def _library(name: str, file: File) -> Any:
         raise DataError(
             f"{file} needs the extra data: pip install 'jaxinfra[data]'"
         ) from error
-
-
-def _damaged(file: File, error: Exception) -> DataError:
-    return DataError(
-        f"{file} is damaged or of another format ({error}); download it again"
-    )
 
 
 class _ZstdFrames(io.RawIOBase):

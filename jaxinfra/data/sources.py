@@ -175,9 +175,23 @@ def _unreadable(path: File, error: OSError) -> DataError:
     )
 
 
-def _txt_texts(file: File, separator: str | None) -> list[str]:
-    text = _decoded(file, readers.read_whole(file), 0)
-    return [text] if separator is None else text.split(separator)
+def _txt_texts(file: File, separator: str | None) -> Iterator[str]:
+    if separator is None:
+        yield _decoded(file, b"".join(readers.read_pieces(file)), 0)
+        return
+    # In bytes: in UTF-8, no character is a part of others.
+    mark = separator.encode("utf-8", "surrogatepass")
+    rest, offset = bytearray(), 0
+    for piece in readers.read_pieces(file):
+        searched = max(0, len(rest) - len(mark) + 1)
+        rest += piece
+        if rest.find(mark, searched) < 0:
+            continue
+        *documents, rest = rest.split(mark)
+        for data in documents:
+            yield _decoded(file, data, offset)
+            offset += len(data) + len(mark)
+    yield _decoded(file, rest, offset)
 
 
 def _decoded(file: File, data: bytes, offset: int) -> str:

@@ -139,6 +139,12 @@ def open_stream(url: str, *, patience: Patience = PATIENCE) -> BinaryIO:
     return file
 
 
+def open_ranges(url: str, stop: int, *, buffer_bytes: int = STREAM_BYTES) -> BinaryIO:
+    """The bytes of a file up to `stop`, no more than there are, to read and seek in: by
+    ranges of at least `buffer_bytes`, which its server must serve."""
+    return io.BufferedReader(_Ranges(url, stop, PATIENCE), buffer_size=buffer_bytes)
+
+
 class _Ranges(io.RawIOBase):
     """A file by URL; `io.BufferedReader` chooses the ranges."""
 

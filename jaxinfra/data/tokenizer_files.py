@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 from jaxinfra.config import DataError, did_you_mean
-from jaxinfra.data import tiktoken_ranks
+from jaxinfra.data import tiktoken_ranks, urls
 from jaxinfra.data.tokenizer import BosRule
 from jaxinfra.data.tokenizer_json import NEEDS_HF, HfTokenizer, parse_tokenizer_json
 
@@ -73,6 +73,7 @@ def load_tokenizer(
     is split; empty tells it by the number of ranks. Raises DataError, naming the path
     and what to set.
     """
+    urls.check_local(path, key="data.tokenizer", fix="copy its files here first")
     path = pathlib.Path(path).expanduser()
     if bos not in get_args(BosRule):
         raise DataError(f"data.bos={bos!r} must be one of {get_args(BosRule)}")

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from jaxinfra.config import DataError
 from jaxinfra.config import redacted as redacted  # what of a URL may be shown
 
 # Where credentials come from, by scheme; shown where they are refused.
@@ -20,6 +21,15 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 def is_url(path: Any) -> bool:
     """Whether it is a text that begins with scheme://."""
     return isinstance(path, str) and _URL.match(path) is not None
+
+
+def check_local(path: Any, *, key: str, fix: str) -> None:
+    """Raises DataError for a URL where only a path of this machine will do."""
+    if is_url(path):
+        raise DataError(
+            f"{key}={redacted(path)!r} is a URL, and must be a path on this machine; "
+            f"{fix}"
+        )
 
 
 def scheme_of(url: str) -> str:

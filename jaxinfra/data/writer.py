@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import fitting, folders, order, shards
+from jaxinfra.data import fitting, folders, order, shards, urls
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.shards import Layout
 
@@ -58,6 +58,12 @@ def shuffled_numbers(count: int, *, seed: int) -> np.ndarray:
     """int64 [count]: the number of the document at each place of that order."""
     turns = order.permute(np.arange(count), size=count, seed=seed, epoch=_LAYOUT_EPOCH)
     return np.argsort(turns)
+
+
+def check_out(out: str | pathlib.Path) -> None:
+    """Raises DataError for a folder that `write_dataset` cannot write, by its name."""
+    fix = "write it to a folder, and upload that (aws s3 cp --recursive, hdfs dfs -put)"
+    urls.check_local(out, key="out", fix=fix)
 
 
 def write_dataset(

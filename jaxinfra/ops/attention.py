@@ -302,6 +302,7 @@ def block_sizes(length: int, keys: int = 0) -> splash_attention.BlockSizes:
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:
+    """Full for float32, which a TPU would multiply in bfloat16."""
     is_full = x.dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if is_full else jax.lax.Precision.DEFAULT
 

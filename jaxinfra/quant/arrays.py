@@ -196,6 +196,7 @@ def dequantize_tree(tree: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a QuantizedArray, whole."""
     return isinstance(leaf, QuantizedArray)
 
 

@@ -216,3 +216,54 @@ def test_rows_are_laid_out_and_their_padding_told(main, tmp_path, capsys):
         words[2] = tmp_path / "other"
         assert main(*words, *wrong) == 2
         assert "the others need that of train.length" in capsys.readouterr().err
+
+
+SECRET = "https://user:CANARY@127.0.0.1:9/a"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            [f"{SECRET}.bin", "--tokenizer", "byte"],
+            "source='https://127.0.0.1:9/a.bin'",
+        ),
+        ([f"{SECRET}.png"], "https://127.0.0.1:9/a.png is no file of texts"),
+        (["TEXT", "--tokenizer", SECRET], "data.tokenizer='https://127.0.0.1:9/a' is"),
+        (["TEXT", "--tokenizer", SECRET, "--tiktoken_pattern", "gpt2"], "is a URL"),
+        (["LINES", "--chat", "--tokenizer", SECRET], "data.tokenizer='https://127"),
+        (["LINES", "--chat", "--chat_template", SECRET], "chat_template='https://127"),
+        (
+            ["TEXT", "--out", SECRET],
+            "out='https://127.0.0.1:9/a' is a URL, and must be",
+        ),
+    ],
+)
+def test_no_message_shows_a_password(main, tmp_path, capsys, options, told):
+    (tmp_path / "a.txt").write_text("one two three")
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHAT))
+    places = {"TEXT": tmp_path / "a.txt", "LINES": tmp_path / "a.jsonl"}
+    options = ["--out", tmp_path / "set", *(places.get(o, o) for o in options)]
+    assert main(*options) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "CANARY" not in error
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "megatron"])
+def test_a_data_set_is_not_written_to_a_url(main, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one two three")
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHAT))
+    words = {
+        "text": ["a.txt"],
+        "chat": ["a.jsonl", "--chat"],
+        "megatron": ["a.bin", "--tokenizer", "byte"],
+    }
+    assert main(*words[kind], "--out", "s3://bucket/set") == 2
+    told = capsys.readouterr().err
+    assert told == (
+        "prepare: out='s3://bucket/set' is a URL, and must be a path on this machine; "
+        "write it to a folder, and upload that (aws s3 cp --recursive, hdfs dfs -put)\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "a.jsonl"}

@@ -3,6 +3,10 @@
 import csv
 import gzip
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +17,7 @@ pa = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
 from pyarrow import parquet  # noqa: E402
 
+ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = ["plain", "two\nlines, and a comma", 'a "quote"', "caf\u00e9 \U0001f469", "\t"]
 
 
@@ -28,7 +33,10 @@ def table_of(texts):
 
 
 def write_arrow(file, texts):
-    table = table_of(texts)
+    write_stream(table_of(texts), file)
+
+
+def write_stream(table, file):
     with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as w:
         w.write_table(table, max_chunksize=2)
 
@@ -132,3 +140,51 @@ def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"is no file of texts; give a \.txt, \.jsonl"):
         sources.find_files([tmp_path / name])
+
+
+def binary_texts(texts):
+    """The column of texts says that it is UTF-8, and is not."""
+    length = pa.array(["x" * len(text) for text in texts]).buffers()
+    return pa.StringArray.from_buffers(
+        len(texts), length[1], pa.py_buffer(b"".join(texts))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.parquet", parquet.write_table), ("a.arrow", write_stream)],
+)
+def test_a_table_with_bytes_that_are_no_text_is_refused_by_name(tmp_path, name, write):
+    write(
+        pa.table({"text": binary_texts([b"one", b"caf\xe9", b"two"])}), tmp_path / name
+    )
+    with pytest.raises(DataError, match=rf"{name} is damaged or of another.*UTF-?8"):
+        list(sources.read_documents([tmp_path / name]))
+
+
+def test_places_of_texts_outside_the_file_are_an_error_and_no_crash(tmp_path):
+    file = tmp_path / "a.arrow"
+    write_arrow(file, ["here", "there"])
+    whole = bytearray(file.read_bytes())
+    place = whole.index((4).to_bytes(4, "little") + (9).to_bytes(4, "little"))
+    whole[place + 7] = 0x3F  # the second text ends a gigabyte later
+    file.write_bytes(whole)
+    code = "from jaxinfra.data import sources; print(*sources.read_documents([FILE]))"
+    code = code.replace("FILE", f"__import__('pathlib').Path({str(file)!r})")
+    done = run_python("-c", code)
+    assert done.returncode == 1, done
+    assert f"DataError: {file} is damaged or of another format" in done.stderr
+
+
+def run_python(*words):
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(30_000, marks=pytest.mark.slow)])
+def test_damaged_files_give_texts_or_an_error_without_a_crash(count):
+    done = run_python("tests/data/reader_fuzzing.py", str(count), "5")
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(done.stdout).values()) == count

@@ -43,8 +43,18 @@ def test_what_a_url_is():
     [
         ("http://user:pass@host:80/a?sig=x#f", "http://host:80/a?..."),
         ("http://user@host/a", "http://host/a"),
-        ("http://user:pa/ss@host/a", "http://host/a"),
-        ("http://host:8080/a@2x.txt", "http://host:8080/a@2x.txt"),
+        ("http://user:pa/ss@host/a", "http://...@host/a"),
+        ("http://host:8080/a.txt", "http://host:8080/a.txt"),
+        ("http://host:8080/a@2x.txt", "http://...@2x.txt"),  # a password may be so
+        ("http://user:123/x@host/a", "http://...@host/a"),
+        ("http://user:p@ss@host/a", "http://host/a"),
+        ("http://user:p@ss/w@host/a", "http://...@host/a"),
+        ("http://user:p?ss@host/a", "http://..."),
+        ("http://user:p#ss@host/a", "http://..."),
+        ("http://host/a#sig=x", "http://host/a#..."),
+        ("http://host/a?mail=a@b", "http://host/a?..."),
+        ("http:/user:pass@host/a", "http:/host/a"),  # as pathlib.Path writes it
+        ("C:/a@b?c", "C:/a@b?c"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
     ],

@@ -9,7 +9,7 @@ import servers
 import test_readers
 
 from jaxinfra.config import DataError
-from jaxinfra.data import prepare, readers, sources
+from jaxinfra.data import prepare, readers, sources, spans
 
 pytest.importorskip("aiohttp")
 
@@ -148,3 +148,36 @@ def test_a_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text + "z")
     with pytest.raises(DataError, match=r"a.txt:2 has more than"):
         texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_one_file_by_url_gives_several_parts_and_the_same_bytes(
+    folder, web, tmp_path, monkeypatch, name, has_ranges
+):
+    local = prepare.prepare([folder / name], tmp_path / "local", **OPTIONS)
+    part_bytes = {"a.jsonl": 2_000, "a.parquet": 40_000, "a.jsonl.gz": 200}
+    monkeypatch.setattr(spans, "PART_BYTES", part_bytes[name])
+    monkeypatch.setattr(spans, "_LINE_BYTES", 16)
+    web.has_ranges = has_ranges
+    done, url = [], f"{web.url}/texts/{name}"
+    remote = prepare.prepare(
+        [url], tmp_path / "remote", tell_done=lambda *d: done.append(d), **OPTIONS
+    )
+    assert remote.digest == local.digest
+    assert len(done) > 4
+    plan = spans.plan(sources.find_files([url]))
+    is_cut = name == "a.parquet" or (name == "a.jsonl" and has_ranges)
+    assert [spans.is_relayed(part) for part in plan] == [not is_cut] * len(plan)
+    assert (len(plan) > 4) == is_cut
+
+
+def test_parts_come_whole_through_an_unsteady_server(folder, web, monkeypatch):
+    monkeypatch.setattr(spans, "PART_BYTES", 40_000)
+    faults = itertools.cycle([None, 503, None, None, "reset", "cut", None, 500])
+    web.fault = lambda request: next(faults)
+    for name in ("a.jsonl", "a.parquet"):
+        plan = spans.plan(sources.find_files([f"{web.url}/texts/{name}"]))
+        options = {"text_key": "text", "document_separator": None}
+        found = [text for part in plan for text in spans.read(part, **options)]
+        assert found == texts(folder / name)
