@@ -26,10 +26,10 @@ from jaxinfra.ops.layers import GATED
 from jaxinfra.sharding import Layout
 from jaxinfra.train import optim, state
 
-# Widths of float32 that the backward pass of one layer holds beside what it saved,
-# and of compute dtype; fitted to Llama-3 programs compiled for v5p.
-_WORKING_WIDTHS = 6  # of D
-_WORKING_FFN = 3  # of F
+# Widths of compute dtype that the backward pass of one layer holds for each token
+# beside what was saved: fitted to Llama-3-8B compiled for v5p, fsdp 8 (21.8 GB).
+_WORKING_WIDTHS = 12  # of D
+_WORKING_FFN = 6  # of F
 _CHUNK_BYTES = 512 << 20  # of logits at a time, as `ops.loss` has it
 _CUT_BYTES = 8  # four uint16 beside a row of tokens
 
@@ -147,7 +147,9 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
             widths = sum(named[name] for name in names.split("+"))
         case _:  # both norms' results, the two halves of a gated product, and the rest
             widths = sum(named.values()) + 2 * model.width + into + heads + keys
-    return _token_bytes(config, sizes, model.width + widths)
+    # What blocks pass on is cut along the length too: parallel.sequence.
+    between = model.width // (split if config.parallel.sequence else 1)
+    return _token_bytes(config, sizes, between + widths)
 
 
 def _token_bytes(config: Config, sizes: Mapping[str, int], width: float) -> int:
@@ -205,7 +207,15 @@ def _layer_bytes(config: Config, specs, layout: Layout) -> int:
         )
         for layer in layers
     )
-    gathered = weights // split * policy.compute.itemsize
+    # This layer's and, ahead of its turn, the next one's; and the gradient of one
+    # matrix, whole as it is made and as it arrives summed.
+    gathered = 2 * weights // split * policy.compute.itemsize
+    largest = max(
+        math.prod(spec.shape) // (spec.shape[0] if spec.axes[0] == "layers" else 1)
+        for layer in layers
+        for spec in jax.tree.leaves(layer)
+    )
+    gathered += 2 * largest // split * policy.reduce.itemsize
     widest = max(_ffn_width(model, layer) for layer in model.layers) // split
     widths = _WORKING_WIDTHS * model.width + _WORKING_FFN * widest
     return gathered + _token_bytes(config, sizes, widths)
