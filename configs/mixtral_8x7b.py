@@ -4,8 +4,8 @@ Data: the paper does not say; prepare yours with Mixtral's tokenizer (--data.pat
 The shipped Shakespeare, as bytes, is there to trace and plan with.
 Cost: 100,000 steps of 1 million tokens, 8.8e21 FLOP for 0.1 trillion tokens (12.9
 billion of its 46.7 billion parameters work on a token).
-Expected: not measured. Every expert sees every token (`layers.dense_dispatch`), four
-times the work that the two chosen need.
+Expected: not measured. A token costs its two experts (`parallel.expert`); --mesh.expert
+8 with --mesh.fsdp 8 gives each chip one of them.
 Mesh: fsdp 64 x tensor 1 (64 chips of v5p, or 8 nodes of 8 H100; data takes more).
 """
 

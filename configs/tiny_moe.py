@@ -2,7 +2,7 @@
 
 Data: Shakespeare's works as shipped (1.1 MB), the last tenth held out.
 Cost: 3 to 4 minutes on 2 CPU cores. Two experts are as wide as the one feed-forward of
-`tiny`, but dense dispatch computes all eight.
+`tiny`, and a byte's are all that it costs.
 Expected: 1.71 nats a byte held out, where `tiny` has 1.73 after as many tokens
 (--train.steps 300 --train.batch_size 16).
 """

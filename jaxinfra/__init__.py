@@ -3,7 +3,7 @@
 The public names below load their module when first used (PEP 562), so `import jaxinfra`
 is free and loads no jax. README has them with an example; each package's docstring is
 the chapter on its subject: `data`, `ops`, `models`, `train`, `checkpoint`,
-`resilience`, `generate`, `interop`.
+`resilience`, `generate`, `tune`, `interop`.
 """
 
 import importlib
@@ -15,6 +15,8 @@ _HOMES = {
                "CommConfig", "ConfigError"),
     "compiler_options": ("options_for",),
     "options": ("load_config",),
+    "compositions": ("check_compositions",),
+    "feature_checks": ("check_features",),
     "mesh": ("make_mesh",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),
     "precision": ("Policy", "policy"),
@@ -22,6 +24,7 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.loss": ("LossConfig", "cross_entropy"),
+    "launch.discovery": ("find_job", "with_job"),
     "parallel.context": ("make_split_attend", "row_order"),
     "parallel.expert": ("make_dispatch",),
     "quant.arrays": ("QuantizedArray", "dequantize", "quantize"),
@@ -47,6 +50,7 @@ _HOMES = {
     "train.low_precision": ("in_low_precision", "low_precision_training"),
     "train.adam8": ("other_moments", "scale_by_adam8"),
     "train.rounding": ("apply_stochastic",),
+    "train.pipelined": ("make_pipelined",),
     "train.optim": ("apply_nearest", "make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state", "make_shardings"),
     "train.step": ("make_train_step",),
@@ -66,6 +70,9 @@ _HOMES = {
     "generate.rows": ("Row",),
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
+    "quant.aware": ("quantize_aware",),
+    "tune.frozen": ("partly_frozen",),
+    "interop.tuned_runs": ("read_tuned",),
     "interop.checkpoints": ("export_orbax", "export_safetensors",
                             "import_checkpoint"),
     "interop.flax_bridge": ("from_linen", "from_nnx"),

@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from jaxinfra import compositions, stages
+import jaxinfra
+from jaxinfra import stages
 from jaxinfra.config import (
     AXES,
-    LOW_PRECISION,
     REMAT_NAMES,
     Config,
     ConfigError,
@@ -24,6 +24,11 @@ from jaxinfra.config import (
 
 MAX_INT = 2**31 - 1  # steps, ids and positions are int32 on the device
 SHIPPED_TEXT = "shakespeare"
+# Keys whose rules are in `feature_checks` and `compositions`.
+_FEATURES = (
+    "precision", "quant", "comm", "optimizer.moments", "lora", "train.freeze",
+    "train.quantize_aware", "train.quantize_group", "parallel",
+)  # fmt: skip
 BATCH_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 
 # Rule in words -> (rule, keys). Every number of the config is in one row, by a test.
@@ -58,6 +63,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "checkpoint.keep_hours", "checkpoint.staging_gib",
             "profile.start", "profile.steps",
             "sample.tokens", "sample.temperature", "sample.top_k",
+            "lora.rank", "lora.group", "train.quantize_group",
         ),
     ),
     "above 0": (
@@ -67,7 +73,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "model.norm_eps", "model.rope_theta", "model.rope_scaling.factor",
             "model.rope_scaling.low_freq", "model.rope_scaling.high_freq",
             "model.rope_scaling.original_length", "model.router_scale",
-            "optimizer.eps",
+            "optimizer.eps", "lora.alpha",
         ),
     ),
     "at least 0 and below 1": (
@@ -103,8 +109,6 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_vocabulary(config, vocab_size)
         _check_remat(config.train.remat)
     _check_training(config)
-    _check_quant(config)
-    _check_low_bit_state(config)
     _check_runtime(config)
     _check_available(config)
     _check_mesh(config)
@@ -129,7 +133,7 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
             + ("" if rest else ", or one axis to -1 to take the rest")
         )
     sizes |= dict.fromkeys(rest, device_count // known)
-    compositions.check(config, sizes)
+    _check_features(config, sizes)
     _check_divisible(config, sizes)
     return sizes
 
@@ -137,7 +141,8 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
 def resolve_zero(config: Config) -> int:
     """What the fsdp axis shards, 0 to 3: -1 is 3, or 1 with a pipeline.
 
-    With 3, a pipeline would gather the parameters again in every microbatch.
+    A pipeline keeps a stage's parameters whole from its first microbatch to its last,
+    so 3 would gather them all at once and save memory only between steps.
     """
     if config.zero != -1:
         return config.zero
@@ -271,6 +276,18 @@ def _check_training(config: Config) -> None:
             f"data.path={data.path!r} and data.sets are both given; name it in"
             " data.sets too, or leave one of them out"
         )
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best and not checkpoint.best_metric.startswith("eval/"):
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} must be a figure of an"
+            " evaluation, such as eval/loss or eval/held_out/loss"
+        )
+    if checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} keeps steps that were"
+            " evaluated when they were saved, and eval.every=0 evaluates none; set"
+            f" eval.every to train.save_every={config.train.save_every}"
+        )
     if config.optimizer.schedule == "exponential" and not (
         config.optimizer.final_fraction
     ):
@@ -278,47 +295,6 @@ def _check_training(config: Config) -> None:
             "optimizer.schedule='exponential' never comes to optimizer.final_fraction="
             "0; set optimizer.final_fraction above 0"
         )
-
-
-def _check_quant(config: Config) -> None:
-    precision, quant = config.precision, config.quant
-    if precision in LOW_PRECISION and config.task == "own":
-        raise ConfigError(
-            f"precision={precision} multiplies the weights of text models by name, and"
-            f" config {config.name!r} has a task of its own; set precision to bfloat16"
-        )
-    if quant.scaling == "delayed" and precision != "fp8":
-        raise ConfigError(
-            f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
-            " set quant.scaling to current, or precision to fp8"
-        )
-    if quant.scaling == "delayed" and quant.backward == "compute":
-        raise ConfigError(
-            "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
-            " to low, or quant.scaling to current"
-        )
-
-
-def _check_low_bit_state(config: Config) -> None:
-    optimizer, comm = config.optimizer, config.comm
-    if optimizer.moments == "8bit" and optimizer.name != "adamw":
-        raise ConfigError(
-            f"optimizer.moments='8bit' is for adamw, and optimizer.name="
-            f"{optimizer.name!r}; set optimizer.moments to float32"
-        )
-    for key in ("gather", "reduce"):
-        if (kind := getattr(comm, key)) == "compute":
-            continue
-        if config.precision in LOW_PRECISION:
-            raise ConfigError(
-                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
-                f" gathers what it multiplies; set comm.{key} to compute"
-            )
-        if config.task == "own":
-            raise ConfigError(
-                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
-                f" has a task of its own; set comm.{key} to compute"
-            )
 
 
 def _check_remat(remat: str) -> None:
@@ -374,16 +350,20 @@ def _check_runtime(config: Config) -> None:
 
 def _check_available(config: Config) -> None:
     """Refuses what a config can say and this version cannot do."""
-    mesh = config.mesh
-    for axis, what in {
-        "pipeline": "pipeline parallelism",
-    }.items():
-        if (size := getattr(mesh, axis)) != 1:
-            raise _not_here(f"mesh.{axis}={size}", what, f"set mesh.{axis} to 1")
     if "://" in (value := config.data.cache_dir):
         raise _not_here(
             f"data.cache_dir={value!r}", "a remote cache", "set it to a local path"
         )
+
+
+def _check_features(config: Config, sizes: dict[str, int]) -> None:
+    """What has rules of its own, which most runs, on one device, do not ask for."""
+    plain = Config(name="plain")
+    if max(sizes.values(), default=1) > 1 or any(
+        _get(config, key) != _get(plain, key) for key in _FEATURES
+    ):
+        jaxinfra.check_features(config, sizes)
+        jaxinfra.check_compositions(config, sizes)
 
 
 def _check_mesh(config: Config) -> None:
@@ -391,7 +371,7 @@ def _check_mesh(config: Config) -> None:
         resolve_mesh(config, count)
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
-    compositions.check(config, sizes)
+    _check_features(config, sizes)
     _check_divisible(config, sizes)
 
 
@@ -415,8 +395,6 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
                 f" {size}; set mesh.{axis} to a divisor of {dim}"
             )
-    if config.task == "text" and sizes.get("context", 1) > 1:
-        _check_split_length(config, sizes)
     train, slices = config.train, config.mesh.slices
     split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
     parts = math.prod(split.values())
@@ -442,30 +420,6 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"mesh.slices={slices} divides neither mesh axis 'data' of size"
             f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
             f" mesh.data to a multiple of {slices}"
-        )
-
-
-def _check_split_length(config: Config, sizes: dict[str, int]) -> None:
-    """What the way of config.parallel.context asks of rows and heads."""
-    way, parts = config.parallel.context, sizes["context"]
-    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
-    if config.train.length % cuts:
-        raise ConfigError(
-            f"train.length={config.train.length} does not divide into the {cuts} parts"
-            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
-            f" set train.length to a multiple of {cuts}, or change mesh.context"
-        )
-    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
-    copies = parts // math.gcd(heads, parts)
-    if (
-        way == "ulysses"
-        and config.model.num_heads // config.model.num_kv_heads % copies
-    ):
-        raise ConfigError(
-            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
-            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
-            f" of size {parts}, which parallel.context='ulysses' does; set"
-            " parallel.context to ring, or mesh.context to a divisor of the heads"
         )
 
 

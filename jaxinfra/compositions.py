@@ -79,6 +79,10 @@ def _is_bounded(config: Config) -> bool:
     return _has_experts(config) and is_way
 
 
+def _is_dense(config: Config) -> bool:
+    return _has_experts(config) and config.parallel.experts == "dense"
+
+
 FEATURES: dict[str, Feature] = {
     "data": _axis("data"),
     "fsdp": _axis("fsdp"),
@@ -91,6 +95,7 @@ FEATURES: dict[str, Feature] = {
     "slices": _key("mesh.slices", lambda config: config.mesh.slices > 1),
     "dropless": _key("parallel.experts", _is_dropless),
     "bounded": _key("model.capacity_factor", _is_bounded),
+    "dense experts": _key("parallel.experts", _is_dense),
     "microbatches": _key(
         "train.microbatches", lambda config: config.train.microbatches > 1
     ),
@@ -99,6 +104,11 @@ FEATURES: dict[str, Feature] = {
     "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
     "float16": _precision("float16"),
     "quantized": _precision("fp8", "int8", "mxfp8"),
+    "adapters": _key("lora.rank", lambda config: config.lora.rank > 0),
+    "freeze": _key("train.freeze", lambda config: bool(config.train.freeze)),
+    "aware": _key(
+        "train.quantize_aware", lambda config: config.train.quantize_aware != "none"
+    ),
     "own task": Feature(
         lambda config, sizes: config.task == "own",
         lambda config, sizes: "a task of its own",
@@ -108,16 +118,61 @@ FEATURES: dict[str, Feature] = {
 # Values of one key: a config has one of them.
 ALTERNATIVES = (
     ("ring", "ulysses", "all_gather"),
-    ("dropless", "bounded"),
+    ("dropless", "bounded", "dense experts"),
     ("float16", "quantized"),
 )
 
+_NOT_CARRIED = "what layers tell the loss is not carried from stage to stage"
+
 APART = (
+    *(
+        Pair("pipeline", other, _NOT_CARRIED, "set mesh.pipeline to 1")
+        for other in ("dropless", "bounded", "dense experts", "quantized")
+    ),
     Pair(
         "pipeline",
         "own task",
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
+    ),
+    *(
+        Pair(part, "pipeline", "its stages take what is trained alone", fix)
+        for part, fix in (
+            ("adapters", "set mesh.pipeline to 1"),
+            ("freeze", "set mesh.pipeline to 1"),
+        )
+    ),
+    Pair(
+        "aware",
+        "pipeline",
+        "it gives its gradients itself, at matrices that are not rounded",
+        "set mesh.pipeline to 1",
+    ),
+    *(
+        Pair(part, "quantized", "it scales what is trained alone", fix)
+        for part, fix in (
+            ("adapters", "set precision to bfloat16; lora.base keeps few bits"),
+            ("freeze", "set precision to bfloat16"),
+        )
+    ),
+    Pair(
+        "aware",
+        "quantized",
+        "matrices would be rounded twice",
+        "set train.quantize_aware to none, or precision to bfloat16",
+    ),
+    *(
+        Pair("aware", part, "it trains all matrices, of which these keep some", fix)
+        for part, fix in (
+            ("adapters", "set train.quantize_aware to none"),
+            ("freeze", "set train.quantize_aware to none"),
+        )
+    ),
+    Pair(
+        "adapters",
+        "freeze",
+        "adapters freeze all else",
+        "name what is trained beside them in lora.whole",
     ),
     Pair(
         "dropless",
@@ -128,7 +183,7 @@ APART = (
 )
 
 
-def check(config: Config, sizes: Sizes) -> None:
+def check_compositions(config: Config, sizes: Sizes) -> None:
     """Raises ConfigError for the first pair of `APART` that `config` asks for."""
     for pair in APART:
         one, other = FEATURES[pair.one], FEATURES[pair.other]

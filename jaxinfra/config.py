@@ -247,7 +247,10 @@ class TrainConfig:
     loop. max_secs: stop with a committed save after so long; 0 means no limit.
     loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
-    training alone. balance_loss, router_z_loss: weights, in training alone, of how
+    training alone. freeze: patterns, as LoraConfig's, of parameters that stay as they
+    come from init.from. quantize_aware: matrices are rounded so in the loss, to the
+    nearest, quantize_group inputs to a scale (0: all), as `compress` then keeps them.
+    balance_loss, router_z_loss: weights, in training alone, of how
     unevenly each layer's experts are used (1 is even) and of the router's squared
     log-sum-exp, means over a row's targets; router_bias_rate: how far each expert's
     bias moves a step to even out their use. rounding: how an update enters parameters
@@ -268,6 +271,9 @@ class TrainConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    freeze: str = ""
+    quantize_aware: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantize_group: int = 64
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     router_bias_rate: float = 0.0
@@ -360,7 +366,8 @@ class MeshConfig:
     """Devices along each mesh axis; -1, once, takes the rest.
 
     data replicates parameters, fsdp shards them (see zero), tensor splits heads, ffn
-    and vocabulary. slices: how many slices or nodes a slow network joins.
+    and vocabulary, pipeline the repeats of the stack, and the vocabulary too. slices:
+    how many slices or nodes a slow network joins.
     """
 
     data: int = -1
@@ -376,6 +383,12 @@ class MeshConfig:
 class ParallelConfig:
     """How the pipeline, context, expert and tensor axes work.
 
+    schedule: of a pipeline over train.microbatches. gpipe: all forward, then all
+    backward; 1f1b: backward as soon as can be, so that the stages, and not the
+    microbatches, say how much is kept; interleaved: the same over several
+    virtual_stages of each device, which wait less; zero_bubble: weight gradients fill
+    the ticks in which a stage would wait. A pipeline always computes layers again in
+    the backward pass; train.remat says what it keeps of that, for one microbatch.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense). sequence: activations between
@@ -428,6 +441,26 @@ class InitConfig:
 
     from_: str = ""
     model: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, which alone are trained, beside the parameters of init.from.
+
+    A matrix W that the patterns `targets` match becomes W + alpha / rank * A B, of A
+    and B with `rank` columns and rows; rank 0 means none. whole: patterns of parameters
+    that are trained as they are too. A pattern is a part of a path or several, with *
+    and ?: ffn, attention/query, *norm, suffix/0; several are set apart by spaces. base:
+    how the adapted matrices are kept; group: weights that share a scale there, 0: all
+    of a channel.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "attention up gate down"
+    whole: str = ""
+    base: Literal["plain", "int8", "int4", "nf4"] = "plain"
+    group: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -491,6 +524,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
     profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 
@@ -513,11 +547,13 @@ RESUMABLE = (
 # Keys that only the task of text reads; a config file with a task of its own names
 # those that it reads too in TASK_KEYS.
 TEXT_KEYS = (
-    "init", "model", "sample", "data.path", "data.tokenizer", "data.eod", "data.bos",
-    "data.split", "data.held_out", "data.shuffle", "data.sets", "data.weights",
-    "data.shuffle_block", "data.damaged", "data.cache_gib", "train.batch_ramp",
+    "init", "lora", "model", "sample", "data.path", "data.tokenizer", "data.eod",
+    "data.bos", "data.split", "data.held_out", "data.shuffle", "data.sets",
+    "data.weights", "data.shuffle_block", "data.damaged", "data.cache_gib",
+    "train.batch_ramp",
     "train.length", "train.remat", "train.unroll", "train.loss_chunk", "train.z_loss",
-    "train.label_smoothing", "train.balance_loss", "train.router_z_loss",
+    "train.label_smoothing", "train.freeze", "train.quantize_aware",
+    "train.quantize_group", "train.balance_loss", "train.router_z_loss",
     "train.router_bias_rate", "eval.sets",
 )  # fmt: skip
 

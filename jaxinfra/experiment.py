@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
 
     train_step(state, batch) -> (state, metrics), jitted with its state donated.
     eval_step(params, model_state, batch) -> (loss_sum, Aux), jitted.
-    init(weights=None) -> the first TrainState, sharded; abstract() -> its shapes.
+    init(begun=None) -> the first TrainState, sharded; abstract() -> its shapes.
     schedule(step) -> part of the peak.
     """
 
@@ -106,13 +106,14 @@ def build(
         raise ConfigError(str(error)) from error
     grad_fn = objective.accumulate(
         task.grad_fn or objective.grad_of(task.loss_fn),
-        config.train.microbatches,
+        # A pipeline cuts the batch itself.
+        config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1,
         shardings=places.grads,
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        own = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
-        return task.observe(batch) | own
+        more = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
+        return task.observe(batch) | more
 
     train_step = steps.make_train_step(
         task.on_batch(grad_fn),
@@ -125,6 +126,7 @@ def build(
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
     how["model_state"] = task.model_state
+    abstract = how | {"frozen": task.frozen}
     if config.optimizer.offload:
         train_step, places = jaxinfra.offloaded(train_step, places)
     made_by = jaxinfra.options_for(layout.mesh, config.runtime.compiler_options)
@@ -139,7 +141,7 @@ def build(
         train_step=jax.jit(train_step, donate_argnums=0, compiler_options=made_by),
         eval_step=jax.jit(evaluate.make_eval_step(task.on_batch(task.loss_fn))),
         init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
-        abstract=functools.partial(states.abstract_state, *parts, **how),
+        abstract=functools.partial(states.abstract_state, *parts, **abstract),
     )
 
 
@@ -208,14 +210,15 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             owner=owner,
             group=group,
         )
-        state = saver.restore(accept_changes=config.run.accept_changes)
-        if state is None and source is not None:
+        begun, state = None, saver.restore(accept_changes=config.run.accept_changes)
+        if source is not None and (state is None or task.frozen is not None):
             weights, told = source.begin(
                 config.model, layout=layout, dtype=experiment.policy.param
             )
             journal.say(told)
-            state = experiment.init(weights=weights)
-        state = experiment.init() if state is None else state
+            begun = task.adopt(weights)
+        state = experiment.init(begun=begun) if state is None else state
+        state = states.with_frozen(state, begun)
         start = int(jax.device_get(state.step))
         told = {"attempt": owner.attempt, "rejected": saver.rejected}
         told |= facts.bytes_at_rest(state, task.specs, layout, experiment.policy)
@@ -248,10 +251,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             schedule=facts.loop_schedule(config, task.flops_per_row, layout.mesh),
             hooks=loop.Hooks(
                 evaluate=lambda state: evaluate.evaluate(
-                    experiment.eval_step,
-                    eval_sets,
-                    optim.averaged(state.opt_state, state.params),
-                    state.model_state,
+                    experiment.eval_step, eval_sets, *states.to_use(state)
                 ),
                 ballot=processes.make_ballot(layout.mesh),
                 stop_wanted=stop_wanted,
@@ -267,8 +267,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if failed:
             raise failed[0]
         if code == exitcodes.DONE and task.ending:
-            weights = optim.averaged(state.opt_state, state.params)
-            journal.say(task.ending(weights, objective.unscaled(state.model_state)))
+            journal.say(task.ending(*states.to_use(state)))
         return code
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import jaxinfra
 from jaxinfra import checks, runfolder
 from jaxinfra.config import Config, ConfigError, DataError
-from jaxinfra.launch import discovery
 from jaxinfra.resilience import exitcodes, preemption
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
@@ -29,16 +28,17 @@ def run(config: Config, get_task: Callable[..., Any] | None = None) -> int:
 
     Raises ConfigError and DataError for input that cannot work.
     """
-    job = discovery.find(os.environ) if config.runtime.discover else None
-    config = discovery.applied(config, job)
-    checks.check(config)
+    local_id = None
+    if config.runtime.discover and (job := jaxinfra.find_job(os.environ)):
+        config, local_id = jaxinfra.with_job(config, job), job.local_id
+        checks.check(config)  # the mesh again: now the processes are known
     prepare_process(config)
     from jaxinfra import experiment
     from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, NoUsableCheckpoint
     from jaxinfra.resilience.ownership import FolderOwned
 
     try:
-        start_jax(config, None if job is None else job.local_id)
+        start_jax(config, local_id)
         with _job(config):
             config, source = _begin(config)
             return experiment.train(config, get_task, source)
@@ -102,13 +102,16 @@ def start_jax(config: Config, local_id: int | None = None) -> None:
 
 def _begin(config: Config) -> tuple[Config, Any]:
     """The config with the model that init.model takes, and where the first parameters
-    come from: None where they are random, or the run has saved some."""
+    come from: None where they are random, or the run has saved them all."""
     if not config.init.from_:
         return config, None
-    if runfolder.has_checkpoint(config) and (old := jaxinfra.begun(config)):
+    old = jaxinfra.begun(config) if runfolder.has_checkpoint(config) else None
+    if old and not (config.lora.rank or config.train.freeze):
         return jaxinfra.as_begun(config, old), None
     # By its public name, which loads the module: a plain run needs none of it.
     source = jaxinfra.open_source(config.init.from_)
+    if old:
+        return jaxinfra.as_begun(config, old), source
     return (source.adopt(config) if config.init.model else config), source
 
 

@@ -3,6 +3,9 @@
 `data` only replicates, `fsdp` shards parameters (ZeRO), `expert`, `context`, `tensor`
 and `pipeline` split experts, length, width and depth. All axes are of Explicit type:
 the sharding of every array is part of its type and is checked while tracing.
+
+Below: what a partition is over some axes, and the collectives that follow one inside a
+shard_map; `sharding` has them under its name too.
 """
 
 import math
@@ -11,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.sharding import PartitionSpec
 
 from jaxinfra.config import AXES
 
@@ -49,6 +53,43 @@ def platform() -> str:
     """Platform of the mesh that is set, which may be one compiled for from afar."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return getattr(device, "platform", None) or jax.default_backend()
+
+
+def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
+    """`partition` without `axis`: how a parameter is laid out while it is used."""
+    named = {name for entry in partition for name in axes_of(entry)}
+    return among(partition, tuple(named - {axis}))
+
+
+def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
+    """Inside a shard_map: the part of an array laid out as `partition`, made whole over
+    `axis`. Its transpose is a reduce-scatter."""
+    for dim, entry in enumerate(partition):
+        if axis in axes_of(entry):
+            local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
+    return local
+
+
+def all_reduce(local: jax.Array, partition: PartitionSpec, axes: tuple[str, ...]):
+    """Inside a shard_map: the sum over `axes`, of which each device keeps its part
+    along `fsdp`, if that is one of them and `partition` splits a dim over it, else
+    all."""
+    for dim, entry in enumerate(partition):
+        if "fsdp" in axes and "fsdp" in axes_of(entry):
+            axes = tuple(axis for axis in axes if axis != "fsdp")
+            local = jax.lax.psum_scatter(
+                local, "fsdp", scatter_dimension=dim, tiled=True
+            )
+    return jax.lax.psum(local, axes)
+
+
+def among(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """`partition` as far as it is over `axes`."""
+    entries = []
+    for entry in partition:
+        kept = tuple(name for name in axes_of(entry) if name in axes)
+        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    return PartitionSpec(*entries)
 
 
 def _across_slices(
@@ -93,3 +134,7 @@ def _within(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
         # mesh_utils would order host devices by process; their own order is as good.
         return np.array(devices).reshape(shape)
     return mesh_utils.create_device_mesh(shape, devices=devices)
+
+
+def axes_of(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry

@@ -87,13 +87,15 @@ def initialize(
 
 
 def physical_shape(spec: ParamSpec, layout: Layout) -> tuple[int, ...]:
-    """Shape on this mesh: the vocabulary is padded to a multiple of the axes over
-    it."""
-    parts = sharding.axis_product(layout.mesh, layout.params.vocab)
-    return tuple(
-        -(-size // parts) * parts if name == "vocab" else size
-        for size, name in zip(spec.shape, spec.axes, strict=True)
-    )
+    """Shape on this mesh: the vocabulary and the layers of a stack are padded to a
+    multiple of the axes over them."""
+    shape = list(spec.shape)
+    for dim, name in enumerate(spec.axes):
+        if name in ("vocab", "layers"):
+            axes = getattr(layout.params, name)
+            parts = sharding.axis_product(layout.mesh, axes)
+            shape[dim] = -(-shape[dim] // parts) * parts
+    return tuple(shape)
 
 
 def shardings(specs: Tree, layout: Layout, rules: Rules) -> Tree:

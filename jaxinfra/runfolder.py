@@ -29,6 +29,7 @@ from jaxinfra.config import Config, ConfigError, without_secrets
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
+COMPRESSED = "compressed"  # of a step's metadata: how its parameters are kept
 _PACKAGES = ("jaxinfra", "jax", "jaxlib", "optax", "numpy", "tensorstore")
 
 

@@ -12,6 +12,12 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfra.mesh import all_gather as all_gather
+from jaxinfra.mesh import all_reduce as all_reduce
+from jaxinfra.mesh import among as among
+from jaxinfra.mesh import axes_of as axes_of
+from jaxinfra.mesh import gathered as gathered
+
 Axes = tuple[str, ...]
 
 
@@ -26,10 +32,10 @@ class Rules:
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
-    vocab: Axes = ("tensor",)
+    vocab: Axes = ("pipeline", "tensor")  # a pipeline's stages share the head
     experts: Axes = ("expert",)
     rows: Axes = ("data", "fsdp")  # of a batch whose tokens are with their experts
-    layers: Axes = ()
+    layers: Axes = ("pipeline",)
 
 
 class Layout(NamedTuple):
@@ -48,7 +54,6 @@ _KEYS = {
     "embed": "model.width",
     "heads": "model.num_kv_heads",
     "ffn": "model.ffn_width",
-    "layers": "model.repeats",
     "experts": "model.num_experts",
 }
 
@@ -123,32 +128,3 @@ def bytes_per_device(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def axes_of(entry: str | Axes | None) -> Axes:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
-    """`partition` without `axis`: how a parameter is laid out while it is used."""
-    kept = (tuple(a for a in axes_of(entry) if a != axis) for entry in partition)
-    return PartitionSpec(*kept)  # which makes None of (), and 'a' of ('a',)
-
-
-def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
-    """Inside a shard_map: the part of an array laid out as `partition`, made whole over
-    `axis`. Its transpose is a reduce-scatter."""
-    for dim, entry in enumerate(partition):
-        if axis in axes_of(entry):
-            local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
-    return local
-
-
-def reduce_scatter(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
-    """Inside a shard_map: the sum over `axis`, of which each device keeps its part if
-    `partition` splits a dim over it, else all."""
-    for dim, entry in enumerate(partition):
-        if axis in axes_of(entry):
-            return jax.lax.psum_scatter(local, axis, scatter_dimension=dim, tiled=True)
-    return jax.lax.psum(local, axis)

@@ -26,7 +26,7 @@ from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
 from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
-from jaxinfra.sharding import Layout
+from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import evaluate, facts, objective
 from jaxinfra.train.objective import GradFn, LossFn
 
@@ -50,7 +50,8 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
-    grad_fn: of loss_fn, for training; None: `objective.grad_of(loss_fn)`.
+    grad_fn: of loss_fn, for training, of a whole step's batch where there is a
+      pipeline; None: `objective.grad_of(loss_fn)`.
     first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
     update_state(model_state, stats of the loss) -> the next model_state.
     on_batch(function) -> loss_fn, or a GradFn made of it, for batches of the stream;
@@ -61,6 +62,9 @@ class Task(NamedTuple):
     notes: what --check prints under the parameters. model: for a caller's own use.
     files: name -> JSON value of files that the run folder is to hold. damage() ->
       lines on data that was found damaged since the last call.
+    adopt(weights) -> (params, model_state) that begin from the weights of a source.
+    frozen: shapes of those that are not trained (`tune`); None: all are. whole(params,
+      model_state) -> the parameters with those.
     """
 
     specs: Tree
@@ -80,6 +84,9 @@ class Task(NamedTuple):
     model: Any = None
     files: Mapping[str, Any] = types.MappingProxyType({})
     damage: Callable[[], list[str]] = list
+    adopt: Callable[[Tree], tuple[Tree, Tree]] = lambda weights: (weights, None)
+    frozen: Tree = None
+    whole: Callable[[Tree, Tree], Tree] = lambda params, state: params
 
 
 class GetTask(Protocol):
@@ -107,35 +114,61 @@ def text(
         dispatch = jaxinfra.make_dispatch(
             config.model, policy=policy, rules=rules, way=config.parallel.experts
         )
-    attend, order_T = attention.make_attend(rules), None
+    way, order_T = config.parallel.context, None
     if (parts := layout.mesh.shape["context"]) > 1:
-        way = config.parallel.context
-        attend = jaxinfra.make_split_attend(rules, way=way)
         order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
-    ops = seam.Ops(einsum, attend, dispatch)
-    model = transformer.make_model(
-        config.model,
-        ops=ops,
-        policy=policy,
-        rules=rules,
-        remat=train.remat,
-        unroll=train.unroll,
-    )
-    loss_fn = objective.next_token_loss(
-        model,
-        loss.LossConfig(
-            vocab_size=config.model.vocab_size,
+
+    def model_of(rules: Rules, einsum: seam.Einsum) -> transformer.Model:
+        attend = attention.make_attend(rules)
+        if parts > 1:
+            attend = jaxinfra.make_split_attend(rules, way=way)
+        return transformer.make_model(
+            config.model,
+            ops=seam.Ops(einsum, attend, dispatch),
             policy=policy,
             rules=rules,
-            chunk=train.loss_chunk,
-            softcap=config.model.logit_softcap,
-            z_loss=train.z_loss,
-            label_smoothing=train.label_smoothing,
-        ),
-        document_mask=config.model.document_mask,
-        routers=routers,
-        order_T=order_T,
+            remat=train.remat,
+            unroll=train.unroll,
+        )
+
+    model, grad_fn, notes = model_of(rules, einsum), None, attention.table()
+    loss_config = loss.LossConfig(
+        vocab_size=config.model.vocab_size,
+        policy=policy,
+        rules=rules,
+        chunk=train.loss_chunk,
+        softcap=config.model.logit_softcap,
+        z_loss=train.z_loss,
+        label_smoothing=train.label_smoothing,
     )
+    document_mask = config.model.document_mask
+    if layout.mesh.shape["pipeline"] > 1:
+        piped = jaxinfra.make_pipelined(
+            lambda rules: model_of(rules, seam.make_einsum(policy, rules)),
+            config.model,
+            loss_config,
+            layout=layout,
+            schedule=config.parallel.schedule,
+            virtual_stages=config.parallel.virtual_stages,
+            microbatches=train.microbatches,
+            document_mask=document_mask,
+            remat=train.remat,
+            unroll=train.unroll,
+            order_T=order_T,
+        )
+        grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
+        notes += f"\n{piped.drawing}"
+    else:
+        loss_fn = objective.next_token_loss(
+            model,
+            loss_config,
+            document_mask=document_mask,
+            routers=routers,
+            order_T=order_T,
+        )
+    if train.quantize_aware != "none":
+        # By its public name, which loads the module: a plain run needs none of it.
+        loss_fn = jaxinfra.quantize_aware(loss_fn, model.specs, config)
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )
@@ -146,29 +179,33 @@ def text(
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
+        grad_fn=grad_fn,
         on_batch=lambda function: objective.with_row_ids(
             function, rules, is_random=is_random
         ),
         observe=_padding,
         unit="token",
         flops_per_row=per_token * train.length,
-        notes=attention.table(),
+        notes=notes,
         model=model,
     )
     if routers is not None:
         task = task._replace(
-            model_state=routers.first_state, update_state=routers.update_state
+            model_state=routers.first_state,
+            update_state=routers.update_state,
+            whole=lambda params, state: params | routers.biases(state),
         )
     task = low(task, per_token)
+    if config.lora.rank or config.train.freeze:
+        # Likewise.
+        task = jaxinfra.partly_frozen(task, config, layout, policy)
     if data is None:
         return task
     prompt, tokenizer = config.sample.prompt, next(iter(data.values())).tokenizer
     if config.sample.tokens:
         tokenizer.encode(prompt)  # else the run would end in an error
-    ending = lambda weights, model_state: "--- sample ---\n{}".format(
-        *continued(
-            config, layout, policy, tokenizer, weights | (model_state or {}), [prompt]
-        )
+    ending = lambda *trained: "--- sample ---\n{}".format(
+        *continued(config, layout, policy, tokenizer, task.whole(*trained), [prompt])
     )
     return task._replace(
         stream=batches.make_stream(

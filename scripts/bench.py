@@ -23,6 +23,10 @@
     python scripts/bench.py published --model SOURCE   a published model (a folder or a
                                                .gguf) against transformers: the same
                                                perplexity, the same greedy text
+    python scripts/bench.py meshes [--full] [--secs N]   every mesh of 8 devices, by
+                                               schedule and kind, against one device
+    python scripts/bench.py pipeline --peers   bytes that pipelines take on 8 v5p chips,
+                                               by their compiler, against plain autodiff
     python scripts/bench.py faults [--full] [--rows 1,6] [--minutes 5]   the fault
                                                table: see scripts/faults/__init__.py
 
@@ -56,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     verbs = {"step": step, "start": start, "loop": loop}
     verbs |= {"shakespeare": shakespeare, "images": images, "published": published}
+    verbs |= {"meshes": meshes, "pipeline": pipeline}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
     verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
     parser.add_argument("verb", choices=verbs)
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
     parser.add_argument("--model", help="folder or .gguf file, for sft, published")
-    parser.add_argument("--full", action="store_true", help="faults: every row N times")
+    parser.add_argument("--full", action="store_true", help="faults, meshes: all")
     parser.add_argument("--rows", default="", help="faults: these rows, as in 1,6,loop")
     parser.add_argument(
         "--trials", type=int, default=0, help="faults: at most, of a row"
@@ -73,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=pathlib.Path, help="instead of results/<verb>.json"
     )
+    parser.add_argument("--secs", type=float, default=math.inf, help="time for meshes")
     args = parser.parse_args(argv)
     result = verbs[args.verb](args)
     result["machine"] = _machine()
@@ -455,6 +461,41 @@ def published(args) -> dict:
         "score_secs_with_start": score_secs,
         "generate_secs_with_start": time.perf_counter() - begin,
         "transformers": {k: v for k, v in theirs.items() if k.endswith("secs")},
+    }
+
+
+def meshes(args) -> dict:
+    """Loss and gradients of every mesh of 8 devices against one device; what
+    results/meshes.json has is not run again."""
+    import meshes as body  # pyright: ignore[reportMissingImports]
+
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={body.DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    result, path = {}, RESULTS / "meshes.json"
+    for result in body.measured(path, full=args.full, secs=args.secs):
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def pipeline(args) -> dict:
+    """Bytes of one step's gradient by every schedule, as the TPU's compiler says."""
+    import jax
+
+    versions = [f"jax[tpu]=={jax.__version__}", "optax", "flax", "tensorstore"]
+    python = _peer_environment("tpu", versions)
+    path = RESULTS / "pipeline.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = pathlib.Path(folder, "found.json")
+        found.write_text(json.dumps(known.get("cases", {})))
+        _run([python, str(PEERS / "pipeline_memory.py"), str(found)])
+        cases = json.loads(found.read_text())
+    bytes_of = lambda name: cases[name]["temporaries_gb"]
+    return {
+        "cases": cases,
+        "1f1b_over_autodiff": bytes_of("1f1b") / bytes_of("gpipe by autodiff"),
+        "1f1b_over_gpipe": bytes_of("1f1b") / bytes_of("gpipe"),
+        "1f1b_64_over_32": bytes_of("1f1b, 64 microbatches") / bytes_of("1f1b"),
     }
 
 

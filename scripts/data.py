@@ -113,6 +113,8 @@ def inspect(splits: list[Split], data: Dataset, args: argparse.Namespace) -> Non
 
 def mixture(args: argparse.Namespace) -> None:
     """Prints what each set gives in each stage of a mixture."""
+    if args.steps < 1:
+        raise DataError(f"--steps {args.steps} must be 1 or more")
     sets, weights = (_named(words) for words in (args.datasets, args.weights))
     splits = {
         name: shards.open_dataset(path, verify=False).split("train")

@@ -178,7 +178,7 @@ def _model(asked: Asked) -> Iterator[Model]:
     if has_text:
         text = source_text.open_text(args.source, source.model, has_chat=args.chat)
     with jax.set_mesh(layout.mesh):
-        weights = source.load(layout=layout, dtype=how["policy"].param)
+        weights = source.load_kept(layout=layout, dtype=how["policy"].param)
         complete = None
         if text is not None:
             complete = until.make_complete(

@@ -2,10 +2,13 @@
 
     python scripts/generate.py SOURCE --prompt "HAMLET." --prompt "KING."
     python scripts/generate.py SOURCE --chat --prompt "What is a tensor?"
+    python scripts/generate.py SOURCE --adapter RUN --adapter RUN --prompt X --prompt Y
 
 SOURCE is a run folder (RUN: its newest good checkpoint, or RUN@STEP), a published
 folder of safetensors, or a .gguf file. With --chat each prompt is a user's message,
-written by the model's chat template, or that of --chat_template FILE.
+written by the model's chat template, or that of --chat_template FILE. Each --adapter,
+one for all prompts or one a prompt, is a run of low-rank adapters (lora.rank) that was
+trained beside SOURCE; the base is there once for all of them, and `none` is the base.
 
 `--key value` says how the model writes, above all `--sample.tokens 400` (or `--tokens
 400`), `--sample.temperature 0` (greedy), `--sample.top_k`, `--sample.top_p` and
@@ -18,6 +21,7 @@ import argparse
 import datetime
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", action="append", help="text; may be repeated")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt")
     parser.add_argument("--chat", action="store_true", help="prompts are messages")
+    parser.add_argument("--adapter", action="append", default=[], metavar="RUN")
     parser.add_argument("--chat_template", type=pathlib.Path, metavar="FILE")
     own, words = settings.split(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
@@ -49,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             words += ["--sample.tokens", str(args.tokens)]
         default = settings.of_source(args.source, Config(name="generate"))
         config = settings.read(words, default, keys=(*settings.KEYS, "sample"))
+        _check_adapters(args)
         if not config.sample.tokens:
             raise ConfigError("sample.tokens=0 generates nothing; set --tokens")
         from jaxinfra import launcher
@@ -89,7 +95,7 @@ def generate(args: argparse.Namespace, config: Config) -> list[str]:
     policy = precision.policy(config.precision)
     with jax.set_mesh(layout.mesh):
         found = decode.continue_prompts(
-            source.load(layout=layout, dtype=policy.param),
+            _weights(args, source, layout, policy, num_prompts=len(prompts)),
             prompts,
             tokenizer,
             config.sample,
@@ -100,6 +106,32 @@ def generate(args: argparse.Namespace, config: Config) -> list[str]:
             stop_ids=ends,
         )
     return [f"{text}{between}{then}" for text, then in zip(texts, found, strict=True)]
+
+
+def _check_adapters(args: argparse.Namespace) -> None:
+    num_prompts = len(args.prompt or [""])
+    if len(args.adapter) not in (0, 1, num_prompts):
+        raise ConfigError(
+            f"{len(args.adapter)} --adapter and {num_prompts} --prompt; give one for"
+            " all prompts, or one a prompt (none: the base)"
+        )
+    for adapter in args.adapter:
+        if adapter != "none":
+            settings.check_source("--adapter", adapter)
+
+
+def _weights(
+    args: argparse.Namespace, source: Any, layout: Any, policy: Any, *, num_prompts: int
+) -> Any:
+    """The parameters of SOURCE, with the adapters that each prompt is to have."""
+    if set(args.adapter) <= {"none"}:
+        return source.load_kept(layout=layout, dtype=policy.param)
+    from jaxinfra.interop import tuned_runs
+
+    named = [adapter for adapter in dict.fromkeys(args.adapter) if adapter != "none"]
+    rows = [named.index(a) if a in named else -1 for a in args.adapter]
+    rows = rows * num_prompts if len(rows) == 1 else rows
+    return tuned_runs.by_row(source, named, rows, layout=layout)
 
 
 def _messages(

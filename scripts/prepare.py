@@ -168,11 +168,16 @@ def _prepare_text(options: argparse.Namespace) -> shards.Dataset:
             document_separator=options.document_separator,
             rules=_rules(options),
             copies=options.duplicates or "keep",
-            near_threshold=options.near_threshold or duplicates.THRESHOLD,
+            near_threshold=_near_threshold(options),
             num_workers=options.workers,
             tell_taken=_tell_taken,
             tell_done=tell_done,
         )
+
+
+def _near_threshold(options: argparse.Namespace) -> float:
+    given = options.near_threshold
+    return duplicates.THRESHOLD if given is None else given
 
 
 def _rules(options: argparse.Namespace) -> cleaning.Rules:

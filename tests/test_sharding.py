@@ -20,7 +20,9 @@ def test_a_spec_is_read_from_the_table():
     assert sharding.spec(Rules(), "batch", "length", "width") == P(
         ("data", "fsdp", "expert"), "context", None
     )
-    assert sharding.spec(Rules(), "vocab", "embed", None) == P("tensor", "fsdp", None)
+    assert sharding.spec(Rules(), "vocab", "embed", None) == P(
+        ("pipeline", "tensor"), "fsdp", None
+    )
     assert sharding.spec(Rules()) == P()
 
 

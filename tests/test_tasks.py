@@ -56,7 +56,7 @@ def linear(config, layout, policy, *, first=None):
         },
         unit="point",
         flops_per_row=6.0 * D,
-        ending=lambda weights: f"w: {np.round(np.asarray(weights['w']), 2)}",
+        ending=lambda weights, _: f"w: {np.round(np.asarray(weights['w']), 2)}",
     )
 
 

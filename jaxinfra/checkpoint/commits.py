@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
 
 _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(\.replaced)?")
+_BEGUN = ".begun"
 _WRITING = re.compile(r"[0-9]+\.([0-9]+)\.writing")
 
 
@@ -111,6 +112,7 @@ def begin(folder: Any, *, step: int, attempt: int) -> str:
         shutil.rmtree(left)
     name = f"{step}.{attempt}.writing"
     (folder / name).mkdir()
+    (folder / name / _BEGUN).touch()
     return name
 
 
@@ -119,6 +121,7 @@ def commit(writing: Any, *, step: int, manifest: bytes) -> Any:
     """Gives a folder whose files are written its manifest and its step's number,
     durably; returns where it stands now."""
     write_synced(writing / MANIFEST, [manifest])
+    os.unlink(writing / _BEGUN)  # not there: fenced off, and made again by a late chunk
     sync_folders(writing)
     final = writing.with_name(str(step))
     if final.exists():
@@ -133,7 +136,8 @@ def commit(writing: Any, *, step: int, manifest: bytes) -> Any:
 @functools.singledispatch
 def abandon(writing: Any) -> None:
     """Frees the space of a failed save, as far as that is possible."""
-    shutil.rmtree(writing, ignore_errors=True)
+    with contextlib.suppress(OSError):  # rmtree does not ignore a failing close
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def surplus(

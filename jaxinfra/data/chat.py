@@ -61,7 +61,7 @@ def prepare_chat(
     line, before anything is written.
     """
     prepare.check_options("documents", held_out, seed, shard_tokens, layout)
-    writer.check_out(out)
+    writer.make_way(out)
     special = special_names(tokenizer)
     found: list[Conversation] = []
     for file in sources.find_files(inputs):

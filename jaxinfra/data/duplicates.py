@@ -42,6 +42,12 @@ def first_of_each(digests_D: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(digests_D, return_index=True)[1])
 
 
+def check_threshold(threshold: float) -> None:
+    """Raises DataError for one that finds every document, or none, a near copy."""
+    if not 0.1 <= threshold <= 1:
+        raise DataError(f"near_threshold={threshold} must be from 0.1 to 1")
+
+
 def without_near_copies(
     documents: Sequence[str], *, threshold: float = THRESHOLD, seed: int = 0
 ) -> list[int]:
@@ -51,8 +57,7 @@ def without_near_copies(
     A pair just above the threshold may be missed, by chance that `seed` decides; none
     below is taken for one. Raises DataError without the extra data.
     """
-    if not 0.1 <= threshold <= 1:
-        raise DataError(f"near_threshold={threshold} must be from 0.1 to 1")
+    check_threshold(threshold)
     try:
         import datasketch
     except ImportError as error:

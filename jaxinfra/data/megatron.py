@@ -127,7 +127,7 @@ def prepare_megatron(
     one process.
     """
     prepare.check_options("documents", held_out, seed, shard_tokens, layout)
-    writer.check_out(out)
+    writer.make_way(out)
     indexed = open_indexed(path)
     _check_ids(indexed, tokenizer)
     numbers, keys, num_bytes = [], [], []

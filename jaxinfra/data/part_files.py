@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from jaxinfra.config import DataError
+from jaxinfra.data import leftovers
 from jaxinfra.data.recipes import Made
 
 _SUM_BYTES = 16  # of xxh3_128
@@ -26,7 +27,7 @@ _SUM_BYTES = 16  # of xxh3_128
 @contextlib.contextmanager
 def writing(path: pathlib.Path, run: str) -> Iterator[Callable[[Made], None]]:
     """Takes what is made, a chunk at a time, one at least; the part is there when the
-    block ends. run: in the names of files that are not whole yet."""
+    block ends. run: a `leftovers.new_owner`."""
     facts, counts, ids_sum = [], [], xxhash.xxh3_128()
     with _written(_ids_file(path), run) as file:
 
@@ -111,7 +112,7 @@ def _facts_file(path: pathlib.Path) -> pathlib.Path:
 @contextlib.contextmanager
 def _written(path: pathlib.Path, run: str) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{run}.tmp")
+    temporary = leftovers.temporary(path, run)
     try:
         with temporary.open("wb") as file:
             yield file

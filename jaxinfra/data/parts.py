@@ -12,7 +12,6 @@ import functools
 import multiprocessing
 import os
 import pathlib
-import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import overload
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import part_files, recipes, relay, spans
+from jaxinfra.data import leftovers, part_files, recipes, relay, spans
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.recipes import Made, Recipe
 
@@ -55,11 +54,12 @@ def make_parts(
     paths = {number: [folder / _name(plan[number], recipe)] for number in cut}
     done, total = 0, sum(sizes)
     tell(done, total)
-    run = secrets.token_hex(8)
+    run = leftovers.new_owner()
     if not relayed:
         num_workers = min(num_workers, len(plan))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        leftovers.remove_dead(folder)
         with _pool(num_workers, recipe) as pool:
             jobs = {number: (plan[number], *paths[number]) for number in cut}
             for number in _made(jobs, recipe, run, pool):

@@ -96,9 +96,10 @@ def prepare(
     and leaves nothing under the name of `out`.
     """
     check_options(split, held_out, seed, shard_tokens, layout)
-    writer.check_out(out)
+    writer.make_way(out)
     if num_workers < 1:
         raise DataError(f"workers={num_workers} must be 1 or more")
+    duplicates.check_threshold(near_threshold)
     steps = cleaning.steps(rules)
     coder = tokenizer
     if isinstance(tokenizer, str):

@@ -6,7 +6,7 @@ Errors name file and place.
 import glob
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxinfra.config import DataError
@@ -18,6 +18,9 @@ ACCEPTED = (
     "them, or a glob; or a URL of any of these"
 )
 _LINES = (".txt", ".jsonl")
+# Of Hugging Face data sets on disk: what lists the splits, and the files of one.
+_SPLITS, _STATE = "dataset_dict.json", "state.json"
+_MAX_LIST_BYTES = 64 * 2**20
 
 
 class Piece(NamedTuple):
@@ -31,8 +34,10 @@ class Piece(NamedTuple):
 def find_files(sources: Sequence[str | pathlib.Path]) -> list[File]:
     """The files that the sources name, in order; a folder's and a glob's are sorted.
 
-    A folder gives the files of these kinds directly in it. Raises DataError for a
-    source that names nothing, another kind of file, or a file named twice.
+    A folder gives the files of these kinds directly in it; one that Hugging Face's
+    `save_to_disk` wrote, the files that it lists, in its order. Raises DataError for a
+    source that names nothing, another kind of file, a file named twice, or several
+    splits at once.
     """
     files: list[File] = []
     for source in map(str, sources):
@@ -153,19 +158,60 @@ def _num_bytes(file: File) -> int | None:
 def _by_url(source: str) -> list[File]:
     files = [storage.Url(url) for url in storage.list_files(source)]
     is_folder = not urls.is_glob(source) and files != [storage.Url(source)]
-    return [file for file in files if _kind(file) or not is_folder]
+    return _in_folder(source, files) if is_folder else [*files]
 
 
-def _named_by(source: str) -> list[pathlib.Path]:
+def _named_by(source: str) -> list[File]:
     path = pathlib.Path(source)
     try:
         if path.is_dir():
-            return sorted(p for p in path.iterdir() if _kind(p))
+            return _in_folder(source, sorted(path.iterdir()))
         if path.exists():
             return [path]
-        return sorted(pathlib.Path(p) for p in glob.glob(source))
+        return [*sorted(pathlib.Path(p) for p in glob.glob(source))]
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _in_folder(folder: str, files: Sequence[File]) -> list[File]:
+    """The files of texts among those of a folder."""
+    named = {file.name: file for file in files}
+    if _SPLITS in named:
+        splits = _listed(named[_SPLITS], lambda record: record["splits"])
+        raise DataError(
+            f"{urls.redacted(folder)} is a data set on disk with the splits "
+            f"{', '.join(splits)}; name the folder of one, such as {splits[0]}"
+        )
+    if _STATE not in named or not any(file.suffix == ".arrow" for file in files):
+        return [file for file in files if _kind(file)]
+    data_files = lambda record: [one["filename"] for one in record["_data_files"]]
+    names = _listed(named[_STATE], data_files)
+    if gone := [name for name in names if name not in named]:
+        raise DataError(
+            f"{named[_STATE]} lists {gone[0]!r}, which is not in the folder; save the "
+            "data set again"
+        )
+    return [named[name] for name in names]
+
+
+def _listed(file: File, names_of: Callable[[Any], list[str]]) -> list[str]:
+    """The names in a JSON file of a data set on disk, one at least."""
+    try:
+        with file.open("rb") as data:
+            names = names_of(json.loads(data.read(_MAX_LIST_BYTES)))
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _no_list(file) from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise _no_list(file)
+    return names
+
+
+def _no_list(file: File) -> DataError:
+    return DataError(
+        f"{file} is not as save_to_disk writes it, or damaged; save the data set again"
+    )
 
 
 def _unreadable(path: File, error: OSError) -> DataError:

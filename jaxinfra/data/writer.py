@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import fitting, folders, order, shards, urls
+from jaxinfra.data import fitting, folders, leftovers, order, shards, urls
 from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.shards import Layout
 
@@ -60,10 +59,15 @@ def shuffled_numbers(count: int, *, seed: int) -> np.ndarray:
     return np.argsort(turns)
 
 
-def check_out(out: str | pathlib.Path) -> None:
-    """Raises DataError for a folder that `write_dataset` cannot write, by its name."""
+def make_way(out: str | pathlib.Path) -> None:
+    """Removes what processes that were killed left of the data set `out`.
+
+    Raises DataError for a folder that `write_dataset` cannot write, by its name.
+    """
     fix = "write it to a folder, and upload that (aws s3 cp --recursive, hdfs dfs -put)"
     urls.check_local(out, key="out", fix=fix)
+    folder = pathlib.Path(os.path.abspath(out))
+    leftovers.remove_dead(folder.parent, folder.name)
 
 
 def write_dataset(
@@ -77,13 +81,13 @@ def write_dataset(
 
     A shard holds whole documents, together at most `shard_tokens` tokens unless one
     document alone is longer. Everything is written and fsynced in a sibling folder
-    (`.NAME.*.tmp`, all that a killed process leaves behind), which is then renamed. A
-    folder that is there already, or that another process renamed first, is kept if it
-    is equal. Raises DataError if it is not, or if the disk refuses; refused after the
-    rename, the folder stands all the same, and whole.
+    (`.NAME.*.tmp`, all that a killed process leaves behind, until `make_way` removes
+    it), which is then renamed. A folder that is there already, or that another process
+    renamed first, is kept if it is equal. Raises DataError if it is not, or if the disk
+    refuses; refused after the rename, the folder stands all the same, and whole.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    temporary = leftovers.temporary(folder, leftovers.new_owner())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

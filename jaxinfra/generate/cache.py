@@ -40,7 +40,7 @@ def make_caches(
     shape = (batch, capacity, cfg.num_kv_heads, cfg.head_width)
 
     def empty(stack: tuple[int, ...] = ()) -> LayerCache:
-        names = ("layers",) * len(stack) + _NAMES
+        names = (None,) * len(stack) + _NAMES
         place = sharding.sharding(layout, layout.params, stack + shape, names, "cache")
         zeros = jnp.zeros(stack + shape, policy.compute, out_sharding=place)
         return LayerCache(zeros, zeros)

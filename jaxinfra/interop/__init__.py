@@ -10,6 +10,7 @@
 | `gguf_file` | llama.cpp's files (extra `gguf`) |
 | `same_model` | when two configs are one function; how layers are grouped |
 | `export` | a published folder, or a run folder of one step, written whole or not |
+| `checkpoints` | whole steps to Orbax and safetensors, and back |
 | `tokenizers_of`, `source_text` | the tokenizer that belongs to a source |
 | `lm_eval_adapter` | our models in lm-evaluation-harness (extra `eval`) |
 | `flax_bridge`, `running_norm` | a user's flax module on our step |
@@ -20,7 +21,7 @@ are tensors of their own and dims of ours. So one function turns every tensor of
 family, and a family is a row of names. A new one needs its row in `families`, a golden
 checkpoint with torch's logits in tests, and in the model only what it computes anew.
 
-Limits: experts run by dense dispatch, so a token costs all of them; rotary scaling by
-yarn, dynamic or longrope, partial rotary and quantized safetensors are refused; one
-process reads and writes. GGUF: llama, qwen2 and qwen3, with byte-pair tokenizers.
+Limits: rotary scaling by yarn, dynamic or longrope, partial rotary and quantized
+safetensors are refused; one process reads and writes. GGUF: llama, qwen2 and qwen3,
+with byte-pair tokenizers.
 """

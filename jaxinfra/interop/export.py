@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxinfra import options, params, runfolder
@@ -26,6 +27,8 @@ from jaxinfra.data.tokenizer_json import HfTokenizer
 from jaxinfra.interop import families, hf, hf_config, tensorfile
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
+from jaxinfra.quant import rescaled
+from jaxinfra.quant.compression import Compression
 
 # What a published folder may hold of its text side; copied as it is.
 TOKENIZER_FILES = (
@@ -82,14 +85,17 @@ def write_run(
     *,
     tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
+    how: Compression | None = None,
 ) -> None:
     """Writes a run folder whose one step, 0, holds the parameters alone.
 
     `--init.from`, `generate` and `evaluate` take it; it is not to be trained on under
-    its own name. Raises DataError if the disk refuses; then nothing is there.
+    its own name. how: what of `weights` is in few bits. Raises DataError if the disk
+    refuses; then nothing is there.
     """
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.name).lstrip("_.-") or "model"
-    [dtype] = {leaf.dtype.name for _, leaf in params.named(weights)}
+    leaves = jax.tree.leaves(weights, is_leaf=rescaled.in_few_bits)
+    [dtype] = {x.dtype.name for x in leaves if not rescaled.in_few_bits(x)}
     if dtype not in RUN_PRECISIONS:
         raise ConfigError(
             f"a run folder holds parameters in {' or '.join(RUN_PRECISIONS)}, and not "
@@ -110,7 +116,10 @@ def write_run(
         saver.save(
             0,
             {f"params/{path}": leaf for path, leaf in params.named(weights)},
-            metadata={"config": options.to_json(config), "data": {}},
+            metadata={
+                "config": options.to_json(config),
+                "data": {runfolder.COMPRESSED: how.to_json()} if how else {},
+            },
             logical_shapes={f"params/{p}": s.shape for p, s in params.named(specs)},
         )
         saver.close()

@@ -12,7 +12,6 @@ A source is one of
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,38 +19,49 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import options, params, precision, runfolder
+import jaxinfra
+from jaxinfra import options, params, runfolder
 from jaxinfra.checkpoint import restore
 from jaxinfra.config import FOR_TRAINING, Config, ConfigError, DataError, ModelConfig
-from jaxinfra.interop import hf, same_model, tokenizers_of
+from jaxinfra.interop import hf, runs, same_model, tokenizers_of
 from jaxinfra.models.specs import param_specs
 from jaxinfra.params import Tree
+from jaxinfra.quant import compression, rescaled
+from jaxinfra.quant.compression import Compression
 from jaxinfra.sharding import Layout
-
-_LOG = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
     """A model and its parameters, not read yet.
 
     read(model, specs, layout=, dtype=) -> parameters of `param_specs(model)`, where
-    `model` is the source's or one that computes the same.
+    `model` is the source's or one that computes the same; some of them in few bits if
+    the source is `compressed`.
     """
 
     where: str
     model: ModelConfig
     read: Callable[..., Tree]
     family: str = ""  # of published ones
+    compressed: Compression | None = None
     router_bias: Callable[[Layout], jax.Array] | None = None
 
     def load(self, *, layout: Layout, dtype: Any) -> Tree:
-        """The parameters of the source's own model, laid out as `layout.params` says,
-        with `router_bias` beside them if there is one."""
+        """The parameters of the source's own model, arrays of `dtype`, laid out as
+        `layout.params` says, with `router_bias` beside them if there is one."""
+        return self._plain(self.load_kept(layout=layout, dtype=dtype), dtype)
+
+    def load_kept(self, *, layout: Layout, dtype: Any) -> Tree:
+        """As `load`, but what the source keeps in few bits stays so: for what only
+        runs the model."""
         specs = param_specs(self.model)
         weights = self.read(self.model, specs, layout=layout, dtype=dtype)
         if self.router_bias is None:
             return weights
         return weights | {"router_bias": self.router_bias(layout)}
+
+    def _plain(self, weights: Tree, dtype: Any) -> Tree:
+        return weights if self.compressed is None else rescaled.plain(weights, dtype)
 
     def adopt(self, config: Config) -> Config:
         """`config` with the source's model, but for what only training reads, and for
@@ -94,6 +104,7 @@ class Source(NamedTuple):
         theirs, ours = self.model.vocab_size, model.vocab_size
         same = dataclasses.replace(model, vocab_size=theirs)
         weights = self.read(same, param_specs(same), layout=layout, dtype=dtype)
+        weights = self._plain(weights, dtype)
         specs = param_specs(model)
         told = f"parameters from {self.where}: {params.count(param_specs(same)):,}"
         if theirs == ours:
@@ -151,47 +162,31 @@ def _open_run(run: pathlib.Path, step: int | None) -> Source:
     step = restore.latest(folder) if step is None else step
     if step is None:
         raise ConfigError(f"{folder} has no checkpoint yet; train first")
-    config = restore.restore(folder, step, {}).metadata["config"]
-    config = options.from_json(config, fill=True)
+    metadata = restore.restore(folder, step, {}).metadata
+    config = options.from_json(metadata["config"], fill=True)
     if config.task != "text":
         raise ConfigError(f"{run} trained a task of its own and not a model of text")
 
-    part, stored = "params", precision.policy(config.precision).param
-    if config.optimizer.ema_decay:  # the average is what the run evaluates
-        part, stored = "opt_state/average", jnp.float32
-
-    def read(model: ModelConfig, specs: Tree, *, layout: Layout, dtype: Any) -> Tree:
-        abstract = params.abstract(specs, layout, layout.params, stored)
-        wanted = {f"{part}/{path}": leaf for path, leaf in params.named(abstract)}
-        shapes = {f"{part}/{path}": s.shape for path, s in params.named(specs)}
-        arrays = arrays_of(wanted, shapes)
-        return params.unflatten(
-            abstract, [arrays[name].astype(dtype) for name in wanted]
-        )
-
-    def arrays_of(wanted, shapes=None):
-        if pinned is None:  # passes over a step that is found damaged only now
-            found = restore.restore_latest(folder, wanted, logical_shapes=shapes)
-        else:
-            found = restore.restore(folder, pinned, wanted, logical_shapes=shapes)
-        assert found is not None
-        for bad, why in found.rejected:
-            _LOG.warning("step %d is passed over: %s", bad, why)
-        return found.arrays
-
-    def router_bias(layout: Layout) -> jax.Array:
-        is_scaled = precision.policy(config.precision).loss_scale is not None
-        path = f"model_state/{'inner/' if is_scaled else ''}router_bias"
-        shape = (config.model.num_layers, config.model.num_experts)
-        place = jax.NamedSharding(layout.mesh, jax.P())
-        like = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-        return arrays_of({path: like})[path]
-
     length = config.model.max_length or config.train.length
     model = dataclasses.replace(config.model, max_length=length)
+    read = runs.read_whole
+    if config.lora.rank or config.train.freeze:
+        # By its public name, which loads the module: a plain run needs none of it.
+        read = jaxinfra.read_tuned
+    of_run, how = (run, pinned, config), None
+    if runfolder.COMPRESSED in metadata["data"]:
+        how = compression.from_json(metadata["data"][runfolder.COMPRESSED])
+        read, of_run = runs.read_compressed, (*of_run, how)
     has_bias = config.model.num_experts and config.train.router_bias_rate
-    bias = router_bias if has_bias else None
-    return Source(f"{run}@{step}", model, read, router_bias=bias)
+    return Source(
+        f"{run}@{step}",
+        model,
+        functools.partial(read, *of_run),
+        compressed=how,
+        router_bias=functools.partial(runs.read_router_bias, run, pinned, config)
+        if has_bias
+        else None,
+    )
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

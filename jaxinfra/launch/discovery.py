@@ -40,7 +40,7 @@ class Launcher(NamedTuple):
     read: Callable[[Environment], Job]
 
 
-def find(environment: Environment) -> Job | None:
+def find_job(environment: Environment) -> Job | None:
     """The job that this process is part of; None if it is alone.
 
     Raises ConfigError where a launcher's variables cannot be read.
@@ -68,11 +68,11 @@ def find(environment: Environment) -> Job | None:
     return None
 
 
-def applied(config: Config, job: Job | None) -> Config:
+def with_job(config: Config, job: Job) -> Config:
     """`config` with the processes of `job`, where it states none itself."""
     runtime = config.runtime
     is_stated = runtime.coordinator or runtime.num_processes > 1
-    if job is None or is_stated or not runtime.discover:
+    if is_stated or not runtime.discover:
         return config
     found = dataclasses.replace(
         runtime,
@@ -100,14 +100,14 @@ def _openmpi(env: Environment) -> Job:
     """mpirun's host leads, of which version 4 tells, or MASTER_ADDR, where process 0 is
     on another; version 5 needs that."""
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
-    if not (uri or env.get("MASTER_ADDR")):
-        raise ValueError("mpirun -x MASTER_ADDR=HOST must name the host of process 0")
-    if found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri):
-        number = int(found[1]) >> 12  # it is a multiple of 4096
-        host = found[2] or f"[{found[3]}]"
-        coordinator = f"{host}:{_port(number)}"
+    found = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if env.get("MASTER_ADDR"):
         coordinator = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT') or PORT}"
+    elif found:
+        number = int(found[1]) >> 12  # it is a multiple of 4096
+        coordinator = f"{found[2] or f'[{found[3]}]'}:{_port(number)}"
+    else:
+        raise ValueError("mpirun -x MASTER_ADDR=HOST must name the host of process 0")
     is_shared = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1
     return Job(
         "openmpi",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxinfra import sharding
 from jaxinfra.config import LayerConfig, ModelConfig
 from jaxinfra.models.specs import param_specs
 from jaxinfra.ops import layers
@@ -27,6 +28,7 @@ from jaxinfra.sharding import Rules
 class Model(NamedTuple):
     """A model's specs and its functions; `forward` is made of them.
 
+    prepare(context) -> context, with what all layers share
     embed(params, tokens_BT, context) -> x_BTD
     block(layer_params, x_BTD, context, layer, number, cache) -> (x_BTD, cache); without
       a cache its place is taken by what a layer of experts tells the loss
@@ -35,6 +37,7 @@ class Model(NamedTuple):
     """
 
     specs: Tree
+    prepare: Callable[[Context], Context]
     embed: Callable[..., jax.Array]
     block: Callable[..., tuple[jax.Array, Any]]
     unembed: Callable[..., tuple[jax.Array, jax.Array]]
@@ -64,16 +67,19 @@ def make_model(
         unroll=unroll,
     )
 
-    def forward(params, tokens_BT, context, caches=None):
-        context = context._replace(
-            rotations=layers.rotations_of(cfg, context.positions_BT),
-            router_bias_LE=params.get("router_bias", context.router_bias_LE),
+    def prepare(context):
+        return context._replace(
+            rotations=layers.rotations_of(cfg, context.positions_BT)
         )
+
+    def forward(params, tokens_BT, context, caches=None):
+        bias_LE = params.get("router_bias", context.router_bias_LE)
+        context = prepare(context)._replace(router_bias_LE=bias_LE)
         x_BTD = embed(params, tokens_BT, context)
         x_BTD, caches = stack(params, x_BTD, context, caches)
         return *unembed(params, x_BTD), caches
 
-    return Model(param_specs(cfg), embed, block, unembed, forward)
+    return Model(param_specs(cfg), prepare, embed, block, unembed, forward)
 
 
 def _embed(params, tokens_BT, context: Context, *, cfg, policy, rules):
@@ -182,6 +188,7 @@ def _scale(stored, cfg):
 def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     """All layers in order. caches: {prefix, pattern, suffix}, as the parameters are, or
     None; the result has the same form, of caches or of what layers told."""
+    repeated = jax.tree.map(lambda w: whole_stack(w, cfg.repeats), params["pattern"])
     caches = caches or {"prefix": None, "pattern": None, "suffix": None}
 
     def run(layer_params, configs, first, x_BTD, caches, block=flat):
@@ -215,17 +222,23 @@ def _stack(params, x_BTD, context, caches, *, cfg, looped, flat, unroll):
     carry = (x_BTD, caches["pattern"])
     if unroll:
         told = []
-        for xs in enumerate(_unstack(params["pattern"], cfg.repeats)):
+        for xs in enumerate(_unstack(repeated, cfg.repeats)):
             carry, mine = turn(carry, xs)
             told.append(mine)
         told = jax.tree.map(lambda *each: jnp.stack(each), *told) if told else None
     else:
-        xs = (jnp.arange(cfg.repeats), params["pattern"])
+        xs = (jnp.arange(cfg.repeats), repeated)
         carry, told = jax.lax.scan(turn, carry, xs)
     x_BTD, pattern = carry[0], told if carry[1] is None else carry[1]
     first += size * cfg.repeats
     x_BTD, suffix = run(params["suffix"], cfg.suffix, first, x_BTD, caches["suffix"])
     return x_BTD, {"prefix": prefix, "pattern": pattern, "suffix": suffix}
+
+
+def whole_stack(w: jax.Array, repeats: int) -> jax.Array:
+    """A stacked parameter on every stage of a pipeline, without padded layers."""
+    w = jax.reshard(w, sharding.gathered(jax.typeof(w).sharding.spec, "pipeline"))
+    return w if w.shape[0] == repeats else w[:repeats]
 
 
 def _unstack(tree: Tree, repeats: int) -> Sequence[Tree]:

@@ -30,8 +30,9 @@ _ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, policy: Policy, rules: Rules
+    table_VD: jax.Array, tokens_BT: jax.Array, policy: Policy, rules: Rules
 ) -> jax.Array:
     """Rows of `table_VD` for `tokens_BT` (any integer dtype), in compute dtype.
 
@@ -42,21 +43,67 @@ def embed(
     each device looks up its columns for the whole axis and they change places.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
-    tokens_spec = sharding.spec(rules, "batch", "length")
-    tokens = math.prod(seam.local_shape(tokens_BT.shape, tokens_spec))
-    does_travel = "fsdp" in sharding.axes_of(table_spec[1]) and (
-        tokens <= seam.local_shape(table_VD.shape, table_spec)[0]
-    )
-    way = _exchange if does_travel else _lookup
+    does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
+
+    def body(table_VD, tokens_BT):
+        if not does_travel:
+            table_VD = sharding.all_gather(table_VD, table_spec)
+            return jax.lax.psum(
+                _own_rows(table_VD, tokens_BT, rules.vocab), rules.vocab
+            )
+        rows_BTD = _own_rows(table_VD, _of_the_axis(tokens_BT), rules.vocab)
+        x_BTD = jax.lax.psum(rows_BTD, rules.vocab).astype(policy.compute)
+        return jax.lax.all_to_all(x_BTD, "fsdp", 0, 2, tiled=True)
+
     lookup = jax.shard_map(
-        functools.partial(
-            way, table_spec=table_spec, axes=rules.vocab, dtype=policy.compute
-        ),
-        in_specs=(table_spec, tokens_spec),
+        body,
+        in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
+        check_vma=False,
     )
-    x_BTD = lookup(table_VD.astype(policy.reduce), tokens_BT)
+    x_BTD = lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
     return jax.reshard(x_BTD, sharding.spec(rules, "batch", "residual", "width"))
+
+
+def _embed_forward(table_VD, tokens_BT, policy, rules):
+    return embed(table_VD, tokens_BT, policy, rules), (table_VD, tokens_BT)
+
+
+def _embed_backward(policy, rules, residuals, dx_BTD):
+    """Each device adds to the rows of its own part of the vocabulary. By hand, since a
+    device may hold the same dx as others along an axis that splits the table: a
+    transposed sum would add these up."""
+    table_VD, tokens_BT = residuals
+    table_spec = jax.typeof(table_VD).sharding.spec
+    dx_spec = sharding.spec(rules, "batch", "length", "width")
+    does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
+    token_axes = rules.batch + rules.length
+
+    def body(table_VD, tokens_BT, dx_BTD):
+        axes, whole = token_axes, table_VD
+        if does_travel:
+            axes = tuple(axis for axis in token_axes if axis != "fsdp")
+            tokens_BT = _of_the_axis(tokens_BT)
+            dx_BTD = jax.lax.all_to_all(dx_BTD, "fsdp", 2, 0, tiled=True)
+        else:
+            gather = lambda w_VD: sharding.all_gather(w_VD, table_spec)
+            whole = jax.eval_shape(gather, table_VD)
+        rows = functools.partial(_own_rows, tokens_BT=tokens_BT, axes=rules.vocab)
+        (drows_VD,) = jax.linear_transpose(rows, whole)(dx_BTD.astype(policy.reduce))
+        return sharding.all_reduce(drows_VD, table_spec, axes)
+
+    scatter = jax.shard_map(
+        body,
+        in_specs=(table_spec, sharding.spec(rules, "batch", "length"), dx_spec),
+        out_specs=table_spec,
+        check_vma=False,
+    )
+    dx_BTD = jax.reshard(dx_BTD, dx_spec)
+    dtable_VD = scatter(table_VD.astype(policy.reduce), tokens_BT, dx_BTD)
+    return dtable_VD.astype(table_VD.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def position_rows(
@@ -250,44 +297,31 @@ def dropout(
 
     kept_BTD = jax.vmap(row_mask)(rows_B)
     if order_T is not None:
-        spec = jax.typeof(x_BTD).sharding.spec
-        kept_BTD = jax.reshard(kept_BTD[:, order_T], spec)
+        kept_BTD = kept_BTD[:, order_T]
+    spec = jax.typeof(x_BTD).sharding.spec
+    if spec[1] is not None:  # rows are drawn whole
+        kept_BTD = jax.reshard(kept_BTD, spec)
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 
-def _lookup(
-    table_VD: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    table_spec: jax.sharding.PartitionSpec,
-    axes: Axes,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """The table's width made whole, and its rows for this device's tokens."""
-    whole_VD = sharding.all_gather(table_VD, table_spec)
-    return _own_rows(whole_VD, tokens_BT, axes).astype(dtype)
+def _do_tokens_travel(table_VD, tokens_BT, rules: Rules) -> bool:
+    """Whether a device has fewer tokens than rows of a table that fsdp cuts by width,
+    so that these are less on the wire than the table."""
+    table_spec = jax.typeof(table_VD).sharding.spec
+    tokens_spec = sharding.spec(rules, "batch", "length")
+    tokens = math.prod(seam.local_shape(tokens_BT.shape, tokens_spec))
+    is_cut = "fsdp" in sharding.axes_of(table_spec[1]) and "fsdp" in rules.batch
+    return is_cut and tokens <= seam.local_shape(table_VD.shape, table_spec)[0]
 
 
-def _exchange(
-    table_VD: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    table_spec: jax.sharding.PartitionSpec,
-    axes: Axes,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """This device's columns for all tokens of the fsdp axis; then each gets its own
-    tokens' columns from all."""
-    del table_spec
-    all_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
-    x_BTD = _own_rows(table_VD, all_BT, axes).astype(dtype)
-    return jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+def _of_the_axis(tokens_BT: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
 
 
-def _own_rows(table_VD: jax.Array, tokens_BT: jax.Array, axes: Axes) -> jax.Array:
-    """Rows of the ids that this device holds, zero for others; then the sum."""
+def _own_rows(table_VD, tokens_BT, axes: Axes) -> jax.Array:
+    """Rows of the ids that this device holds, zero for others."""
     start = jax.lax.axis_index(axes) * table_VD.shape[0]
     own_BT = tokens_BT.astype(jnp.int32) - start
     is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])
     x_BTD = table_VD[jnp.where(is_own_BT, own_BT, 0)]
-    return jax.lax.psum(jnp.where(is_own_BT[..., None], x_BTD, 0), axes)
+    return jnp.where(is_own_BT[..., None], x_BTD, 0)

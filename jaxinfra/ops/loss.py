@@ -64,6 +64,20 @@ def cross_entropy(
     return sums
 
 
+def with_gradients(
+    h_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    cfg: LossConfig,
+    scale: jax.Array | float = 1.0,
+) -> tuple[CrossEntropy, tuple[jax.Array, jax.Array]]:
+    """`cross_entropy`, and `scale` times its gradients by h and head."""
+    sums, grads = _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=True)
+    dh_BTD, dhead_VD, *_ = _backward(cfg, grads, CrossEntropy(scale, 0.0))
+    return sums, (dh_BTD, dhead_VD)
+
+
 def _forward(h_BTD, head_VD, targets_BT, weights_BT, cfg):
     return _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, grads=True)
 
@@ -127,9 +141,8 @@ def _by_tokens(h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, grads)
     if not grads:
         return sums, None
     dh_BTD = _summed(dh_BTD, cfg)
-    others = tuple(axis for axis in token_axes if axis != "fsdp")
-    dhead_VD = jax.lax.psum(dhead_VD.astype(cfg.policy.reduce), others)
-    dhead_VD = sharding.reduce_scatter(dhead_VD, head_spec)
+    dhead_VD = dhead_VD.astype(cfg.policy.reduce)
+    dhead_VD = sharding.all_reduce(dhead_VD, head_spec, token_axes)
     return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
 
 

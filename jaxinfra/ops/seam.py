@@ -31,6 +31,18 @@ class Einsum(Protocol):
         ...
 
 
+class Wrapped(Protocol):
+    """A weight that is more than an array: quantized, with a low-rank pair beside it,
+    watched. A pytree node whose leaves, stacked by layer, are cut as an array is."""
+
+    def contract(
+        self, einsum: Einsum, equation: str, x: jax.Array, *, out: Names
+    ) -> jax.Array:
+        """What `einsum(equation, x, w, out=out)` is for the weight that this stands
+        for; `einsum` takes arrays and wrapped weights."""
+        ...
+
+
 class Context(NamedTuple):
     """What a layer may know of the tokens besides their activations.
 
@@ -148,7 +160,18 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
         )
 
     contract.defvjp(forward, backward)
-    return lambda equation, x, w, *, out: contract(equation, x, w, out)
+    return opened(lambda equation, x, w, *, out: contract(equation, x, w, out))
+
+
+def opened(einsum: Einsum) -> Einsum:
+    """`einsum`, which takes `Wrapped` weights too: they say how they are contracted."""
+
+    def contract(equation, x, w, *, out):
+        if isinstance(w, jax.Array):
+            return einsum(equation, x, w, out=out)
+        return w.contract(contract, equation, x, out=out)
+
+    return contract
 
 
 def gather(w: jax.Array, policy: Policy) -> jax.Array:

@@ -1,11 +1,30 @@
-"""What is split by hand: experts, context, pipeline.
+"""What is split by hand: pipeline, experts, context.
 
 Everything else is sharding by type (`sharding`); these enter by the seam (`ops.seam`)
 or as a `GradFn`, and no model knows of them.
 
 | file | subject |
 |---|---|
+| `schedules` | a schedule is a table tick x stage: made, checked, drawn |
+| `placement` | which repeats each chunk of layers holds, how they travel |
+| `pipeline`, `chunks`, `phases` | the executor, a stage, a layer cut in parts |
 | `expert` | tokens go to the devices of their experts and come back |
+| `context` | attention over rows whose length is split; the balanced order |
+| `ring` | keys that go round, or all come at once |
+| `meeting` | a part of the queries meets a part of the keys: kernel, merger, gradient |
+
+**Pipelines.** `--mesh.pipeline S` with `--parallel.schedule` gpipe, 1f1b, interleaved
+(`--parallel.virtual_stages V`) or zero_bubble; a table of one's own runs as well. One
+program walks any table; `train.pipelined` makes a `GradFn` of it, and a forward-only
+`LossFn` for evaluation. Embedding and head belong to no stage: their vocabulary is
+split over all. Repeats that do not divide are shared out as evenly as can be, prefix
+and suffix counted. It composes with data, fsdp (every zero), tensor and context axes,
+float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables. With
+zero 3 the parameters of a stage are gathered once a step and are whole meanwhile; zero
+is 1 unless it is set. Refused: expert layers and precisions with scales of their own,
+whose statistics the executor does not carry; a task of one's own, whose layers are not
+known; more stages than repeats.
+Limits: prefix and suffix are held by every stage.
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
 batch as `data` does. A token's router, always float32, runs where the token is. Without
@@ -16,6 +35,19 @@ With it an expert takes `capacity_factor` times its even share of each row, in o
 position, through buffers of fixed size and a plain all-to-all; a token that finds no
 room keeps what its other experts give. `--parallel.experts dense` computes every expert
 on every token instead and is the oracle of both.
+
+**Context.** `--mesh.context P` splits rows of `train.length` tokens. Targets, positions
+and segments are made of whole rows and then laid out in the order in which every device
+has the same work, so no loss, dropout mask or queue of an expert changes.
+`--parallel.context`:
+
+- `ring`: keys and values go round P devices while what is here is computed; memory for
+  two parts of them. Half of all scores are computed, as causality asks. Splash inside
+  on TPU (not for layers with a window), blocks of 512 queries elsewhere.
+- `all_gather`: one collective, memory for the keys of whole rows; with short windows
+  only the chunks in sight are computed.
+- `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
+  a device, or be shared out among the queries of one.
 
 Balance, z and capacity are defined for one row, then averaged over rows by their
 numbers of targets. So `--mesh.*`, `--train.microbatches` and stages change no number.

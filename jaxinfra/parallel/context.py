@@ -67,6 +67,11 @@ def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
     of the places have equal work; None where that is the row as it is."""
     if parts == 1 or way == "ulysses":
         return None
+    if length % (2 * parts):
+        raise ValueError(
+            f"rows of {length} tokens do not divide into two chunks for each of the "
+            f"{parts} devices along 'context'; take a multiple of {2 * parts}"
+        )
     chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
     both = [(part, 2 * parts - 1 - part) for part in range(parts)]
     return np.concatenate([chunks[list(pair)].reshape(-1) for pair in both])

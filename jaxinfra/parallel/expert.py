@@ -30,7 +30,8 @@ def make_dispatch(
     """A layer of experts. In training a `capacity_factor` takes the place of
     "dropless"; without targets, in scoring and generation, none is dropped.
 
-    Limits: "dropless" multiplies experts in compute dtype whatever einsum it is given.
+    Limits: "dropless" multiplies experts in compute dtype whatever einsum it is given,
+    and goes the way of "dense" for weights that are `seam.Wrapped`.
     """
     full = dataclasses.replace(policy, compute=jnp.dtype("float32"))
     router = seam.make_einsum(full, rules)
@@ -41,7 +42,10 @@ def make_dispatch(
         choice, told = experts.choose(
             params, x_BTD, context, bias_E, cfg=cfg, einsum=router, rules=rules
         )
-        if way == "dense":
+        # A grouped matmul takes arrays; what is adapted, or in few bits, is none.
+        weights = [params[name] for name in ("up", "gate", "down") if name in params]
+        is_plain = all(isinstance(w, jax.Array) for w in weights)
+        if way == "dense" or not is_plain:
             y_BTD = experts.dense(params, x_BTD, choice, cfg=cfg, einsum=einsum)
         elif choice.ranks_BTk is not None:
             y_BTD = bounded(params, x_BTD, choice, cfg=cfg, einsum=einsum, rules=rules)

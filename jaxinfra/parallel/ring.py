@@ -104,8 +104,8 @@ def _ring_backward(settings, residuals, g_BTKGH):
         return _by_place(
             step,
             settings,
-            lambda keys: _padded_keys(backward(queries, keys.low(), asked), low=True),
-            lambda keys: _padded_queries(backward(queries.high(), keys, asked.high())),
+            lambda keys: _of_low_keys(backward(queries, keys.low(), asked)),
+            lambda keys: _of_high_queries(backward(queries.high(), keys, asked.high())),
             lambda keys: tuple(map(_zeros, (q_BTKGH, k_BSKH, v_BSKH))),
             keys,
         )
@@ -229,14 +229,12 @@ def _passed_on(tree: Any) -> Any:
 
 def _all_chunks(own: Keys) -> Keys:
     """Every chunk of the rows in order, along a new first dim."""
-    P = jax.lax.axis_size("context")
 
     def gather(x):
         low, high = jnp.split(x, 2, axis=0 if x.ndim == 1 else 1)
         lows, highs = (jax.lax.all_gather(half, "context") for half in (low, high))
         return jnp.concatenate([lows, highs[::-1]], axis=0)
 
-    assert P > 0
     return jax.tree.map(gather, own)
 
 
@@ -265,21 +263,18 @@ def _seen_chunks(queries: Queries, settings: _Settings):
     return jnp.maximum(first, 0), own + 1
 
 
-def _padded_keys(parts, *, low: bool):
-    """Gradients of half of the keys, as of all of them."""
-    assert low
+def _of_low_keys(parts):
+    """Gradients by the first half of the keys, as by all of them."""
     dq_BTKGH, dk_BSKH, dv_BSKH = parts
     pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
     return dq_BTKGH, pad(dk_BSKH), pad(dv_BSKH)
 
 
-def _padded_queries(parts):
+def _of_high_queries(parts):
+    """Gradients by the second half of the queries, as by all of them."""
     dq_BTKGH, dk_BSKH, dv_BSKH = parts
-    return (
-        jnp.concatenate([jnp.zeros_like(dq_BTKGH), dq_BTKGH], axis=1),
-        dk_BSKH,
-        dv_BSKH,
-    )
+    dq_BTKGH = jnp.concatenate([jnp.zeros_like(dq_BTKGH), dq_BTKGH], axis=1)
+    return dq_BTKGH, dk_BSKH, dv_BSKH
 
 
 def _zeros(x: jax.Array) -> jax.Array:

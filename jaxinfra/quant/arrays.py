@@ -22,6 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxinfra import sharding
+from jaxinfra.ops.seam import Einsum, Names
 from jaxinfra.params import ParamSpec, Tree
 from jaxinfra.quant.formats import (
     FORMATS,
@@ -68,6 +70,21 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
+
+    def contract(
+        self, einsum: Einsum, equation: str, x: jax.Array, *, out: Names
+    ) -> jax.Array:
+        """`ops.seam.Wrapped`: a weight kept in few bits, multiplied in x's dtype.
+
+        It crosses `fsdp` as it is stored. Of what it becomes nothing is kept for the
+        backward pass, which makes it again; it has no gradient itself.
+        """
+
+        def multiply(x: jax.Array, q: QuantizedArray) -> jax.Array:
+            w = dequantize(jax.tree.map(_gathered, q), x.dtype)
+            return einsum(equation, x, w, out=out)
+
+        return jax.checkpoint(multiply)(x, self)
 
     def __repr__(self) -> str:
         if not hasattr(self.values, "shape"):  # jax fills trees with other things
@@ -196,7 +213,7 @@ def dequantize_tree(tree: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf of a tree is a QuantizedArray, whole."""
+    """For `jax.tree.map(..., is_leaf=is_quantized)`."""
     return isinstance(leaf, QuantizedArray)
 
 
@@ -241,6 +258,13 @@ def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
                 dim,
             )
     return scales
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """Whole over `fsdp`."""
+    spec = jax.typeof(x).sharding.spec
+    whole = sharding.gathered(spec)
+    return x if whole == spec else jax.reshard(x, whole)
 
 
 def _join(x: jax.Array, dim: int) -> jax.Array:

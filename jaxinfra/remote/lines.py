@@ -4,7 +4,9 @@ All parts in the order of their names are the file that a run on disk has. A par
 created, never changed, so two runs cannot both write one.
 """
 
+import errno
 import json
+import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -13,6 +15,12 @@ from typing import Any
 from jaxinfra.config import DataError
 from jaxinfra.remote.object_path import ObjectPath
 from jaxinfra.runfolder import JsonLines
+
+_LOG = logging.getLogger(__name__)
+
+
+class PartTaken(DataError):
+    """A part is there already: a later run has the folder."""
 
 
 class JsonParts(JsonLines):
@@ -34,13 +42,18 @@ class JsonParts(JsonLines):
             if count:
                 part = _part(self._path, self._number + 1)
                 if not part.create("".join(self._lines[:count]).encode()):
-                    raise DataError(f"{part} is there: another run writes here")
+                    raise PartTaken(f"{part} is there: another run writes here")
                 self._number += 1
                 with self._lock:
                     del self._lines[:count]
 
     def close(self) -> None:
-        self.sync()
+        try:
+            self.sync()
+        except PartTaken as error:  # what is left is of a future that was undone
+            _LOG.warning("%s", error)
+        except DataError as error:  # as of a disk: the run ends as one not saved
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def parts(path: ObjectPath) -> list[ObjectPath]:

@@ -73,6 +73,10 @@ class ObjectPath:
         return self.key.rpartition("/")[2]
 
     @property
+    def suffix(self) -> str:
+        return pathlib.PurePosixPath(self.key).suffix
+
+    @property
     def parent(self) -> "ObjectPath":
         return ObjectPath(
             f"{self.scheme}://{self.bucket}/{self.key.rpartition('/')[0]}"
@@ -115,8 +119,8 @@ class ObjectPath:
             raise FileNotFoundError(2, "No such object", str(self))
         return value
 
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The whole of it, in memory."""

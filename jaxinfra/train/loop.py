@@ -138,9 +138,7 @@ def _tell_saves(ended: Callable[[], list[Any]], journal: Journal) -> bool:
     """Events of the saves that `ended` gives; whether all of them were committed."""
     try:
         for report in ended():
-            journal.event(
-                "save", step=report.step, secs=report.secs, bytes=report.bytes
-            )
+            journal.event("save", **dataclasses.asdict(report))
     except SaveError as error:
         journal.event("save_failed", reason=str(error))
         journal.say(f"save failed: {error}")

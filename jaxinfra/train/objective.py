@@ -81,6 +81,19 @@ class Scaled(NamedTuple):
     good_steps: jax.Array
 
 
+class Frozen(NamedTuple):
+    """A model state, and beside it parameters that no step changes and no checkpoint
+    holds (`tune`).
+
+    base: as the model's, None where a parameter is trained. digest: uint32 [2], of the
+    parameters that it was made from.
+    """
+
+    inner: Any
+    base: Any
+    digest: jax.Array
+
+
 # The loss is a sum, so a target's part of it is near 1 and not 1 / tokens: the scale
 # that fits may be below 1. Source: arXiv:1710.03740 section 3.2; torch.amp.GradScaler
 # (half at an overflow, double after 2000 good steps).
@@ -276,15 +289,6 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
     The sum is float32 whatever the parameters are.
     """
 
-    def split(x: jax.Array) -> jax.Array:
-        over_rows, *others = jax.typeof(x).sharding.spec
-        parts = jax.lax.reshape(
-            x,
-            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
-            out_sharding=jax.P(over_rows, None, *others),
-        )
-        return jnp.swapaxes(parts, 0, 1)
-
     def placed(result: Gradients) -> Gradients:
         grads = jax.tree.map(jax.reshard, result.grads, shardings)
         return result._replace(grads=optax.tree.cast(grads, jnp.float32))
@@ -297,13 +301,28 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
             result = placed(grad_fn(params, model_state, part, key))
             return jax.tree.map(_merge, total, result, is_leaf=_is_maxima), None
 
-        parts = jax.tree.map(split, batch)
+        parts = split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         total = placed(grad_fn(params, model_state, first, key))
         rest = jax.tree.map(lambda x: x[1:], parts)
         return jax.lax.scan(add, total, rest)[0]
 
     return accumulated
+
+
+def split(batch: Any, microbatches: int) -> Any:
+    """[B, ...] -> [M, B / M, ...], where row r is in microbatch r % M."""
+
+    def one(x: jax.Array) -> jax.Array:
+        over_rows, *others = jax.typeof(x).sharding.spec
+        parts = jax.lax.reshape(
+            x,
+            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
+            out_sharding=jax.P(over_rows, None, *others),
+        )
+        return jnp.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(one, batch)
 
 
 def _is_maxima(node: Any) -> bool:

@@ -58,6 +58,13 @@ class Routers:
             return ()
         return {BIAS: jnp.zeros((self._model.num_layers, self._model.num_experts))}
 
+    def biases(self, model_state: Any) -> dict[str, jax.Array]:
+        """What a model needs beside its parameters, from the state of a run; it may be
+        within that of something else."""
+        while hasattr(model_state, "inner"):
+            model_state = model_state.inner
+        return model_state or {}
+
     def update_state(self, model_state: Any, stats: Any) -> Any:
         """The next model state, by a step's whole load."""
         if not self._train.router_bias_rate:

@@ -26,8 +26,9 @@ from jaxinfra.config import CheckpointConfig, ConfigError
 from jaxinfra.params import Tree
 from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
+from jaxinfra.train import objective, optim
 from jaxinfra.train.journal import Journal
-from jaxinfra.train.objective import Scaled
+from jaxinfra.train.objective import Frozen, Scaled
 
 # key -> (params, model_state)
 First = Callable[[jax.Array], tuple[Tree, Tree]]
@@ -108,22 +109,23 @@ def init_state(
     first: First | None = None,
     model_state: Callable[[], Tree] = tuple,
     loss_scale: float | None = None,
-    weights: Tree | None = None,
+    begun: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
     """The first state: random parameters by `seed`, the same numbers on every mesh, or
-    `weights`.
+    what was `begun`: parameters and model state.
 
     `first` makes parameters, placed here, and model state; else they are as `specs`
     say, of `dtype`, and `model_state()`. `loss_scale`: see Policy.
     """
     key = jax.random.key(seed)
     whole = jax.NamedSharding(layout.mesh, jax.P())
-    if first is not None and weights is None:
+    params, inner = begun or (None, None)
+    if first is not None and params is None:
         params, inner = jax.jit(_placed(first, shardings, whole))(key)
-    else:
-        params, inner = weights, jax.device_put(model_state(), whole)
     if params is None:
         params = params_lib.initialize(specs, key, layout=layout, dtype=dtype)
+    if inner is None:
+        inner = jax.device_put(model_state(), whole)
     if loss_scale is not None:
         scale = jax.device_put((np.float32(loss_scale), np.int32(0)), whole)
         inner = Scaled(inner, *scale)
@@ -145,18 +147,23 @@ def abstract_state(
     dtype: jnp.dtype,
     first: First | None = None,
     model_state: Callable[[], Tree] = tuple,
+    frozen: Tree = None,
     loss_scale: float | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+    """Shapes, dtypes and shardings of `init_state`'s result; nothing is computed.
+    `frozen`: those of parameters that are not trained, None if all are."""
     whole = jax.NamedSharding(layout.mesh, jax.P())
     like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    if first is None:
+    if frozen is not None or first is None:
         params = params_lib.abstract(specs, layout, layout.params, dtype)
         inner = jax.eval_shape(model_state)
     else:
         params, inner = jax.eval_shape(first, jax.random.key(0))
         params = jax.tree.map(like, params, shardings.params)
     inner = jax.tree.map(lambda x: like(x, whole), inner)
+    if frozen is not None:
+        digest = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        inner = Frozen(inner, frozen, digest)
     if loss_scale is not None:
         dtypes = (jnp.float32, jnp.int32)
         scale = [jax.ShapeDtypeStruct((), x, sharding=whole) for x in dtypes]
@@ -183,6 +190,37 @@ def logical_shapes(
             params_lib.named(state), _parameters_of(state, specs, layout), strict=True
         )
     }
+
+
+def to_use(state: TrainState) -> tuple[Tree, Tree]:
+    """(parameters, model state) to evaluate and to sample with: those of the average
+    where there is one."""
+    params = optim.averaged(state.opt_state, state.params)
+    return params, objective.unscaled(state.model_state)
+
+
+def without_frozen(state: TrainState) -> TrainState:
+    """`state` as it is saved."""
+    return _map_frozen(lambda frozen: frozen._replace(base=()), state)
+
+
+def with_frozen(state: TrainState, begun: tuple[Tree, Tree] | None) -> TrainState:
+    """A state as it was saved, or its like, with the frozen parameters of `begun`.
+
+    Raises ConfigError if they are not those that it was trained beside.
+    """
+    if begun is None:
+        return state
+
+    def put(saved: Frozen) -> Frozen:
+        if not np.array_equal(*jax.device_get((saved.digest, begun[1].digest))):
+            raise ConfigError(
+                "init.from holds other parameters than those that the run has trained "
+                "beside; put them back, or choose another --run.dir"
+            )
+        return begun[1]._replace(inner=saved.inner)
+
+    return _map_frozen(put, state)
 
 
 def _logical(spec: params_lib.ParamSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -246,7 +284,7 @@ class Saver:
         group: ProcessGroup,
     ):
         self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
-        self._abstract, self._shapes = abstract, logical_shapes
+        self._abstract, self._shapes = without_frozen(abstract), logical_shapes
         self._stream, self._config, self._group = stream, config, group
         self._owner, self._journal = owner, journal
         bound = settings.staging_gib * 2**30 or math.inf
@@ -332,7 +370,7 @@ class Saver:
         metadata = {"config": self._config, "data": self._stream}
         self._checkpointer.save(
             step,
-            dict(params_lib.named(state)),
+            dict(params_lib.named(without_frozen(state))),
             metadata=metadata | {"metrics": self._journal.evaluated(step)},
             logical_shapes=self._shapes,
         )
@@ -349,6 +387,13 @@ class Saver:
     def close(self) -> list[SaveReport]:
         """Waits for the running save; raises SaveError if it failed."""
         return self._checkpointer.close()
+
+
+def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:
+    is_frozen = lambda x: isinstance(x, Frozen)
+    return jax.tree.map(
+        lambda x: change(x) if is_frozen(x) else x, tree, is_leaf=is_frozen
+    )
 
 
 def _placed(first: First, shardings: Shardings, whole: jax.NamedSharding) -> First:

@@ -66,7 +66,7 @@ def trial_15(rig: Rig, number: int) -> Outcome:
 def trial_loop(rig: Rig, number: int) -> Outcome:
     """scripts/train.py itself, started again and again, killed every 20 s, until it
     ends. It is held to a part of the processor by SIGSTOP and SIGCONT, as a quota
-    would, so that it is at work for 15 minutes."""
+    would, so that it is at work for 15 minutes, or as FAULTS_LOOP_MINUTES says."""
     del number
     return _loop(rig, minutes=float(os.environ.get("FAULTS_LOOP_MINUTES", "15")))
 
@@ -209,7 +209,11 @@ def _loop(rig: Rig, *, minutes: float) -> Outcome:
     same = rigs.array_digests(here) == rigs.array_digests(there)
     out.check(same and any(here.iterdir()), "arrays are not the quiet run's")
     lost = [kill["lost"] for kill in kills]
-    out.figures = {"steps": steps, "lost_steps": max(lost, default=0)}
+    out.figures = {
+        "steps": steps,
+        "lost_steps": max(lost, default=0),
+        "minutes": len(kills) * 20 / 60,
+    }
     if not out.failures:
         shutil.rmtree(run_dir)
     return out

@@ -57,7 +57,7 @@ class Outcome:
 
     def check(self, rule: Any, text: str) -> None:
         if not rule:
-            self.failures.append(text[:400])
+            self.failures.append(text[:900])
 
 
 @dataclasses.dataclass(frozen=True)

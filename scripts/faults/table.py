@@ -69,6 +69,10 @@ ROWS = [
     Row(number="11", what="EIO, short write, failing fsync or close", file="saves",
         trials=200, sample=15, target="0 told as saved but lost",
         figures={"failed": "sum", "survived": "sum"}),
+    Row(number="12", what="30% of S3 calls 503 or reset; nobody answers for 60 s",
+        file="outage", trials=10, each=6, sample=1,
+        target="all saves complete, or a typed error; no hang",
+        figures={"most_secs": "max", "typed": "sum"}),
     Row(number="13", what="fsync takes 60 s (3 s in the sample)", file="saves",
         trials=2, sample=1, target="a step at most 5% slower until a save waits",
         figures={"step_ratio": "max", "fsync_secs": "max"}),
@@ -111,7 +115,7 @@ ROWS = [
         sample=1, target="newest passed over, file and array named, bit-exact"),
     Row(number="loop", what="the command under kill -9 every 20 s for 15 minutes",
         file="kills", trials=1, each=45, sample=0, target="finishes, bit-exact",
-        figures={"steps": "max", "lost_steps": "max"}),
+        figures={"steps": "max", "lost_steps": "max", "minutes": "max"}),
 ]  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""A training step of configs/tiny_moe.py by each way that tokens meet their experts,
-and of the dense model that has as many FLOPs a token, in turn."""
+"""A step of configs/tiny_moe.py by each way that tokens meet their experts, and of the
+dense model that has as many FLOPs a token, in turn."""
 
 import dataclasses
 import statistics

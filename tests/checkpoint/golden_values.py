@@ -1,6 +1,6 @@
-"""The values in `golden/format_1`, and how it was written.
+"""The values in `golden/format_1` and later ones, and how the newest was written.
 
-    PYTHONPATH=. python tests/checkpoint/golden_values.py    writes it anew
+    PYTHONPATH=. python tests/checkpoint/golden_values.py    on 8 simulated devices
 
 Never write an existing version anew: it must load for ever as it is.
 """
@@ -10,7 +10,9 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-FOLDER = pathlib.Path(__file__).parent / "golden" / "format_1"
+FOLDERS = {n: pathlib.Path(__file__).parent / "golden" / f"format_{n}" for n in (1, 2)}
+FOLDER = FOLDERS[2]  # the one that `write` makes
+METRICS = {"eval/loss": 2.5}  # of format 2 on
 CONFIG = {"model": {"width": 6}, "train": {"lr": 0.001}}
 DATA = {"row": 1234567890123, "epoch": 2}
 VALUES = {
@@ -40,7 +42,7 @@ def write() -> None:
     split = NamedSharding(mesh, P("fsdp"))
     arrays["params/embedding"] = jax.device_put(padded, split)
     saves = lifecycle.Checkpointer(FOLDER, keep=1, run_id="golden", attempt=3)
-    metadata = {"config": CONFIG, "data": DATA}
+    metadata = {"config": CONFIG, "data": DATA, "metrics": METRICS}
     saves.save(40, arrays, metadata=metadata, logical_shapes=LOGICAL)
     saves.close()
 

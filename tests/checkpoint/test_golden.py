@@ -1,10 +1,9 @@
 """Checkpoints of every format version load for ever."""
 
-import pathlib
-
 import golden_values
 import jax
 import numpy as np
+import pytest
 import small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -12,17 +11,22 @@ from jax.sharding import PartitionSpec as P
 from jaxinfra.checkpoint import integrity, restore
 
 
-def test_format_1_loads_with_its_values():
+@pytest.mark.parametrize("version", golden_values.FOLDERS)
+def test_every_format_loads_with_its_values(version):
+    folder = golden_values.FOLDERS[version]
     sharding = NamedSharding(small_state.make_mesh(tensor=2), P())
     abstract = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
         for name, value in golden_values.VALUES.items()
     }
-    found = restore.restore_latest(golden_values.FOLDER, abstract)
+    found = restore.restore_latest(folder, abstract)
     assert found.step == 40
     assert found.metadata["config"] == golden_values.CONFIG
     assert found.metadata["data"] == golden_values.DATA
     assert found.metadata["attempt"] == 3
     for name, value in golden_values.VALUES.items():
         assert np.asarray(found.arrays[name]).tobytes() == value.tobytes()
-    assert integrity.validate(pathlib.Path(golden_values.FOLDER, "40")) == []
+    assert integrity.validate(folder / "40") == []
+    manifest = integrity.load(folder / "40")
+    assert manifest.metrics == (golden_values.METRICS if version > 1 else {})
+    assert integrity.load(golden_values.FOLDER / "40").unix_secs > 0

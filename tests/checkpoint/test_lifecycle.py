@@ -216,6 +216,28 @@ def test_a_fenced_writer_cannot_commit(state, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_writer_that_was_taken_over_in_mid_save_cannot_commit(
+    state, tmp_path, monkeypatch
+):
+    old = lifecycle.Checkpointer(tmp_path, keep=2, run_id="r", attempt=1)
+    new = lifecycle.Checkpointer(tmp_path, keep=2, run_id="r", attempt=2)
+    small_state.save_now(old, 10, state)
+    plain = integrity.build
+
+    def taken_over(manifest):  # after the old job's last look at who owns the run
+        if manifest.attempt == 1:
+            commits.fence_off(tmp_path, attempt=2)
+            small_state.save_now(new, 20, state)
+        return plain(manifest)
+
+    monkeypatch.setattr(integrity, "build", taken_over)
+    with pytest.raises(SaveError, match="No such file"):
+        small_state.save_now(old, 30, state)
+    found = restored(tmp_path, state)
+    assert (found.step, found.metadata["attempt"]) == (20, 2)
+    assert [step for step, _ in commits.step_folders(tmp_path)] == [20, 10]
+
+
 @pytest.mark.parametrize(("place", "when", "latest"), KILLS)
 def test_a_killed_save_leaves_the_previous_or_the_new_step(
     place, when, latest, tmp_path
@@ -229,3 +251,15 @@ def test_a_killed_save_leaves_the_previous_or_the_new_step(
     saves.save(30, {"x": jax.numpy.zeros(3)}, metadata=small_state.METADATA)
     saves.close()
     assert [path.name for path in tmp_path.iterdir()] == ["30"]
+
+
+def test_a_failed_save_whose_space_cannot_be_freed_is_told_as_failed(
+    state, checkpointer, monkeypatch
+):
+    def failing(*args, **kwargs):
+        raise OSError(5, "Input/output error")  # as rmtree does of a failing close
+
+    monkeypatch.setattr(store, "write_arrays", failing)
+    monkeypatch.setattr(commits.shutil, "rmtree", failing)
+    with pytest.raises(SaveError, match="save of step 1 failed"):
+        small_state.save_now(checkpointer, 1, state)

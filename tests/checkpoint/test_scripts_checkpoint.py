@@ -4,8 +4,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 import small_state
+
+from jaxinfra.resilience import ownership
 
 SCRIPT = small_state.ROOT / "scripts/checkpoint.py"
 
@@ -67,3 +71,95 @@ def test_it_loads_no_jax():
         check=True,
     )
     assert done.stdout == "False\n"
+
+
+def test_inspect_shows_arrays_origin_and_config(run_dir):
+    done = call("inspect", f"{run_dir}@9")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"step 9 in {run_dir / 'checkpoints/9'}\n")
+    assert "run test, attempt 1" in done.stdout
+    assert "jaxinfra" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["params/embedding", "float32", "257", "x", "6", "6,168", "8"] in rows
+    assert ["opt/count", "int32", "scalar", "4", "1"] in rows
+    assert "train.steps = 40" in done.stdout
+    assert 'data {"row": 12}' in done.stdout
+    assert call("inspect", run_dir).stdout.startswith("step 10 ")
+
+
+def test_inspect_passes_over_a_damaged_step_and_names_steps_that_are_there(run_dir):
+    (run_dir / "checkpoints/10/manifest.json").write_text("{}")
+    assert call("inspect", run_dir).stdout.startswith("step 9 ")
+    done = call("inspect", f"{run_dir}@7")
+    assert done.returncode == 2
+    assert "has no step 7, only [10, 9]" in done.stderr
+
+
+def test_diff_tells_settings_and_how_far_arrays_are_apart(checkpointer, tmp_path):
+    values = {"params/a": np.arange(6, dtype=np.float32), "n": np.int32(3)}
+    for step, change in ((1, 0), (2, 0), (3, 0.5)):
+        a = values["params/a"].copy()
+        a[4] += change
+        checkpointer.save(
+            step,
+            {"params/a": jax.device_put(a), "n": jax.device_put(values["n"])},
+            metadata={"config": {"x": {"y": step // 3}}, "data": {}},
+        )
+        checkpointer.wait()
+    checkpointer.close()
+    same = call("diff", f"{tmp_path}@2", f"{tmp_path}@2")
+    assert (same.returncode, same.stdout[:6]) == (0, "equal:")
+    done = call("diff", f"{tmp_path}@2", f"{tmp_path}@3")
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "config x.y: 0 -> 1",
+        "array params/a: 1 of 6 differ, by 0.5 at most, relative 0.111",
+    ]
+
+
+def test_prune_keeps_the_newest_good_steps_and_asks_first(run_dir, state):
+    chunk = run_dir / "checkpoints/10/arrays/opt/nu/c/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    told = call("prune", run_dir, "--keep", "1")
+    assert "step 10 stays and does not count" in told.stdout
+    assert "deleted" in told.stdout.splitlines()[-1]
+    done = call("prune", run_dir, "--keep", "1", "--yes")
+    assert done.returncode == 0, done.stderr
+    # 9 is the only good one.
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["10", "9"]
+    assert call("prune", run_dir, "--keep", "0", "--yes").returncode == 2
+
+
+def test_prune_deletes_what_is_older(run_dir):
+    done = call("prune", run_dir, "--keep", "1", "--yes")
+    assert "step 9 is deleted" in done.stdout
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["10"]
+
+
+def test_prune_leaves_a_run_that_lives_alone(run_dir):
+    owner = ownership.acquire(run_dir)
+    try:
+        done = call("prune", run_dir, "--keep", "1", "--yes")
+    finally:
+        owner.release()
+    assert done.returncode == 16
+    assert f"pid {os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((run_dir / "checkpoints").iterdir())) == 2
+
+
+def test_export_and_import_give_the_same_step(run_dir, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    done = call("export", f"{run_dir}@9", "--to", out, "--format", "safetensors")
+    assert done.returncode == 0, done.stderr
+    again = call("export", f"{run_dir}@9", "--to", out, "--format", "safetensors")
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    like = ("--like", run_dir)
+    done = call("import", out, "--to", other, "--step", "9", *like)
+    assert done.returncode == 0, done.stderr
+    done = call("diff", f"{run_dir}@9", other)
+    assert (done.returncode, done.stdout[:6]) == (0, "equal:")
+    again = call("import", out, "--to", other, "--step", "9", *like)
+    assert again.returncode == 2
+    assert "has step 9 already" in again.stderr

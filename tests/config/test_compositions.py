@@ -11,7 +11,7 @@ from jaxinfra.config import ConfigError
 ASKS = {
     "data": ("tiny", {"mesh": {"data": 2}}),
     "fsdp": ("tiny", {"mesh": {"fsdp": 2}}),
-    "expert": ("tiny_moe", {"mesh": {"expert": 2}}),
+    "expert": ("tiny", {"mesh": {"expert": 2}}),
     "ring": ("tiny", {"mesh": {"context": 2}}),
     "ulysses": ("tiny", {"mesh": {"context": 2}, "parallel": {"context": "ulysses"}}),
     "all_gather": (
@@ -23,6 +23,7 @@ ASKS = {
     "slices": ("tiny", {"mesh": {"slices": 2, "data": 2}}),
     "dropless": ("tiny_moe", {"model": {"capacity_factor": 0.0}}),
     "bounded": ("tiny_moe", {"model": {"capacity_factor": 1.25}}),
+    "dense experts": ("tiny_moe", {"parallel": {"experts": "dense"}}),
     "microbatches": ("tiny", {"train": {"microbatches": 2}}),
     "remat": ("tiny", {"train": {"remat": "full"}}),
     "dropout": ("tiny", {"model": {"dropout": 0.1}}),
@@ -65,7 +66,7 @@ def test_what_does_not_compose_is_refused_with_reason_and_fix(pair):
     sizes = sizes_of(config)
     assert all(compositions.FEATURES[f].is_used(config, sizes) for f in features)
     with pytest.raises(ConfigError) as error:
-        compositions.check(config, sizes)
+        compositions.check_compositions(config, sizes)
     for part in (pair.why, pair.fix):
         assert part in str(error.value)
 
@@ -77,7 +78,7 @@ def test_all_other_pairs_are_let_through():
             is_apart = frozenset((one, other)) in apart
             if one != other and not is_apart and "quantized" not in (one, other):
                 config = config_with(one, other)
-                compositions.check(config, sizes_of(config))
+                compositions.check_compositions(config, sizes_of(config))
 
 
 def test_the_table_names_every_feature_and_every_reason():

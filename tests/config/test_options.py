@@ -288,3 +288,27 @@ def test_the_config_is_read_without_jax(module):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert run.stdout.strip() == "set()", run.stderr
+
+
+URL = "https://user:CANARY1@host:8443/sets/a?X-Amz-Signature=CANARY2"
+
+
+def test_what_is_kept_of_a_config_has_no_secret_of_a_url():
+    data = dataclasses.replace(CONFIG.data, path=URL, sets={"a": URL, "b": "s3://b/c"})
+    config = dataclasses.replace(CONFIG, data=data)
+    kept = options.recorded(config)
+    assert "CANARY" not in json.dumps(kept)
+    assert kept["data"]["path"] == "https://host:8443/sets/a?..."
+    assert kept["data"]["sets"]["b"] == "s3://b/c"
+    # The run goes on by the same command, with other credentials too.
+    assert options.diff(options.from_json(kept), config) == []
+    moved = dataclasses.replace(config, data=dataclasses.replace(data, path="s3://b"))
+    [(key, was, now)] = options.diff(options.from_json(kept), moved)
+    assert (key, was, now) == ("data.path", "https://host:8443/sets/a?...", "s3://b")
+
+
+@pytest.mark.parametrize("key", ["init.from", "data.tokenizer"])
+def test_a_folder_that_is_a_url_of_the_web_is_refused_without_its_secret(key):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as error:
+        options.read_command([f"--{key}={URL}"])
+    assert "CANARY" not in str(error.value)

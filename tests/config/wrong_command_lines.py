@@ -71,6 +71,27 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["init.model=true", "init.from", "set it"],
     ),
     (["--init.from", "runs/nowhere@7"], ["init.from=", "is not there"]),
+    # Parts of a model
+    (["--lora.rank", "4"], ["lora.rank=4", "set init.from"]),
+    (["--train.freeze", "ffn"], ["train.freeze='ffn'", "set init.from"]),
+    (
+        ["--lora.rank", "4", "--init.from", "configs", "--train.freeze", "ffn"],
+        ["train.freeze=ffn", "lora.rank=4", "lora.whole"],
+    ),
+    (["--lora.base", "nf4"], ["lora.base='nf4'", "lora.rank=0", "set lora.rank"]),
+    (["--lora.base", "nf5"], ["must be one of", "did you mean nf4?"]),
+    (
+        ["--lora.rank", "4", "--init.from", "configs", "--lora.targets", " "],
+        ["lora.targets is empty"],
+    ),
+    (
+        ["--train.quantize_aware=nf4", "--train.quantize_group=0"],
+        ["train.quantize_group=0", "set it to 64"],
+    ),
+    (
+        ["--train.quantize_aware=int8", "--init.from=configs", "--train.freeze=ffn"],
+        ["train.quantize_aware=int8", "train.freeze=ffn", "to none"],
+    ),
     (
         [
             "--model.rope_scaling.kind",
@@ -97,7 +118,28 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--optimizer.name", "adam"], ["must be one of", "did you mean adamw?"]),
     (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
     (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
-    (["--precision", "fp8"], ["precision=fp8", "float32 or bfloat16"]),
+    (
+        ["--quant.scaling", "delayed"],
+        ["quant.scaling='delayed' is for precision fp8", "precision=float32"],
+    ),
+    (
+        ["--precision=fp8", "--quant.scaling=delayed", "--quant.backward=compute"],
+        ["keeps scales of gradients", "quant.backward to low"],
+    ),
+    (["--quant.history", "0"], ["quant.history=0", "at least 1"]),
+    (["--optimizer.moments", "8bit", "--optimizer.name", "muon"], ["is for adamw"]),
+    (
+        ["--comm.gather", "int8", "--precision", "int8"],
+        ["comm.gather='int8'", "int8 gathers what it multiplies"],
+    ),
+    (
+        ["--config", "digits_convnet", "--precision", "fp8"],
+        ["precision=fp8", "a task of its own", "bfloat16"],
+    ),
+    (
+        ["--config", "digits_convnet", "--comm.reduce", "int8"],
+        ["comm.reduce='int8'", "a task of its own"],
+    ),
     # The mesh
     (
         ["--runtime.cpu_devices=4", "--eval.batch_size=3"],
@@ -105,7 +147,19 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ),
     (["--mesh.fsdp", "0"], ["mesh.fsdp=0", "at least 1, or -1"]),
     (["--mesh.fsdp", "-1"], ["mesh.data=-1 x mesh.fsdp=-1", "set mesh.fsdp to 1"]),
-    (["--mesh.pipeline", "2"], ["mesh.pipeline=2", "set mesh.pipeline to 1"]),
+    (["--mesh.pipeline", "64"], ["mesh.pipeline=64", "model.repeats=4", "4 or less"]),
+    (
+        ["--parallel.virtual_stages", "2"],
+        ["parallel.virtual_stages=2", "parallel.schedule=interleaved", "not 1f1b"],
+    ),
+    (
+        ["--mesh.pipeline=2", "--parallel.schedule=interleaved"],
+        ["interleaved", "is 1f1b", "parallel.virtual_stages to 2 or more"],
+    ),
+    (
+        ["--mesh.pipeline=2", "--parallel.schedule=2f2b"],
+        ["parallel.schedule='2f2b'", "must be one of gpipe, 1f1b, interleaved"],
+    ),
     (
         ["--config", "tiny_moe", "--mesh.expert", "3"],
         ["model.num_experts=8", "'expert' of size 3", "set mesh.expert to"],
@@ -179,6 +233,22 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--data.tokenizer", "configs/tini.py"], ["is not there", "configs/tiny.py?"]),
     (["--data.bos", "sometimes"], ["data.bos", "always"]),
     (["--run.dir", "ftp://bucket/run"], ["run.dir=ftp://...", "gs://bucket/"]),
+    (
+        ["--run.dir", "s3://me:secret@bucket/run"],
+        ["run.dir=s3://...", "without a user"],
+    ),
+    (
+        ["--run.dir", "gs://bucket/run", "--profile.steps", "2"],
+        ["profile.steps=2", "run.dir to a path"],
+    ),
+    (
+        ["--checkpoint.keep_best", "1", "--checkpoint.best_metric", "train/loss"],
+        ["checkpoint.best_metric='train/loss'", "eval/loss"],
+    ),
+    (
+        ["--checkpoint.keep_best", "1", "--eval.every", "0"],
+        ["checkpoint.keep_best=1", "eval.every to train.save_every"],
+    ),
     (["--run.dir", "configs/tiny.py/x"], ["run.dir=", "tiny.py' is a file"]),
     (["--eval.sets.held_out", "configs"], ["eval.sets.held_out", "another name"]),
     (["--eval.sets.A-b", "configs"], ["eval.sets.A-b", "a-z, 0-9 and _"]),

@@ -16,10 +16,12 @@ import time
 from typing import Any
 
 import numpy as np
+import servers
 
 from jaxinfra.config import DataError
-from jaxinfra.data import shards, writer
+from jaxinfra.data import folders, shards, writer
 from jaxinfra.data.batches import make_evaluation, make_stream
+from jaxinfra.data.remote_folder import RemoteFolder
 from jaxinfra.data.tokenizer import ByteTokenizer
 
 MAX_SECS = 5.0
@@ -97,7 +99,7 @@ def _change(node: Any, rng: random.Random) -> None:
         node.append(rng.choice(_VALUES))
 
 
-def read(folder: pathlib.Path, verify: bool | str) -> None:
+def read(folder: pathlib.Path | folders.Folder, verify: bool | str) -> None:
     data = shards.open_dataset(folder, verify=verify)  # pyright: ignore
     stream = make_stream(data.split("train"), length=8, batch_size=16, seed=0)
     for step in (0, 1, 10**9):
@@ -107,8 +109,20 @@ def read(folder: pathlib.Path, verify: bool | str) -> None:
         held_out.batch(step)
 
 
-def run(count: int, seed: int = 0) -> collections.Counter:
-    """Outcomes of `count` damaged data sets; raises what is no DataError."""
+def by_url(folder: pathlib.Path, web: servers.Server) -> folders.Folder:
+    """A data set from a server, with a cache of its own."""
+    web.files = {f"set/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    web.connections.clear()
+    return RemoteFolder(f"{web.url}/set", cache_dir=folder / "cache")
+
+
+def run(
+    count: int, seed: int = 0, web: servers.Server | None = None
+) -> collections.Counter:
+    """Outcomes of `count` damaged data sets; raises what is no DataError.
+
+    web: a server that serves them, to be read by URL.
+    """
     rng, outcomes = random.Random(seed), collections.Counter()
     with tempfile.TemporaryDirectory() as name:
         whole = make(pathlib.Path(name, "whole"))
@@ -117,9 +131,10 @@ def run(count: int, seed: int = 0) -> collections.Counter:
         for number in range(count):
             folder = pathlib.Path(shutil.copytree(whole, f"{name}/{number}"))
             told = damage(folder, rng)
+            place = folder if web is None else by_url(folder, web)
             begin = time.monotonic()
             try:
-                read(folder, verify=rng.choice(["auto", False, False]))
+                read(place, verify=rng.choice(["auto", False, False]))
                 outcomes["rows"] += 1
             except DataError:
                 outcomes["DataError"] += 1

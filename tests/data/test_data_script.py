@@ -115,3 +115,9 @@ def test_it_shows_what_each_set_gives_in_each_stage(script, dataset, capsys):
     assert "give each set a weight" in capsys.readouterr().err
     assert script.main(["mixture", str(dataset.folder)]) == 2
     assert "must be NAME=VALUE words" in capsys.readouterr().err
+    secret = "a=https://user:CANARY@host/set"
+    assert script.main(["mixture", secret, secret]) == 2
+    assert "a a must be NAME=VALUE words" in capsys.readouterr().err
+    for steps in ("0", "-5"):
+        assert script.main([*words, "--steps", steps]) == 2
+        assert f"--steps {steps} must be 1 or more" in capsys.readouterr().err

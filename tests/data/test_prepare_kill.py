@@ -98,6 +98,7 @@ def test_kills_lose_no_finished_part_and_change_no_byte(command, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not out.exists()
+        assert len(list(work.glob(".*.tmp"))) <= 2 * 2  # of this kill alone
         after = finished(work)
         assert before.items() <= after.items()
         before = after

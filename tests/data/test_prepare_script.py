@@ -177,6 +177,8 @@ def test_a_line_that_is_nested_too_deeply_ends_with_2(main, tmp_path, capsys):
         ("--date 2026-01-31", "give --chat too"),
         ("--chat --clean space", "are for text, not for conversations"),
         ("--near_threshold 0.5", "--near_threshold is of --duplicates near"),
+        ("--duplicates near --near_threshold 0", "near_threshold=0.0 must be from 0.1"),
+        ("--duplicates near --near_threshold 1.5", "near_threshold=1.5 must be from"),
         ("--min_chars 5 --max_chars 4", "keep nothing"),
         ("", "no text under the key 'text'.* with --chat"),
     ],

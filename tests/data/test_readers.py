@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import servers
 
 from jaxinfra.config import DataError
 from jaxinfra.data import readers, sources
@@ -188,3 +189,68 @@ def test_damaged_files_give_texts_or_an_error_without_a_crash(count):
     done = run_python("tests/data/reader_fuzzing.py", str(count), "5")
     assert done.returncode == 0, done.stderr
     assert sum(json.loads(done.stdout).values()) == count
+
+
+def save_to_disk(folder, names, record=None):
+    """A data set as Hugging Face's `save_to_disk` writes it."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        write_arrow(folder / name, [f"text {number}"])
+    files = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(record or {"_data_files": files}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_data_set_on_disk_gives_the_files_that_it_lists(tmp_path):
+    folder = save_to_disk(tmp_path / "set", ["data-1.arrow", "data-0.arrow"])
+    write_arrow(folder / "cache-0123.arrow", ["cached"])
+    files = sources.find_files([folder])
+    assert list(sources.read_documents(files)) == ["text 0", "text 1"]
+    pytest.importorskip("aiohttp")
+    with servers.Server(
+        files={f"set/{p.name}": p.read_bytes() for p in folder.iterdir()}
+    ).running() as web:
+        files = sources.find_files([f"{web.url}/set/"])
+        assert list(sources.read_documents(files)) == ["text 0", "text 1"]
+
+
+def test_a_data_set_on_disk_of_several_splits_is_refused_by_their_names(tmp_path):
+    for split in ("train", "test"):
+        save_to_disk(tmp_path / "set" / split, ["data.arrow"])
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError) as told:
+        sources.find_files([tmp_path / "set"])
+    assert str(told.value) == (
+        f"{tmp_path / 'set'} is a data set on disk with the splits train, test; name "
+        "the folder of one, such as train"
+    )
+    [file] = sources.find_files([tmp_path / "set" / "train"])
+    assert file.name == "data.arrow"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"_data_files": [{"filename": "../a.arrow"}]},
+            r"lists '\.\./a\.arrow', which is",
+        ),
+        ({"_data_files": [{"filename": "gone.arrow"}]}, "lists 'gone.arrow', which is"),
+        ({"_data_files": []}, "is not as save_to_disk writes it"),
+        ({"_data_files": 3}, "is not as save_to_disk writes it"),
+        ({"_data_files": [{"filename": 3}]}, "is not as save_to_disk writes it"),
+        ([1], "is not as save_to_disk writes it"),
+    ],
+)
+def test_a_damaged_list_of_files_is_refused(tmp_path, record, message):
+    write_arrow(tmp_path / "a.arrow", ["outside"])
+    folder = save_to_disk(tmp_path / "set", ["data.arrow"], record)
+    with pytest.raises(DataError, match=message):
+        sources.find_files([folder])
+
+
+def test_a_state_of_something_else_is_no_list(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("text")
+    assert [file.name for file in sources.find_files([tmp_path])] == ["a.txt"]

@@ -1,18 +1,24 @@
 """A run folder in a bucket of a real server of S3 and GCS: as one on disk, whatever
 happens to the server and the job."""
 
+import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import object_stores
 import pytest
 from e2e import command
 from e2e.command import STEPS
 
-from jaxinfra.checkpoint import commits, integrity
-from jaxinfra.remote import lines
+from jaxinfra.checkpoint import commits, integrity, lifecycle, partial
+from jaxinfra.remote import lines, object_path
 from jaxinfra.remote.object_path import ObjectPath
 
 pytestmark = pytest.mark.slow
@@ -139,6 +145,51 @@ def test_saves_at_every_step_outlive_a_server_that_is_killed_five_times(
     assert len(kills) == 5, "the run was over before"
     assert history(run_dir) == command.history(quiet)
     assert "CANARY" not in text
+
+
+def test_saves_complete_though_a_third_of_all_calls_fail(s3, monkeypatch):
+    port = int(s3.url.rpartition(":")[2])
+    faults = itertools.cycle(["503", "", "reset", "", "", "cut", "", "", ""])
+    proxy = object_stores.Proxy(port, faults)
+    use(s3, monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    object_path._store.cache_clear()
+    saves = lifecycle.Checkpointer(
+        "s3://bucket/flaky/checkpoints", keep=2, run_id="r", attempt=1
+    )
+    values = {f"w{n}": jnp.arange(50_000.0) + n for n in range(8)}
+    for step in (1, 2, 3):
+        saves.save(step, values, metadata={"config": {}, "data": {}})
+        assert [report.step for report in saves.wait()] == [step]
+    saves.close()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = partial.restore_part("s3://bucket/flaky/checkpoints", "", sharding=place)
+    assert (found.step, found.rejected) == (3, ())
+    for name, value in values.items():
+        np.testing.assert_array_equal(found.arrays[name], value)
+    proxy.listener.close()
+    object_path._store.cache_clear()
+
+
+def test_a_model_in_a_bucket_is_sampled_from_and_begun_from(s3, cache, monkeypatch):
+    use(s3, monkeypatch)
+    settings = cache | {"train.steps": 2, "train.save_every": 2}
+    done = command.train(settings | {"run.dir": "s3://bucket/first"})
+    assert done.returncode == 0, done.stderr
+    script = command.ROOT / "scripts" / "generate.py"
+    words = ["s3://bucket/first", "--prompt", "To be", "--tokens", "4"]
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        env=command.environment(),
+        capture_output=True,
+        text=True,
+        timeout=command.TIMEOUT_SECS,
+    )
+    assert done.returncode == 0, done.stderr
+    begun = {"run.dir": "s3://bucket/second", "init.from": "s3://bucket/first@2"}
+    done = command.train(settings | begun)
+    assert done.returncode == 0, done.stderr
+    assert history(ObjectPath("s3://bucket/second"))[-1][0] == 2
 
 
 def test_wrong_credentials_are_refused_at_once_without_showing_them(

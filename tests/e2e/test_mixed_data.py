@@ -74,6 +74,31 @@ def test_a_killed_mixture_goes_on_to_the_bit(quiet_mixed, sets, cache, tmp_path)
     assert command.history(run_dir) == command.history(quiet_mixed)
 
 
+@pytest.mark.slow
+def test_no_sample_is_missing_or_repeated_after_twenty_kills(
+    quiet_mixed, sets, cache, tmp_path
+):
+    run_dir, rng = tmp_path / "run", np.random.default_rng(1)
+    settings = cache | sets | {"run.dir": run_dir, "train.save_every": 2}
+    resumed = []
+    for _ in range(20):
+        resumed.append(max(command.saved_steps(run_dir), default=0))
+        last = min(resumed[-1] + int(rng.integers(1, 4)), STEPS - 1)
+        process = command.start(settings)
+        command.freeze_when(
+            process, lambda last=last: command.steps_done(run_dir) >= last
+        )
+        assert command.end(process, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert len(set(resumed)) > 5  # resumed again and again, from many places
+    assert len(resumed) > len(set(resumed))  # and from one more than once
+    done = command.train(settings)
+    assert done.returncode == 0, done.stderr
+    expected = [line["data/digest"] for line in command.metrics(quiet_mixed)]
+    assert len(set(expected)) == STEPS  # a digest is of one batch and no other
+    assert [line["data/digest"] for line in command.metrics(run_dir)] == expected
+    assert command.history(run_dir) == command.history(quiet_mixed)
+
+
 def test_changed_weights_are_refused_on_resume(quiet_mixed, sets, cache, tmp_path):
     run_dir = command.copy_as_of(15, quiet_mixed, tmp_path / "run")
     changed = {"data.weights.letters": "0.5", "run.dir": run_dir}

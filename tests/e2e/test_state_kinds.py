@@ -8,11 +8,15 @@ from jaxinfra.checkpoint import integrity
 
 STEPS = 10
 OTHER_MESH = 1e-5  # float32 sums in another order, over five updates
+OTHER_WIDTH = 0.02  # 2% of a moment, over five updates
 pytestmark = pytest.mark.slow
 KINDS = {
     "factored moments": {"optimizer.name": "adafactor"},
     "bfloat16 parameters": {"precision": "bfloat16_params"},
     "a loss scale": {"precision": "float16"},
+    "delayed scales": {"precision": "fp8", "quant.scaling": "delayed"},
+    "gradients by chance": {"precision": "int8"},
+    "moments in 8 bits": {"optimizer.name": "adamw", "optimizer.moments": "8bit"},
 }
 
 
@@ -39,7 +43,12 @@ def test_it_goes_on_bit_for_bit(cache, tmp_path, kind):
         if name.startswith("params/"):
             assert jnp.dtype(dtype) == (jnp.bfloat16 if is_half else jnp.float32)
         if name.startswith("opt_state/"):
-            assert jnp.dtype(dtype) in (jnp.float32, jnp.int32)
+            is_narrow = name.endswith("/values")
+            narrow = (jnp.int8, jnp.uint8) if is_narrow else (jnp.float32, jnp.int32)
+            assert jnp.dtype(dtype) in narrow
+    assert any(n.endswith("/values") for n in kinds) == (kind == "moments in 8 bits")
+    history = [name for name in kinds if name.startswith("model_state/largest/")]
+    assert bool(history) == (kind == "delayed scales")
     assert ("model_state/scale" in kinds) == (kind == "a loss scale")
     assert ("train/loss_scale" in ours) == (kind == "a loss scale")
 
@@ -57,3 +66,26 @@ def test_factored_moments_go_to_another_mesh(cache, tmp_path):
     ours, theirs = command.history(resumed), command.history(whole)
     for (step, loss, *_), (same, expected, *_) in zip(ours, theirs, strict=True):
         assert (step, loss) == (same, pytest.approx(expected, abs=OTHER_MESH))
+
+
+def test_moments_of_either_width_go_on_as_the_other(cache, tmp_path):
+    """On another mesh too; without consent it is a change that is refused."""
+    widths = [{"optimizer.moments": kind} for kind in ("float32", "8bit")]
+    settings = cache | {"optimizer.name": "adamw", "train.steps": STEPS}
+    for here, there in (widths, widths[::-1]):
+        whole = tmp_path / f"of_{here['optimizer.moments']}"
+        done = command.train(settings | here | {"run.dir": whole})
+        assert done.returncode == 0, done.stderr
+        resumed = tmp_path / f"from_{here['optimizer.moments']}"
+        command.copy_as_of(5, whole, resumed)
+        mesh = {"runtime.cpu_devices": 4, "mesh.fsdp": 2, "mesh.tensor": 2}
+        changed = settings | there | mesh | {"run.dir": resumed}
+        refused = command.train(changed)
+        assert refused.returncode == 2
+        assert "optimizer.moments" in refused.stderr
+        done = command.train(changed | {"run.accept_changes": "true"})
+        assert done.returncode == 0, done.stderr
+        assert command.events(resumed, "start")[-1]["step"] == 5
+        ours, theirs = command.history(resumed), command.history(whole)
+        for (step, loss, *_), (same, expected, *_) in zip(ours, theirs, strict=True):
+            assert (step, loss) == (same, pytest.approx(expected, abs=OTHER_WIDTH))

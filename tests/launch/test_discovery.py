@@ -95,7 +95,7 @@ FOUND = [
 
 @pytest.mark.parametrize(("environment", "expected"), FOUND)
 def test_a_job_is_known_by_what_its_launcher_sets(environment, expected):
-    assert discovery.find(environment) == expected
+    assert discovery.find_job(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_the_first_host_of_a_slurm_list(nodes, first):
 )
 def test_what_cannot_be_read_says_what_to_set(environment, parts):
     with pytest.raises(ConfigError) as error:
-        discovery.find(environment)
+        discovery.find_job(environment)
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_what_the_command_states_comes_first():
     config, job = options.load_config("tiny"), Job("slurm", "a:1", 4, 3)
-    found = discovery.applied(config, job).runtime
+    found = discovery.with_job(config, job).runtime
     assert (found.coordinator, found.num_processes, found.process_id) == ("a:1", 4, 3)
 
     def with_runtime(**settings):
@@ -136,7 +136,6 @@ def test_what_the_command_states_comes_first():
         return dataclasses.replace(config, runtime=runtime)
 
     stated = with_runtime(coordinator="b:2", num_processes=2)
-    assert discovery.applied(stated, job) == stated
+    assert discovery.with_job(stated, job) == stated
     alone = with_runtime(discover=False)
-    assert discovery.applied(alone, job) == alone
-    assert discovery.applied(config, None) == config
+    assert discovery.with_job(alone, job) == alone

@@ -51,3 +51,15 @@ def test_the_mask_is_the_same_on_every_mesh(four_devices):
 
 def test_bfloat16_stays_bfloat16():
     assert drop(rows_B, x_BTD=ones_BTD.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_a_token_is_dropped_alike_wherever_it_stands():
+    order_T = np.random.default_rng(1).permutation(T)
+    moved = dropout(
+        jnp.asarray(ones_BTD),
+        jnp.asarray(rows_B),
+        jax.random.key(0),
+        rate=RATE,
+        order_T=order_T,
+    )
+    np.testing.assert_array_equal(moved, drop(rows_B)[:, order_T])

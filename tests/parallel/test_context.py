@@ -43,8 +43,7 @@ def split_attention(way, sizes, *, window, softcap, with_segments):
     order_T = context.row_order(T, parts=parts, way=way)
     order_T = np.arange(T) if order_T is None else order_T
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    with jax.set_mesh(mesh_lib.make_mesh(sizes, devices=devices)) as mesh:
-        del mesh
+    with jax.set_mesh(mesh_lib.make_mesh(sizes, devices=devices)):
         attend = context.make_split_attend(Rules(), way=way)
 
         def run(q, k, v, segments_BT):
@@ -106,6 +105,13 @@ def test_every_device_has_the_same_work():
     assert balanced.sum(1).max() == balanced.sum(1).min()
 
 
+def test_rows_that_cannot_be_cut_in_balanced_parts_are_refused():
+    with pytest.raises(ValueError, match="take a multiple of 8"):
+        context.row_order(12, parts=4, way="ring")
+    assert context.row_order(12, parts=4, way="ulysses") is None
+    assert context.row_order(12, parts=1, way="ring") is None
+
+
 def test_every_turn_of_a_ring_computes_half_of_the_scores():
     """Of each pair of device and turn: the scores computed hold all that are seen."""
     length, parts = 48, 4
@@ -127,8 +133,7 @@ def test_what_one_device_meets_is_that_of_the_splash_kernel():
     rng = np.random.default_rng(3)
     T, S = 256, 128
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    q, k, v, g = draw(1, T, 1, 2, 8), draw(1, S, 1, 8), draw(1, S, 1, 8), None
-    g = draw(*q.shape)
+    q, k, v, g = (draw(1, n, 1, *h) for n, *h in ((T, 2, 8), (S, 8), (S, 8), (T, 2, 8)))
     segments = jnp.asarray(rng.integers(1, 3, (1, T)), jnp.int32)
     queries = meeting.Queries(q, jnp.arange(T) + S, segments)
     keys = meeting.Keys(k, v, jnp.arange(S), segments[:, :S])

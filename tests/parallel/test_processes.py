@@ -53,7 +53,9 @@ def quick():
 class Job:
     """The processes of one job, with their output in files; killed at the end."""
 
-    def __init__(self, run_dir, cache_dir, *, mesh, steps=STEPS):
+    def __init__(
+        self, run_dir, cache_dir, *, mesh, steps=STEPS, processes=2, microbatches=1
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -61,12 +63,14 @@ class Job:
             "mesh.data": 1,
             **{f"mesh.{axis}": size for axis, size in mesh.items()},
             "train.steps": steps,
-            "runtime.cpu_devices": 4,
+            "train.microbatches": microbatches,
+            "runtime.cpu_devices": 8 // processes,
             "runtime.coordinator": f"127.0.0.1:{port}",
-            "runtime.num_processes": 2,
+            "runtime.num_processes": processes,
         }
         self.run_dir = run_dir
-        self.outs = [run_dir.with_name(f"{run_dir.name}.{i}.txt") for i in (0, 1)]
+        names = [f"{run_dir.name}.{i}.txt" for i in range(processes)]
+        self.outs = [run_dir.with_name(name) for name in names]
         self.processes = []
         for i, out in enumerate(self.outs):
             words = command(run_dir, cache_dir, settings | {"runtime.process_id": i})
@@ -163,6 +167,20 @@ def test_a_signal_to_one_stops_both_and_one_process_can_go_on(
     assert len(read(run_dir, "metrics.jsonl")) == more
     check_losses(read(run_dir, "metrics.jsonl"), alone)
     assert not (run_dir / "metrics.lost.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
+    tmp_path, cache_dir, alone
+):
+    run_dir = tmp_path / "run"
+    mesh = {"fsdp": 2, "tensor": 2, "pipeline": 2}
+    how = {"processes": 4, "microbatches": 2, "steps": 20}
+    with Job(run_dir, cache_dir, mesh=mesh, **how) as job:
+        assert job.codes(timeout_secs=500) == [0] * 4, job.text()
+    found = read(run_dir, "metrics.jsonl")
+    assert len(found) == 20
+    check_losses(found, alone)
 
 
 @pytest.mark.parametrize(

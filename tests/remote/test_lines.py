@@ -56,6 +56,21 @@ def test_two_runs_cannot_write_the_same_part(bucket):
     with pytest.raises(DataError, match="another run writes here"):
         write(old, 2)
     assert steps(path) == [1]
+    old.close()  # says so, and hides no other error
+    assert steps(path) == [1]
+
+
+def test_a_store_that_is_gone_at_the_end_is_an_error_of_the_disk(bucket, monkeypatch):
+    journal = lines.JsonParts(bucket / "events.jsonl")
+    journal.write({"step": 1})
+
+    def gone(self, data):
+        raise DataError("no answer")
+
+    monkeypatch.setattr(ObjectPath, "create", gone)
+    with pytest.raises(OSError, match="no answer") as error:
+        journal.close()
+    assert error.value.errno == 5
 
 
 @pytest.mark.parametrize(("step", "num_lost"), [(0, 7), (2, 5), (3, 4), (7, 0), (9, 0)])

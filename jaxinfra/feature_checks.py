@@ -1,0 +1,138 @@
+"""Rules of what most runs do not ask for: low precision, adapters, stages, split rows.
+
+Loaded by `checks` where a config asks for one of them; what two of them cannot do
+together is in `compositions`. Imports no jax.
+"""
+
+import math
+from collections.abc import Mapping
+
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError
+
+Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
+
+
+def check_features(config: Config, sizes: Sizes) -> None:
+    """Raises ConfigError at the first broken rule."""
+    if config.task == "text":
+        _check_tuning(config)
+    _check_quant(config)
+    _check_low_bit_state(config)
+    _check_pipeline(config, sizes)
+    if config.task == "text" and sizes.get("context", 1) > 1:
+        _check_split_length(config, sizes)
+
+
+def _check_quant(config: Config) -> None:
+    precision, quant = config.precision, config.quant
+    if precision in LOW_PRECISION and config.task == "own":
+        raise ConfigError(
+            f"precision={precision} multiplies the weights of text models by name, and"
+            f" config {config.name!r} has a task of its own; set precision to bfloat16"
+        )
+    if quant.scaling == "delayed" and precision != "fp8":
+        raise ConfigError(
+            f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
+            " set quant.scaling to current, or precision to fp8"
+        )
+    if quant.scaling == "delayed" and quant.backward == "compute":
+        raise ConfigError(
+            "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
+            " to low, or quant.scaling to current"
+        )
+
+
+def _check_low_bit_state(config: Config) -> None:
+    optimizer, comm = config.optimizer, config.comm
+    if optimizer.moments == "8bit" and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.moments='8bit' is for adamw, and optimizer.name="
+            f"{optimizer.name!r}; set optimizer.moments to float32"
+        )
+    for key in ("gather", "reduce"):
+        if (kind := getattr(comm, key)) == "compute":
+            continue
+        if config.precision in LOW_PRECISION:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
+                f" gathers what it multiplies; set comm.{key} to compute"
+            )
+        if config.task == "own":
+            raise ConfigError(
+                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
+                f" has a task of its own; set comm.{key} to compute"
+            )
+
+
+def _check_tuning(config: Config) -> None:
+    lora, freeze = config.lora, config.train.freeze
+    key = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
+    if (lora.rank or freeze) and not config.init.from_:
+        raise ConfigError(
+            f"{key} trains beside parameters that are there already; set init.from to"
+            " a run, a published folder or a .gguf file"
+        )
+    if not lora.rank and lora.base != "plain":
+        raise ConfigError(
+            f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
+            " none; set lora.rank, or lora.base to plain"
+        )
+    aware = (config.train.quantize_aware, config.train.quantize_group)
+    groups = {
+        "lora.group": (lora.base, lora.group),
+        "train.quantize_group": aware,
+    }
+    for name, (form, group) in groups.items():
+        if form == "nf4" and not group:
+            raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")
+    if lora.rank and not lora.targets.split():
+        raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
+
+
+def _check_pipeline(config: Config, sizes: Sizes) -> None:
+    """What stages ask for, and what a schedule asks for."""
+    parallel, model, stages = config.parallel, config.model, sizes.get("pipeline", 1)
+    virtual = parallel.virtual_stages
+    if virtual > 1 and parallel.schedule != "interleaved":
+        raise ConfigError(
+            f"parallel.virtual_stages={virtual} needs parallel.schedule=interleaved,"
+            f" not {parallel.schedule}; set one of them"
+        )
+    if stages == 1:
+        return
+    if parallel.schedule == "interleaved" and virtual == 1:
+        raise ConfigError(
+            "parallel.schedule=interleaved with parallel.virtual_stages=1 is 1f1b; set"
+            " parallel.virtual_stages to 2 or more"
+        )
+    if model.repeats < stages * virtual:
+        raise ConfigError(
+            f"model.repeats={model.repeats} is below mesh.pipeline={stages} x"
+            f" parallel.virtual_stages={virtual}, and each needs a repeat of"
+            f" model.pattern; set mesh.pipeline to {model.repeats // virtual or 1} or"
+            " less"
+        )
+
+
+def _check_split_length(config: Config, sizes: Sizes) -> None:
+    """What the way of config.parallel.context asks of rows and heads."""
+    way, parts = config.parallel.context, sizes["context"]
+    cuts = parts if way == "ulysses" else 2 * parts  # else two chunks a device
+    if config.train.length % cuts:
+        raise ConfigError(
+            f"train.length={config.train.length} does not divide into the {cuts} parts"
+            f" of parallel.context={way!r} over mesh axis 'context' of size {parts};"
+            f" set train.length to a multiple of {cuts}, or change mesh.context"
+        )
+    heads = config.model.num_kv_heads // sizes.get("tensor", 1)
+    copies = parts // math.gcd(heads, parts)
+    if (
+        way == "ulysses"
+        and config.model.num_heads // config.model.num_kv_heads % copies
+    ):
+        raise ConfigError(
+            f"model.num_heads={config.model.num_heads} with model.num_kv_heads="
+            f"{config.model.num_kv_heads} cannot be shared out over mesh axis 'context'"
+            f" of size {parts}, which parallel.context='ulysses' does; set"
+            " parallel.context to ring, or mesh.context to a divisor of the heads"
+        )

@@ -1,0 +1,273 @@
+"""The layers of one stage of a pipeline: forward, back, weight gradients of a chunk.
+
+A chunk is up to three groups of layers: the prefix, in the first chunk; some repeats of
+the pattern, in all; the suffix, in the last. Layers of a group run one after another;
+repeats are a loop, and one that a chunk lacks is passed over.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra.config import LayerConfig, ModelConfig
+from jaxinfra.ops.loss import LossConfig
+from jaxinfra.ops.seam import Context
+from jaxinfra.parallel.phases import Phases, cut
+from jaxinfra.parallel.placement import Placement
+from jaxinfra.params import Tree
+
+GROUPS = ("prefix", "pattern", "suffix")
+
+
+class Stack(NamedTuple):
+    """The model that is pipelined. model: a `models.transformer.Model`, and loss: of
+    its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
+    keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
+    order_T: see Context, where it has no place here, since it is not traced."""
+
+    model: Any
+    cfg: ModelConfig
+    loss: LossConfig
+    remat: str = "none"
+    unroll: bool = False
+    order_T: Any = None
+
+    def layer(self, params, x_BTD, context: Context, layer: LayerConfig, number):
+        """One layer's y_BTD."""
+        context = context._replace(order_T=self.order_T)
+        return self.model.block(params, x_BTD, context, layer, number, None)[0]
+
+
+class Left(NamedTuple):
+    """What a backward pass leaves to the weight gradients, by group and layer."""
+
+    prefix: Tree
+    pattern: Tree
+    suffix: Tree
+
+
+class Chunks(NamedTuple):
+    """What a stage does with its chunks; `virtual` says which, and may be traced.
+
+    forward(virtual, x_BTD, context) -> y_BTD
+    back(virtual, x_BTD, dy_BTD, context, grads) -> (dx_BTD, grads, Left)
+    weigh(virtual, left, context, grads) -> grads
+
+    grads: a tree like the parameters, float32, to which is added.
+    """
+
+    forward: Callable[..., jax.Array]
+    back: Callable[..., tuple[jax.Array, Tree, Left]]
+    weigh: Callable[..., Tree]
+
+
+def make_chunks(
+    stack: Stack,
+    params: Tree,
+    placed: Placement,
+    stage: jax.Array,
+    *,
+    x_BTD: jax.Array,
+    context: Context,
+    split: bool,
+) -> Chunks:
+    """The chunks of `stage`, inside the executor. params: {prefix, pattern, suffix},
+    repeats by rows of `placed`. x_BTD and context are like those that will come; split:
+    weight gradients are made apart, by `weigh`."""
+    cfg = stack.cfg
+    virtuals, stages = placed.count.shape
+    count, first = jnp.asarray(placed.count), jnp.asarray(placed.first)
+    number_of_suffix = len(cfg.prefix) + len(cfg.pattern) * cfg.repeats
+
+    def group(name: str) -> _Group:
+        one = _row(params[name], 0) if name == "pattern" else params[name]
+        phases = functools.partial(_cut, stack, x_BTD, context, split=split)
+        configs = getattr(cfg, name)
+        return _Group(stack, configs, list(map(phases, configs, one)))
+
+    prefix, pattern, suffix = map(group, GROUPS)
+
+    def is_first(virtual):
+        return (virtual == 0) & (stage == 0)
+
+    def is_last(virtual):
+        return (virtual == virtuals - 1) & (stage == stages - 1)
+
+    def repeats(virtual):
+        """For every repeat: its row, its first layer's number, whether it is there."""
+        r = jnp.arange(placed.depth)
+        number = len(cfg.prefix) + (first[virtual, stage] + r) * len(cfg.pattern)
+        return virtual * placed.depth + r, number, r < count[virtual, stage]
+
+    def there(flag):
+        return True if placed.is_even else flag
+
+    loop = functools.partial(jax.lax.scan, unroll=placed.depth if stack.unroll else 1)
+
+    def forward(virtual, x_BTD, context):
+        x_BTD = _unless(is_first(virtual), prefix, params["prefix"], x_BTD, context, 0)
+
+        def turn(x_BTD, at):
+            row, number, flag = at
+            mine = _row(params["pattern"], row)
+            return _unless(there(flag), pattern, mine, x_BTD, context, number), None
+
+        x_BTD, _ = loop(turn, x_BTD, repeats(virtual))
+        last = (suffix, params["suffix"], x_BTD, context, number_of_suffix)
+        return _unless(is_last(virtual), *last)
+
+    def back(virtual, x_BTD, dy_BTD, context, grads):
+        def turn(x_BTD, at):
+            row, number, flag = at
+            mine = _row(params["pattern"], row)
+            return pattern.keep(there(flag), mine, x_BTD, context, number)
+
+        def turn_back(carry, at):
+            (dy_BTD, sums), ((row, number, flag), kept) = carry, at
+            mine = _row(params["pattern"], row)
+            args = (mine, kept, dy_BTD, context, number)
+            dy_BTD, made = pattern.back(there(flag), *args)
+            if split:
+                return (dy_BTD, sums), made
+            return (dy_BTD, _add_row(sums, row, made)), None
+
+        at = repeats(virtual)
+        ends = is_first(virtual), is_last(virtual)
+        x_BTD, kept_first = prefix.keep(ends[0], params["prefix"], x_BTD, context, 0)
+        x_BTD, kept = loop(turn, x_BTD, at)
+        _, kept_last = suffix.keep(
+            ends[1], params["suffix"], x_BTD, context, number_of_suffix
+        )
+        args = (params["suffix"], kept_last, dy_BTD, context, number_of_suffix)
+        dy_BTD, made_last = suffix.back(ends[1], *args)
+        (dy_BTD, sums), made = loop(
+            turn_back, (dy_BTD, grads["pattern"]), (at, kept), reverse=True
+        )
+        args = (params["prefix"], kept_first, dy_BTD, context, 0)
+        dx_BTD, made_first = prefix.back(ends[0], *args)
+        if split:
+            return dx_BTD, grads, Left(made_first, made, made_last)
+        grads = grads | {
+            "prefix": _add(grads["prefix"], made_first),
+            "pattern": sums,
+            "suffix": _add(grads["suffix"], made_last),
+        }
+        return dx_BTD, grads, Left((), (), ())
+
+    def weigh(virtual, left, context, grads):
+        def turn(sums, at):
+            (row, number, flag), left = at
+            mine = _row(params["pattern"], row)
+            made = pattern.weigh(there(flag), mine, left, context, number)
+            return _add_row(sums, row, made), None
+
+        at = (repeats(virtual), left.pattern)
+        sums, _ = loop(turn, grads["pattern"], at)
+        args = (params["prefix"], left.prefix, context, 0)
+        made_first = prefix.weigh(is_first(virtual), *args)
+        args = (params["suffix"], left.suffix, context, number_of_suffix)
+        made_last = suffix.weigh(is_last(virtual), *args)
+        return grads | {
+            "prefix": _add(grads["prefix"], made_first),
+            "pattern": sums,
+            "suffix": _add(grads["suffix"], made_last),
+        }
+
+    return Chunks(forward, back, weigh)
+
+
+class _Group(NamedTuple):
+    """Layers that follow each other. All methods take the number of the first; those
+    with a flag do the work where it is true, else give x as it is and zeros."""
+
+    stack: Stack
+    configs: Sequence[LayerConfig]
+    phases: Sequence[Phases]
+
+    def forward(self, params, x_BTD, context, number):
+        for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
+            x_BTD = self.stack.layer(p, x_BTD, context, layer, number + i)
+        return x_BTD
+
+    def keep(self, flag, params, x_BTD, context, number):
+        def work(x_BTD):
+            kept = []
+            for i, (phase, p) in enumerate(zip(self.phases, params, strict=True)):
+                x_BTD, values = phase.keep(p, x_BTD, (context, number + i))
+                kept.append(values)
+            return x_BTD, kept
+
+        return self._where(flag, work, x_BTD)
+
+    def back(self, flag, params, kept, dy_BTD, context, number):
+        def work(dy_BTD):
+            made = []
+            for i in reversed(range(len(params))):
+                dy_BTD, of_layer = self.phases[i].back(
+                    params[i], (context, number + i), kept[i], dy_BTD
+                )
+                made.insert(0, of_layer)
+            return dy_BTD, made
+
+        return self._where(flag, work, dy_BTD)
+
+    def weigh(self, flag, params, left, context, number):
+        def work(unused):
+            made = []
+            for i, phase in enumerate(self.phases):
+                assert phase.weigh is not None
+                made.append(phase.weigh(params[i], (context, number + i), left[i]))
+            return unused, made
+
+        return self._where(flag, work, jnp.float32(0))[1]
+
+    def _where(self, flag, work, x):
+        """`work(x)` -> (x, made); or (x as it is, zeros)."""
+        if flag is True or not self.configs:
+            return work(x)
+        _, made = jax.eval_shape(work, x)
+        return jax.lax.cond(flag, work, lambda x: (x, zeros_like(made)), x)
+
+
+def zeros_like(tree: Tree, *leading: int) -> Tree:
+    """Zeros of these shapes and shardings, with further dims in front."""
+
+    def zeros(x):
+        spec = jax.P(*[None] * len(leading), *x.sharding.spec)
+        return jnp.zeros((*leading, *x.shape), x.dtype, out_sharding=spec)
+
+    like = lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x
+    return jax.tree.map(lambda x: zeros(like(x)), tree)
+
+
+def _unless(flag, group: _Group, params, x_BTD, context, number):
+    """The group's forward pass where the flag is true, else x as it is."""
+    work = lambda x_BTD: group.forward(params, x_BTD, context, number)
+    if flag is True or not group.configs:
+        return work(x_BTD)
+    return jax.lax.cond(flag, work, lambda x_BTD: x_BTD, x_BTD)
+
+
+def _cut(stack: Stack, x_BTD, context, layer, params, *, split: bool) -> Phases:
+    def block(params, x_BTD, context):
+        return stack.layer(params, x_BTD, context[0], layer, context[1])
+
+    about = (context, jnp.int32(0))
+    return cut(block, params, x_BTD, about, remat=stack.remat, split=split)
+
+
+def _row(tree: Tree, row) -> Tree:
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=row, keepdims=False)
+    return jax.tree.map(take, tree)
+
+
+def _add(sums: Tree, made: Tree) -> Tree:
+    return jax.tree.map(lambda total, g: total + g.astype(total.dtype), sums, made)
+
+
+def _add_row(sums: Tree, row, made: Tree) -> Tree:
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=row, axis=0)
+    return jax.tree.map(put, sums, _add(_row(sums, row), made))

@@ -1,0 +1,210 @@
+"""A layer's forward and backward pass, cut into parts that run at different times.
+
+The whole, forward pass and pull-back, is traced once to one list of equations. Each
+part is the equations that its results need, up to values that an earlier part has left:
+so the parts together do what the whole does, to the bit, and no product twice. What
+depends on parameters and context alone is not left but computed again where needed.
+
+What the forward part leaves follows `train.remat`; the cut replaces `jax.checkpoint`,
+inside which weight gradients could not be told from those of the activations.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from jaxinfra.params import Tree
+
+Values = list[jax.Array]
+
+
+class Phases(NamedTuple):
+    """The parts of a layer y = layer(params, x, context).
+
+    keep(params, x, context) -> (y, kept)
+    back(params, context, kept, dy) -> (dx, dparams), or, where the weights have a part
+    of their own, (dx, left)
+    weigh(params, context, left) -> dparams; None where there is none
+    """
+
+    keep: Callable[..., tuple[jax.Array, Values]]
+    back: Callable[..., tuple[jax.Array, Any]]
+    weigh: Callable[..., Tree] | None
+
+
+def cut(
+    layer: Callable[[Tree, jax.Array, Tree], jax.Array],
+    params: Tree,
+    x: jax.Array,
+    context: Tree,
+    *,
+    remat: str,
+    split: bool,
+) -> Phases:
+    """The parts of `layer` for arguments like these, whose values are not used.
+
+    remat: what `keep` leaves: none, all that the pull-back reads; full, x alone; dots,
+    what matmuls made; save:NAME+NAME, activations of these names. split: whether the
+    gradients of matrices, and others of two or more dims, get a part of their own.
+    """
+    free, structure = jax.tree.flatten((params, context))
+
+    def whole(free, x, dy):
+        params, context = structure.unflatten(free)
+        y, pull = jax.vjp(lambda params, x: layer(params, x, context), params, x)
+        dparams, dx = pull(dy)
+        return y, dx, jax.tree.leaves(dparams)
+
+    closed = jax.make_jaxpr(whole)(free, x, x)
+    jaxpr = _inlined(closed.jaxpr)
+    *free_vars, x_var, dy_var = jaxpr.invars
+    y_var, dx_var, *dparams_vars = jaxpr.outvars
+    on_x = _depending(jaxpr.eqns, {x_var})
+    on_dy = _depending(jaxpr.eqns, {dy_var})
+    given = {*free_vars, *jaxpr.constvars}
+
+    may_keep = {x_var} | {
+        var
+        for eqn in jaxpr.eqns
+        if _is_kept(eqn, remat)
+        for var in eqn.outvars
+        if var in on_x and var not in on_dy
+    }
+    _, kept = _needed(jaxpr.eqns, [dx_var, *dparams_vars], given | {dy_var} | may_keep)
+    kept = [var for var in kept if var in may_keep]
+
+    def part(inputs: Sequence, outputs: Sequence) -> Callable[..., list]:
+        """(free values, values of `inputs`) -> values of `outputs`."""
+        eqns, _ = _needed(jaxpr.eqns, outputs, given | {*inputs})
+        names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+        sub = jaxpr.replace(
+            eqns=eqns,
+            invars=[*free_vars, *inputs],
+            outvars=[*outputs],
+            debug_info=names,
+        )
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(sub, closed.consts))
+
+        def call(params, context, values):
+            return run(*jax.tree.leaves((params, context)), *values)
+
+        return call
+
+    forward = part([x_var], [y_var, *kept])
+
+    def keep(params, x, context):
+        y, *values = forward(params, context, [x])
+        return y, values
+
+    like_params = jax.tree.structure(params)
+    if not split:
+        backward = part([*kept, dy_var], [dx_var, *dparams_vars])
+
+        def back(params, context, kept, dy):
+            dx, *dparams = backward(params, context, [*kept, dy])
+            return dx, like_params.unflatten(dparams)
+
+        return Phases(keep, back, None)
+
+    small = [var for var in dparams_vars if len(var.aval.shape) < 2]
+    done, _ = _needed(jaxpr.eqns, [dx_var, *small], given | {dy_var, *kept})
+    may_leave = {*kept, dy_var, *small} | {
+        var for eqn in done for var in eqn.outvars if var in on_x or var in on_dy
+    }
+    _, left = _needed(jaxpr.eqns, dparams_vars, given | may_leave)
+    left = [var for var in left if var in may_leave]
+    backward = part([*kept, dy_var], [dx_var, *left])
+    weights = part(left, dparams_vars)
+
+    def back_split(params, context, kept, dy):
+        dx, *left = backward(params, context, [*kept, dy])
+        return dx, left
+
+    def weigh(params, context, left):
+        return like_params.unflatten(weights(params, context, left))
+
+    return Phases(keep, back_split, weigh)
+
+
+def _is_kept(eqn: core.JaxprEqn, remat: str) -> bool:
+    """Whether `remat` lets the results of this equation of the forward pass stay."""
+    match remat.partition(":"):
+        case ("none", _, _):
+            return True
+        case ("full", _, _):
+            return False
+        case ("dots", _, _):
+            return eqn.primitive.name in ("dot_general", "conv_general_dilated")
+        case ("save", _, names):
+            named = eqn.primitive.name == "name"
+            return named and eqn.params["name"] in names.split("+")
+        case _:
+            raise ValueError(
+                f"train.remat={remat!r}: use none, full, dots or save:NAMES"
+            )
+
+
+def _depending(eqns: Iterable[core.JaxprEqn], roots: set) -> set:
+    """`roots` and every variable that is computed from one of them."""
+    found = set(roots)
+    for eqn in eqns:
+        if any(var in found for var in _variables(eqn.invars)):
+            found.update(eqn.outvars)
+    return found
+
+
+def _needed(
+    eqns: Sequence[core.JaxprEqn], outputs: Sequence, given: set
+) -> tuple[list[core.JaxprEqn], list]:
+    """(the equations, in order, that make `outputs` of what is `given`; those variables
+    given that they, or the outputs, read, in the order of their names)."""
+    wanted = set(_variables(outputs))
+    read = {var: None for var in _variables(outputs) if var in given}
+    chosen = []
+    for eqn in reversed(eqns):
+        if not any(var in wanted and var not in given for var in eqn.outvars):
+            continue
+        chosen.append(eqn)
+        for var in _variables(eqn.invars):
+            wanted.add(var)
+            if var in given:
+                read[var] = None
+    return chosen[::-1], list(read)
+
+
+def _inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """`jaxpr` with the equations of jitted functions in place of their calls, so that a
+    result is not taken to read what only another result of the same call does."""
+
+    def flat(eqns, env: dict) -> Iterator[core.JaxprEqn]:
+        read = lambda atom: atom if _is_literal(atom) else env.get(atom, atom)
+        for eqn in eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            inner = eqn.params.get("jaxpr") if eqn.primitive.name in _CALLS else None
+            if inner is None or inner.consts:
+                outs = [core.Var(var.aval) for var in eqn.outvars]
+                env.update(zip(eqn.outvars, outs, strict=True))
+                yield eqn.replace(invars=inputs, outvars=outs)
+                continue
+            inside = dict(zip(inner.jaxpr.invars, inputs, strict=True))
+            yield from flat(inner.jaxpr.eqns, inside)
+            for var, atom in zip(eqn.outvars, inner.jaxpr.outvars, strict=True):
+                env[var] = atom if _is_literal(atom) else inside.get(atom, atom)
+
+    env: dict = {}
+    eqns = list(flat(jaxpr.eqns, env))
+    outs = [a if _is_literal(a) else env.get(a, a) for a in jaxpr.outvars]
+    return jaxpr.replace(eqns=eqns, outvars=outs)
+
+
+_CALLS = ("jit", "pjit")
+
+
+def _is_literal(atom) -> bool:
+    return isinstance(atom, core.Literal)
+
+
+def _variables(atoms: Iterable) -> list:
+    return [atom for atom in atoms if not _is_literal(atom)]

@@ -1,0 +1,364 @@
+"""The executor of pipeline schedules: one SPMD program, a loop over a table's rows.
+
+Inside one `shard_map`, manual over `pipeline` and over the axes that only split rows,
+a `scan` walks the rows of `schedules.Program`. In a tick every stage, each under a
+`cond` of its own, runs the forward pass, the backward pass and the weight gradient that
+its row names; then what they made travels to the neighbours. No collective over a
+manual axis is inside a branch that stages take differently. Tensor, context and expert
+axes stay Explicit, so that the model's own code runs in the branches as it is.
+
+The embedding and the head belong to no stage: their vocabulary is split over all of
+them (`sharding.Rules`), and all work together on the microbatch that enters the first
+chunk, and on the one that leaves the last. So neither end is a bottleneck, and a tied
+table is one table.
+
+A stage keeps the inputs of its chunks. A backward pass runs the chunk's layers again,
+keeping of each what `train.remat` says, then walks them backwards, adding gradients
+into the carry. Parameters are gathered over `fsdp` once a step, whatever `zero` is;
+gradients are summed over the axes of rows once, at the end.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfra import mesh, sharding
+from jaxinfra.ops import loss
+from jaxinfra.ops.seam import Context
+from jaxinfra.parallel import placement, schedules
+from jaxinfra.parallel.chunks import GROUPS, Left, Stack, make_chunks, zeros_like
+from jaxinfra.params import Tree
+from jaxinfra.sharding import Layout, Rules
+
+# Axes whose devices the executor tells apart: `pipeline`, and those over which a step
+# sums gradients once at its end. The others are left to the types of arrays.
+ROW_AXES = ("data", "fsdp")
+MANUAL = ("pipeline", *ROW_AXES)
+
+
+class Microbatches(NamedTuple):
+    """All microbatches of a step, [M, rows, ...]; see Context and objective.Targets."""
+
+    tokens_MBT: jax.Array
+    targets_MBT: jax.Array
+    weights_MBT: jax.Array
+    positions_MBT: jax.Array
+    segments_MBT: jax.Array | None
+    rows_MB: jax.Array
+
+
+def inside(rules: Rules) -> Rules:
+    """The rules of a model that runs in the executor, where a device has its own rows
+    and layers, and parameters are whole over `fsdp`."""
+    batch, rows = (
+        tuple(axis for axis in axes if axis not in MANUAL)
+        for axes in (rules.batch, rules.rows)
+    )
+    return dataclasses.replace(rules, batch=batch, rows=rows, embed=(), layers=())
+
+
+def run(
+    schedule: schedules.Schedule,
+    stack: Stack,
+    params: Tree,
+    batch: Microbatches,
+    *,
+    layout: Layout,
+    key: jax.Array | None,
+    scale: jax.Array | float = 1.0,
+) -> tuple[Tree | None, loss.CrossEntropy]:
+    """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says;
+    the loss's sums over all microbatches). No gradients where `schedule` has no
+    backward pass. `params` are those of stack.model, as they are at rest.
+    """
+    cfg = stack.cfg
+    placed = placement.place(
+        cfg.repeats,
+        stages=schedule.stages,
+        virtual=schedule.virtual,
+        size=len(cfg.pattern),
+        prefix=len(cfg.prefix),
+        suffix=len(cfg.suffix),
+    )
+    at_rest = lambda rules: jax.tree.map(
+        lambda of: sharding.spec(rules, *of.axes), stack.model.specs
+    )
+    params_at_rest, grads_at_rest = at_rest(layout.params), at_rest(layout.grads)
+    manual = functools.partial(sharding.among, axes=MANUAL)
+
+    def body(params, batch, key, scale):
+        params = _each_device(sharding.all_gather, params, params_at_rest)
+        to_chunks = functools.partial(_to_chunks, placed=placed)
+        params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
+        grads, sums = _walk(schedule, stack, placed, params, batch, key, scale)
+        sums = jax.lax.psum(sums, ROW_AXES)
+        if grads is None:
+            return None, sums
+        to_rest = functools.partial(_to_rest, placed=placed)
+        grads |= {"pattern": jax.tree.map(to_rest, grads["pattern"])}
+        for name in ("prefix", "suffix"):  # each is made on one stage
+            grads |= {name: jax.lax.psum(grads[name], "pipeline")}
+
+        grads = jax.tree.map(lambda g: g.astype(stack.loss.policy.reduce), grads)
+        reduce = functools.partial(sharding.all_reduce, axes=ROW_AXES)
+        grads = _each_device(reduce, grads, grads_at_rest)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+    has_grads = schedules.has_backward(schedule)
+    mapped = jax.shard_map(
+        body,
+        in_specs=(
+            jax.tree.map(manual, params_at_rest),
+            jax.P(None, ROW_AXES),
+            jax.P(),
+            jax.P(),
+        ),
+        out_specs=(jax.tree.map(manual, grads_at_rest) if has_grads else None, jax.P()),
+        axis_names=set(MANUAL),
+        check_vma=False,  # every sum over a manual axis is made here, by hand
+    )
+    return mapped(params, batch, key, jnp.float32(scale))
+
+
+class _Carry(NamedTuple):
+    """What goes from tick to tick. x, dy: what comes from the neighbours. Each stash
+    has a slot more than is used, for what nobody reads."""
+
+    x_BTD: jax.Array
+    dy_BTD: jax.Array
+    x_stash: jax.Array
+    dy_stash: jax.Array
+    left_stash: Tree
+    grads: Tree
+    sums: loss.CrossEntropy
+
+
+def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scale):
+    """One device's way through the table: (gradients by its own rows and chunks, sums
+    of the loss over its own rows)."""
+    model, last = stack.model, schedule.stages - 1
+    program, slots = schedules.lower(schedule)
+    has_grads, is_split = schedules.has_backward(schedule), schedule.weight is not None
+    stage = jax.lax.axis_index("pipeline")
+    ends = {name: w for name, w in params.items() if name not in GROUPS}
+
+    def of(microbatch) -> tuple[Microbatches, Context]:
+        one = jax.tree.map(lambda x: _take(x, microbatch), batch)
+        context = Context(one.positions_MBT, one.segments_MBT, one.rows_MB, key)
+        return one, model.prepare(context)
+
+    def enter(microbatch, ends):
+        one, context = of(microbatch)
+        return model.embed(ends, one.tokens_MBT, context)
+
+    no_x_BTD = zeros_like(jax.eval_shape(enter, jnp.int32(0), ends))
+    chunks = make_chunks(
+        stack,
+        params,
+        placed,
+        stage,
+        x_BTD=no_x_BTD,
+        context=of(0)[1],
+        split=is_split,
+    )
+
+    def leave(microbatch, y_BTD, grads):
+        """The loss of what the last chunk made, by all stages together."""
+        one, _ = of(microbatch)
+        y_BTD = _to_all(y_BTD, stage == last)
+        (h_BTD, head_VD), pull = jax.vjp(model.unembed, ends, y_BTD)
+        tokens = (one.targets_MBT, one.weights_MBT, stack.loss)
+        if not has_grads:
+            return loss.cross_entropy(h_BTD, head_VD, *tokens), y_BTD, grads
+        sums, of_sum = loss.with_gradients(h_BTD, head_VD, *tokens, scale)
+        dends, dy_BTD = pull(of_sum)
+        return sums, dy_BTD, _add(grads, dends)
+
+    def go_back(microbatch, dx_BTD, grads):
+        """The gradient of the embedding, by all stages together."""
+        dx_BTD = _to_all(dx_BTD, stage == 0)
+        _, pull = jax.vjp(functools.partial(enter, microbatch), ends)
+        return _add(grads, pull(dx_BTD)[0])
+
+    def forward(microbatch, virtual, x_BTD):
+        return chunks.forward(virtual, x_BTD, of(microbatch)[1])
+
+    def back(microbatch, virtual, x_BTD, dy_BTD, grads):
+        return chunks.back(virtual, x_BTD, dy_BTD, of(microbatch)[1], grads)
+
+    def weigh(microbatch, virtual, left, grads):
+        return chunks.weigh(virtual, left, of(microbatch)[1], grads)
+
+    no_sums = loss.CrossEntropy(jnp.float32(0), jnp.float32(0))
+
+    def tick(carry: _Carry, row: schedules.Program):
+        grads = carry.grads
+        mine = jax.tree.map(lambda x: x[stage] if x.ndim else x, row)
+        is_entering, is_leaving = row.enter >= 0, row.leave >= 0
+        with jax.named_scope("enter"):
+            x_BTD = jax.lax.cond(
+                is_entering,
+                lambda: enter(row.enter, ends),
+                lambda: no_x_BTD,
+            )
+        x_BTD = jnp.where(is_entering & (stage == 0), x_BTD, carry.x_BTD)
+        x_stash = _put(carry.x_stash, x_BTD, mine.x_in)
+        with jax.named_scope("forward"):
+            # Read outside the branch: inside, the stash would be copied into it.
+            x_BTD = jax.lax.optimization_barrier(_take(x_stash, mine.forward_x))
+            y_BTD = jax.lax.cond(
+                mine.forward_microbatch >= 0,
+                lambda x: forward(mine.forward_microbatch, mine.forward_virtual, x),
+                lambda x: no_x_BTD,
+                x_BTD,
+            )
+        with jax.named_scope("leave"):
+            sums, dy_BTD, grads = jax.lax.cond(
+                is_leaving,
+                lambda y, grads: leave(row.leave, y, grads),
+                lambda y, grads: (no_sums, no_x_BTD, grads),
+                y_BTD,
+                grads,
+            )
+        new = carry._replace(
+            x_BTD=_to_next(y_BTD, schedule.stages),
+            x_stash=x_stash,
+            sums=jax.tree.map(jnp.add, carry.sums, sums),
+        )
+        if not has_grads:
+            return new, None
+        dy_BTD = jnp.where(is_leaving & (stage == last), dy_BTD, carry.dy_BTD)
+        dy_stash = _put(carry.dy_stash, dy_BTD, mine.dy_in)
+        with jax.named_scope("backward"):
+            reads = _take(x_stash, mine.backward_x), _take(dy_stash, mine.backward_dy)
+            x_BTD, dy_BTD = jax.lax.optimization_barrier(reads)
+            dx_BTD, grads, left = jax.lax.cond(
+                mine.backward_microbatch >= 0,
+                lambda *args: back(
+                    mine.backward_microbatch, mine.backward_virtual, *args
+                ),
+                lambda x, dy, grads: (no_x_BTD, grads, no_left),
+                x_BTD,
+                dy_BTD,
+                grads,
+            )
+        left_stash = _put(carry.left_stash, left, mine.backward_left)
+        if is_split:
+            with jax.named_scope("weight"):
+                left = jax.lax.optimization_barrier(_take(left_stash, mine.weight_left))
+                grads = jax.lax.cond(
+                    mine.weight_microbatch >= 0,
+                    lambda *args: weigh(
+                        mine.weight_microbatch, mine.weight_virtual, *args
+                    ),
+                    lambda left, grads: grads,
+                    left,
+                    grads,
+                )
+        with jax.named_scope("enter"):
+            grads = jax.lax.cond(
+                row.back >= 0,
+                lambda dx, grads: go_back(row.back, dx, grads),
+                lambda dx, grads: grads,
+                dx_BTD,
+                grads,
+            )
+        new = new._replace(
+            dy_BTD=_to_next(dx_BTD, schedule.stages, by=-1),
+            dy_stash=dy_stash,
+            left_stash=left_stash,
+            grads=grads,
+        )
+        return new, None
+
+    no_grads, no_left = None, Left((), (), ())
+    if has_grads:
+        no_grads = jax.tree.map(
+            lambda w: zeros_like(w).astype(stack.loss.policy.accumulate), params
+        )
+        if is_split:
+            args = (jnp.int32(0), jnp.int32(0), no_x_BTD, no_x_BTD, no_grads)
+            no_left = zeros_like(jax.eval_shape(back, *args)[2])
+    carry = _Carry(
+        x_BTD=no_x_BTD,
+        dy_BTD=no_x_BTD,
+        x_stash=zeros_like(no_x_BTD, slots.x),
+        dy_stash=zeros_like(no_x_BTD, slots.dy),
+        left_stash=zeros_like(no_left, slots.left),
+        grads=no_grads,
+        sums=no_sums,
+    )
+    carry, _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, program))
+    return carry.grads, carry.sums
+
+
+def _each_device(function, tree: Tree, specs: Tree) -> Tree:
+    """function(part, spec) of every leaf, where a device's part is a plain array: jax
+    0.10 does not lower psum_scatter of one that is split over Explicit axes."""
+    explicit = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+    return jax.shard_map(
+        lambda tree: jax.tree.map(function, tree, specs),
+        in_specs=(explicit,),
+        out_specs=explicit,
+        check_vma=False,
+    )(tree)
+
+
+def _add(grads: Tree, dends: Tree) -> Tree:
+    """`grads` with those of the embedding, the head and what else is of no layer."""
+    return grads | {
+        name: jax.tree.map(jnp.add, grads[name], d) for name, d in dends.items()
+    }
+
+
+def _take(tree: Tree, slot) -> Tree:
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=slot, keepdims=False)
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: Tree, values: Tree, slot) -> Tree:
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=slot, axis=0)
+    return jax.tree.map(put, tree, values)
+
+
+def _to_all(x: jax.Array, is_source) -> jax.Array:
+    """`x` of the one stage that is the source, on every stage."""
+    # XLA's CPU backend aborts on a bfloat16 sum in a region that is manual in part.
+    dtype = jnp.float32 if mesh.platform() == "cpu" else x.dtype
+    own = jnp.where(is_source, x, 0).astype(dtype)
+    return jax.lax.psum(own, "pipeline").astype(x.dtype)
+
+
+def _to_next(x: jax.Array, stages: int, *, by: int = 1) -> jax.Array:
+    """`x` of the stage before; the last's goes to the first."""
+    pairs = [(stage, (stage + by) % stages) for stage in range(stages)]
+    return jax.lax.ppermute(x, "pipeline", pairs)
+
+
+def _to_chunks(w: jax.Array, *, placed: placement.Placement) -> jax.Array:
+    """A stage's rows of a stacked parameter, from where they are at rest."""
+    return _travel(w, placed, rows=placed.rows, is_back=False)
+
+
+def _to_rest(g: jax.Array, *, placed: placement.Placement) -> jax.Array:
+    return _travel(g, placed, rows=placed.at_rest, is_back=True)
+
+
+def _travel(w, placed: placement.Placement, *, rows: int, is_back: bool):
+    """By rounds, in each of which a stage sends a block and gets one."""
+    if not placed.rounds:
+        return w
+    stage, block = jax.lax.axis_index("pipeline"), placed.block
+    like = jax.typeof(w)
+    out = zeros_like(like.update(shape=(rows + block, *like.shape[1:])))
+    for pairs, send, put in placed.rounds:
+        if is_back:
+            pairs, send, put = [(b, a) for a, b in pairs], put, send
+        start, end = (jnp.asarray(at)[stage] * block for at in (send, put))
+        own = jax.lax.dynamic_slice_in_dim(w, start, block)
+        came = jax.lax.ppermute(own, "pipeline", pairs)
+        out = jax.lax.dynamic_update_slice_in_dim(out, came, end, axis=0)
+    return out[:rows]

@@ -1,0 +1,53 @@
+"""Quantization-aware training: a loss that sees its matrices rounded, as they will be
+kept, and hands their gradients on as if they were not.
+
+Source: arXiv:1308.3432 (straight-through estimator), arXiv:1712.05877 section 3.
+"""
+
+from typing import Any
+
+import jax
+
+from jaxinfra.config import Config, ConfigError
+from jaxinfra.params import ParamSpec, Tree
+from jaxinfra.quant import arrays, compression
+from jaxinfra.quant.compression import Compression
+
+
+def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
+    """`loss_fn`, of a model with `specs`, at its matrices as `train.quantize_aware`
+    and `quantize_group` say, rounded to the nearest; a router stays as it is.
+
+    `compress.py --method nearest` of what was trained computes the same. Costs a copy
+    of the parameters. Raises ConfigError where groups do not divide a dim.
+    """
+    how = Compression(
+        format=config.train.quantize_aware,
+        method="nearest",
+        group=config.train.quantize_group,
+        matrices=(),
+    )
+
+    def rounded(spec: ParamSpec, w: jax.Array) -> jax.Array:
+        """The numbers that w's codes stand for, with w's gradient."""
+        if spec.kind != "matrix" or spec.shape[-1] == config.model.num_experts:
+            return w
+        near = arrays.dequantize(compression.in_form(w, spec, how), w.dtype)
+        return w + jax.lax.stop_gradient(near - w)
+
+    def all_rounded(params: Tree) -> Tree:
+        return jax.tree.map(rounded, specs, params)
+
+    def aware(params: Tree, model_state: Any, batch: Any, key: Any) -> Any:
+        return loss_fn(all_rounded(params), model_state, batch, key)
+
+    try:
+        jax.eval_shape(
+            all_rounded,
+            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, "float32"), specs),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"train.quantize_group={config.train.quantize_group}: {error}"
+        ) from error
+    return aware

@@ -1,0 +1,114 @@
+"""Next-token prediction through a pipeline: a `GradFn`, and forward only a `LossFn`.
+
+They give what `objective.next_token_loss` and its gradient give, summed over
+microbatches.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfra import sharding
+from jaxinfra.config import ModelConfig
+from jaxinfra.models.transformer import Model
+from jaxinfra.ops.loss import LossConfig
+from jaxinfra.parallel import pipeline, schedules
+from jaxinfra.parallel.chunks import Stack
+from jaxinfra.sharding import Layout, Rules
+from jaxinfra.train import objective
+from jaxinfra.train.objective import GradFn, Gradients, LossFn
+
+
+class Pipelined(NamedTuple):
+    """grad_fn: of a step's batch. loss_fn: of a batch of any size, for evaluation.
+    drawing: of the schedule, as text."""
+
+    grad_fn: GradFn
+    loss_fn: LossFn
+    drawing: str
+
+
+def make_pipelined(
+    model_of: Callable[[Rules], Model],
+    cfg: ModelConfig,
+    loss_config: LossConfig,
+    *,
+    layout: Layout,
+    schedule: str,
+    virtual_stages: int,
+    microbatches: int,
+    document_mask: bool = True,
+    remat: str = "none",
+    unroll: bool = False,
+    order_T: np.ndarray | None = None,
+) -> Pipelined:
+    """The next-token loss of `cfg` over the pipeline of the layout's mesh.
+
+    model_of(rules): the transformer of `cfg` by these rules. schedule: one of
+    `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
+    again in the backward pass keeps of that, for one microbatch at a time. order_T:
+    where each row's tokens stand, of `context.row_order`.
+    """
+    rules = pipeline.inside(layout.params)
+    stages = layout.mesh.shape["pipeline"]
+    sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
+    smooth = dataclasses.replace(loss_config, rules=rules)
+    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
+
+    whole = schedules.make(
+        schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
+    )
+
+    def run(table, params, batch, key, scale=1.0):
+        targets = objective.make_targets(
+            batch.tokens_BT1,
+            batch.segments_BT1,
+            layout.params,
+            batch.weights_BT1,
+            order_T=order_T,
+        )
+        parts = pipeline.Microbatches(
+            targets.tokens_BT,
+            targets.targets_BT,
+            targets.weights_BT,
+            targets.positions_BT,
+            targets.segments_BT if document_mask else None,
+            batch.rows_B,
+        )
+        grads, sums = pipeline.run(
+            table,
+            stack._replace(loss=sharp if key is None else smooth),
+            params,
+            objective.split(parts, table.microbatches),
+            layout=layout,
+            key=key,
+            scale=scale,
+        )
+        metrics = {"log_z_squared": sums.z}
+        aux = objective.Aux(jnp.sum(targets.weights_BT), metrics)
+        return grads, sums.nll, aux
+
+    def grad_fn(params, model_state, batch, key):
+        if not isinstance(model_state, objective.Scaled):
+            return Gradients(*run(whole, params, batch, key))
+        scale = model_state.scale
+        grads, loss_sum, aux = run(whole, params, batch, key, scale)
+        return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
+
+    def loss_fn(params, model_state, batch, key):
+        del model_state  # of a transformer there is none
+        parts = sharding.axis_product(layout.mesh, layout.params.batch)
+        table = schedules.forward_only(
+            stages=stages,
+            virtual=virtual_stages,
+            microbatches=math.gcd(len(batch.tokens_BT1) // parts, microbatches),
+        )
+        _, loss_sum, aux = run(table, params, batch, key)
+        return loss_sum, aux
+
+    return Pipelined(grad_fn, loss_fn, schedules.draw(whole))

@@ -1,0 +1,311 @@
+"""Body of `bench.py meshes`: every mesh of 8 devices against one device.
+
+A case is a factorisation of 8 over the six axes, a schedule where there is a pipeline,
+a kind of context parallelism where there is a context axis, and a dense model or one of
+experts: 394 in all. Each trains 12 steps, 2 of them warm-up, of adamw in float32 on the
+shipped text and is compared with one device: the loss of every step, and the gradient
+of the last by tensor, ||g - g0|| / ||g0||, had from the first moment before and after
+it. A case that the rules refuse is listed with the rule.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DEVICES, WARMUP, STEPS = 8, 2, 12
+AXES = ("data", "fsdp", "expert", "context", "tensor", "pipeline")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+CONTEXTS = ("ring", "ulysses", "all_gather")
+MODELS = ("dense", "experts")
+SAMPLE = 25  # about so many make every pair of axis size, schedule, kind, model occur
+
+# What a case must keep to; float32 sums in another order, over 12 updates.
+LOSS, GRADIENT, FALL = 1e-5, 1e-4, 0.05
+
+
+class Case(NamedTuple):
+    """One way to train; empty strings where there is no choice."""
+
+    sizes: tuple[int, ...]
+    schedule: str
+    context: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        named = zip(AXES, self.sizes, strict=True)
+        axes = " x ".join(f"{axis} {size}" for axis, size in named if size > 1)
+        return ", ".join(filter(None, (axes, *self[1:])))
+
+
+def cases() -> list[Case]:
+    """All of them, in a fixed order."""
+    found = []
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)):
+        if np.prod(sizes) != DEVICES:
+            continue
+        by_axis = dict(zip(AXES, sizes, strict=True))
+        schedules = SCHEDULES if by_axis["pipeline"] > 1 else ("",)
+        contexts = CONTEXTS if by_axis["context"] > 1 else ("",)
+        found += [
+            Case(sizes, *rest)
+            for rest in itertools.product(schedules, contexts, MODELS)
+        ]
+    return found
+
+
+def sample(chosen: list[Case], count: int = SAMPLE) -> list[Case]:
+    """`count` of the cases that together have as many pairs of choices as can be: each
+    in turn that has the most new ones."""
+    seen: set = set()
+    picked: list[Case] = []
+    rest = list(chosen)
+    while rest and len(picked) < count:
+        best = max(rest, key=lambda case: len(_pairs(case) - seen))
+        seen |= _pairs(best)
+        picked.append(best)
+        rest.remove(best)
+    return picked
+
+
+def _pairs(case: Case) -> set:
+    axes = [item for item in zip(AXES, case.sizes, strict=True) if item[1] > 1]
+    choices = [*axes, *filter(None, case[1:])]
+    return set(itertools.combinations(choices, 2))
+
+
+def config_of(case: Case | None, model: str) -> Any:
+    """The Config of a case, or of one device; all dims of the model differ."""
+    from jaxinfra import config as c
+    from jaxinfra import options
+
+    layer = c.LayerConfig(feed_forward="experts" if model == "experts" else "dense")
+    experts = {"num_experts": 8, "experts_per_token": 3, "expert_ffn_width": 40}
+    whole = c.ModelConfig(
+        width=32,
+        ffn_width=48,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=4,
+        repeats=16,
+        pattern=(layer,),
+        **(experts if model == "experts" else {}),
+    )
+    base = dataclasses.replace(
+        options.load_config("tiny"),
+        model=whole,
+        train=c.TrainConfig(
+            steps=STEPS, batch_size=64, length=64, microbatches=1, remat="none"
+        ),
+        optimizer=c.OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=WARMUP, schedule="constant", clip_norm=0.0
+        ),
+        mesh=c.MeshConfig(data=1),
+    )
+    if case is None:
+        return base
+    by_axis = dict(zip(AXES, case.sizes, strict=True))
+    parallel = {"schedule": case.schedule or "1f1b", "context": case.context or "ring"}
+    parallel |= {"virtual_stages": 2 if case.schedule == "interleaved" else 1}
+    return dataclasses.replace(
+        base,
+        mesh=c.MeshConfig(**by_axis),
+        parallel=c.ParallelConfig(**parallel),
+        train=dataclasses.replace(
+            base.train, microbatches=4 if by_axis["pipeline"] > 1 else 1
+        ),
+        runtime=c.RuntimeConfig(devices=DEVICES),
+    )
+
+
+class Run(NamedTuple):
+    """losses: of every step. moments: adam's first, before the last step and after it,
+    by path, on the host without padding. params: the same, of the last."""
+
+    losses: list[float]
+    moments: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+    params: Any
+
+
+def trained(config: Any, first: Any = None) -> Run:
+    """The run of `config` from parameters `first`, or from its own."""
+    import jax
+
+    import jaxinfra as ji
+    from jaxinfra import experiment
+    from jaxinfra import params as params_lib
+    from jaxinfra.data import device
+
+    cache = os.path.join(tempfile.gettempdir(), "jaxinfra-bench")
+    folder = ji.prepared(
+        "shakespeare",
+        cache_dir=pathlib.Path(cache),
+        tokenizer="byte",
+        split="tail",
+        held_out=0.1,
+        seed=0,
+    )
+    data = ji.open_dataset(folder)
+    config = experiment.resolve(config, data.tokenizer.vocab_size)
+    count = int(np.prod(list(dataclasses.asdict(config.mesh).values())))
+    built = experiment.build(config, jax.devices()[:count])
+    stream = ji.make_stream(
+        data.split("train"),
+        length=config.train.length,
+        batch_size=config.train.batch_size,
+        seed=0,
+    )
+    rows = experiment.batch_sharding(built.layout)
+
+    def on_host(tree: Any) -> dict[str, np.ndarray]:
+        shapes = {path: s.shape for path, s in params_lib.named(built.task.specs)}
+        return {
+            path: np.asarray(x)[tuple(map(slice, shapes[path]))]
+            for path, x in params_lib.named(jax.device_get(tree))
+        }
+
+    def moment(state: Any) -> dict[str, np.ndarray]:
+        shapes = [s.shape for s in jax.tree.leaves(built.task.specs)]
+        [mu] = [
+            part.mu
+            for part in jax.tree.leaves(state.opt_state, is_leaf=_has_mu)
+            if _has_mu(part)
+        ]
+        assert len(jax.tree.leaves(mu)) == len(shapes)
+        return on_host(mu)
+
+    with jax.set_mesh(built.layout.mesh):
+        weights = None if first is None else _placed(built, first)
+        state, losses, moments, step = built.init(weights=weights), [], [], None
+        start = on_host(state.params) if first is None else first
+        for k in range(STEPS):
+            batch = device.to_device(
+                stream.batch, k, batch_size=config.train.batch_size, sharding=rows
+            )
+            if step is None:
+                step = built.train_step.lower(state, batch).compile(
+                    {"xla_backend_optimization_level": 0}
+                )
+            if k == STEPS - 1:
+                moments.append(moment(state))
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        moments.append(moment(state))
+    return Run(losses, tuple(moments), start)
+
+
+def _has_mu(part: Any) -> bool:
+    return hasattr(part, "mu")
+
+
+def _placed(built: Any, first: dict[str, np.ndarray]) -> Any:
+    import jax
+
+    from jaxinfra import experiment
+    from jaxinfra import params as params_lib
+
+    abstract = experiment.abstract_state(built).params
+    leaves = []
+    for path, like in params_lib.named(abstract):
+        x = first[path]
+        pad = [(0, big - small) for big, small in zip(like.shape, x.shape, strict=True)]
+        leaves.append(jax.device_put(np.pad(x, pad), like.sharding))
+    return params_lib.unflatten(abstract, leaves)
+
+
+def compared(found: Run, expected: Run, beta1: float = 0.9) -> dict[str, float]:
+    """The largest difference of a loss, and of a tensor's gradient at the last step."""
+
+    def gradient(run: Run) -> dict[str, np.ndarray]:
+        before, after = run.moments
+        return {path: after[path] - beta1 * before[path] for path in after}
+
+    ours, theirs = gradient(found), gradient(expected)
+    return {
+        "loss": float(np.max(np.abs(np.subtract(found.losses, expected.losses)))),
+        "gradient": max(
+            float(np.linalg.norm(ours[path] - g) / np.linalg.norm(g))
+            for path, g in theirs.items()
+        ),
+        "fall": 1 - found.losses[-1] / found.losses[WARMUP],
+    }
+
+
+def refusal(case: Case) -> str:
+    """The rule that refuses a case; empty where none does."""
+    from jaxinfra import checks
+    from jaxinfra.config import ConfigError
+
+    try:
+        checks.check(config_of(case, case.model), vocab_size=257)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def measured(results: pathlib.Path, *, full: bool, secs: float) -> Iterator[dict]:
+    """After every case, all results so far. What `results` has is not run again."""
+    import time
+
+    known = json.loads(results.read_text()) if results.exists() else {}
+    ran, failed = known.get("cases", {}), {}
+    refused = {case.name: why for case in cases() if (why := refusal(case))}
+    valid = [case for case in cases() if case.name not in refused]
+    began, references = time.monotonic(), {}
+
+    def told() -> dict:
+        worst = {
+            key: max((c[key] for c in ran.values()), default=0.0)
+            for key in ("loss", "gradient")
+        }
+        least = min((c["fall"] for c in ran.values()), default=0.0)
+        return {
+            "meshes": len({case.sizes for case in cases()}),
+            "cases": dict(sorted(ran.items())),
+            "summary": {
+                "valid": len(valid),
+                "run": len(ran),
+                "refused": len(refused),
+                "failed": len(failed),
+                "largest_loss_difference": worst["loss"],
+                "largest_gradient_difference": worst["gradient"],
+                "least_fall_of_the_loss": least,
+                "limits": {"loss": LOSS, "gradient": GRADIENT, "fall": FALL},
+            },
+            "failed": failed,
+            "refused": refused,
+        }
+
+    # The sample first, so that what is run in part is spread over all choices.
+    chosen = sample(valid)
+    chosen += [case for case in valid if full and case not in chosen]
+    for case in chosen:
+        if case.name in ran:
+            continue
+        if time.monotonic() - began > secs:
+            break
+        if case.model not in references:
+            references[case.model] = trained(config_of(None, case.model))
+        expected = references[case.model]
+        try:
+            found = trained(config_of(case, case.model), expected.params)
+        except Exception as error:  # the table tells it, and the other cases go on
+            failed[case.name] = f"{type(error).__name__}: {error}"[:400]
+        else:
+            figures = compared(found, expected)
+            is_good = figures["loss"] <= LOSS and figures["gradient"] <= GRADIENT
+            if is_good and figures["fall"] >= FALL:
+                ran[case.name] = figures
+            else:
+                failed[case.name] = figures
+        print(case.name, ran.get(case.name) or failed[case.name], file=sys.stderr)
+        yield told()
+    yield told()

@@ -1,0 +1,154 @@
+"""The gradient of one batch, on one device and through a pipeline, side by side."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfra import experiment as experiments
+from jaxinfra import mesh, options, params, precision, sharding
+from jaxinfra.config import (
+    Config,
+    LayerConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from jaxinfra.train import objective
+
+ROWS, LENGTH, VOCAB = 8, 24, 61  # all dims of the model differ too
+QUICK = {"xla_backend_optimization_level": 0}
+
+# Every feature of a stack that a chunk must get right, at once.
+ODD = {
+    "prefix": (LayerConfig(window=3),),
+    "pattern": (LayerConfig(), LayerConfig(window=4)),
+    "repeats": 3,
+    "suffix": (LayerConfig(rope_theta=500.0),),
+    "tied": False,
+    "dropout": 0.3,
+    "qk_norm": "head",
+}
+
+
+def config(
+    sizes: dict[str, int],
+    *,
+    schedule: str = "1f1b",
+    virtual: int = 1,
+    microbatches: int = 4,
+    zero: int = -1,
+    precision_name: str = "float32",
+    model: dict[str, Any] | None = None,
+    way: str = "ring",
+    **train: Any,
+) -> Config:
+    """A tiny model on this mesh, its vocabulary prime."""
+    whole = {"width": 16, "ffn_width": 24, "num_heads": 4, "num_kv_heads": 2}
+    whole |= {"repeats": 4, "vocab_size": VOCAB} | (model or {})
+    return dataclasses.replace(
+        options.load_config("tiny"),
+        model=ModelConfig(**whole),
+        train=TrainConfig(
+            steps=10,
+            batch_size=ROWS,
+            length=LENGTH,
+            microbatches=microbatches,
+            **train,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        mesh=MeshConfig(**{"data": 1, **sizes}),
+        parallel=ParallelConfig(schedule=schedule, virtual_stages=virtual, context=way),
+        precision=precision_name,
+        zero=zero,
+    )
+
+
+def build(config: Config) -> experiments.Experiment:
+    count = int(np.prod(list(dataclasses.asdict(config.mesh).values())))
+    resolved = experiments.resolve(config, VOCAB)
+    return experiments.build(resolved, jax.devices()[:count])
+
+
+def rows(built: experiments.Experiment, seed: int = 0) -> objective.Rows:
+    """Rows of several documents and padding, whose weights differ from row to row."""
+    rng = np.random.default_rng(seed)
+    shape = (ROWS, LENGTH + 1)
+    segments = np.sort(rng.integers(0, 3, shape), axis=1)[:, ::-1]
+    segments = np.where(segments == 0, 0, 3 - segments)
+    segments[0] = 1
+    put = lambda x: jax.device_put(x, experiments.batch_sharding(built.layout))
+    return objective.Rows(
+        put(rng.integers(0, VOCAB, shape).astype(np.int32)),
+        put(segments.astype(np.int32)),
+        put(np.arange(ROWS, dtype=np.uint32)),
+        put(np.broadcast_to(np.arange(ROWS, dtype=np.float32)[:, None], shape)),
+    )
+
+
+def serial(config: Config) -> Config:
+    """The same, on one device, in one piece."""
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=1),
+        parallel=ParallelConfig(),
+        train=dataclasses.replace(config.train, microbatches=1),
+    )
+
+
+def first_params(built: experiments.Experiment) -> Any:
+    """On the host, without padding; the same on every mesh."""
+    one = mesh.make_mesh({}, devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        weights = params.initialize(
+            built.model.specs,
+            jax.random.key(0),
+            layout=sharding.make_layout(one),
+            dtype=precision.policy("float32").param,
+        )
+    return jax.device_get(weights)
+
+
+def placed(built: experiments.Experiment, weights: Any) -> Any:
+    """These parameters where `built` has them."""
+
+    def place(x, like):
+        pad = [(0, big - small) for big, small in zip(like.shape, x.shape, strict=True)]
+        return jax.device_put(np.pad(x, pad).astype(like.dtype), like.sharding)
+
+    return jax.tree.map(place, weights, experiments.abstract_state(built).params)
+
+
+def gradients(config: Config, weights: Any = None) -> tuple[Any, Any, Any]:
+    """(Gradients of one batch, loss by the LossFn of evaluation, the parameters), on
+    the host, without padding."""
+    built = build(config)
+    weights = first_params(built) if weights is None else weights
+    task = built.task
+    grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
+    is_random = config.model.dropout > 0 or config.train.label_smoothing > 0
+    key = jax.random.key(5) if is_random else None
+    with jax.set_mesh(built.layout.mesh):
+        here, batch = placed(built, weights), rows(built)
+        made = jax.jit(grad_fn, compiler_options=QUICK)(here, (), batch, key)
+        held_out = jax.jit(task.loss_fn, compiler_options=QUICK)(here, (), batch, None)
+        made, held_out = jax.device_get((made, held_out))
+    cut = lambda g, w: g[tuple(map(slice, w.shape))]
+    return (
+        made._replace(grads=jax.tree.map(cut, made.grads, weights)),
+        held_out,
+        weights,
+    )
+
+
+def distance(found: Any, expected: Any) -> dict[str, float]:
+    """||g - g0|| / ||g0|| of every parameter, by path."""
+    norms = jax.tree.map(
+        lambda g, g0: float(np.linalg.norm(g - g0) / np.linalg.norm(g0)),
+        found,
+        expected,
+    )
+    return dict(params.named(norms))

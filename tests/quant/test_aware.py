@@ -1,0 +1,79 @@
+"""A loss that sees its matrices rounded: its value, its gradient, what it is for."""
+
+import jax
+import numpy as np
+import pytest
+from tune import small
+from tune.test_frozen import built, rows
+
+from jaxinfra import experiment, params
+from jaxinfra.config import ConfigError
+from jaxinfra.quant import compression
+from jaxinfra.quant.compression import Compression
+from jaxinfra.train import objective
+
+SUMS = 1e-6  # float32 sums in another order
+AWARE = {"quantize_aware": "int4", "quantize_group": 4}
+
+
+def in_few_bits(specs, weights):
+    """Every matrix rounded and made an array again."""
+    how = Compression(format="int4", method="nearest", group=4, matrices=())
+
+    def one(spec, w):
+        if spec.kind != "matrix":
+            return w
+        return jax.jit(
+            lambda x: compression.arrays.dequantize(compression.in_form(x, spec, how))
+        )(w)
+
+    return jax.tree.map(one, specs, weights)
+
+
+def test_loss_and_gradient_are_those_at_the_rounded_matrices():
+    aware, plain = built(small.config(train=AWARE)), built(small.config())
+    with jax.set_mesh(plain.layout.mesh):
+        weights = small.weights(plain.layout)
+        few = in_few_bits(plain.task.specs, weights)
+        batch = rows(0, plain.config, experiment.batch_sharding(plain.layout))
+
+        def found(e, at):
+            grad_fn = e.task.on_batch(objective.grad_of(e.task.loss_fn))
+            return jax.jit(grad_fn)(at, (), batch, None)
+
+        ours, theirs, other = (
+            found(aware, weights),
+            found(plain, few),
+            found(plain, weights),
+        )
+    np.testing.assert_allclose(ours.loss_sum, theirs.loss_sum, rtol=SUMS)
+    assert abs(ours.loss_sum - other.loss_sum) > 1e-3 * other.loss_sum
+    for (path, g), expected in zip(
+        params.named(ours.grads), jax.tree.leaves(theirs.grads), strict=True
+    ):
+        np.testing.assert_allclose(g, expected, atol=1e-4, err_msg=path)
+
+
+def test_groups_that_do_not_divide_are_told_by_the_key():
+    train = AWARE | {"quantize_group": 5}
+    with pytest.raises(ConfigError, match=r"train.quantize_group=5: .*divide"):
+        built(small.config(train=train))
+
+
+@pytest.mark.slow
+def test_it_loses_less_by_rounding_than_training_that_knew_nothing_of_it():
+    """After the same steps on the same rows, each rounded at the end."""
+    losses = {}
+    for name, train in {"aware": AWARE, "plain": {}}.items():
+        config = small.config(train=train)
+        e, exact = built(config), built(small.config())
+        with jax.set_mesh(e.layout.mesh):
+            state = e.init(begun=(small.weights(e.layout), ()))
+            place = experiment.batch_sharding(e.layout)
+            batch = rows(0, config, place)
+            for _ in range(60):
+                state, _ = e.train_step(state, batch)
+            few = in_few_bits(e.task.specs, state.params)
+            loss, aux = exact.eval_step(few, (), batch)
+            losses[name] = float(loss / aux.weight_sum)
+    assert losses["aware"] < 0.9 * losses["plain"]

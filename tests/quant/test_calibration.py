@@ -1,0 +1,151 @@
+"""A whole model in few bits, calibrated layer by layer on simulated devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tune import small
+
+from jaxinfra import params
+from jaxinfra.config import ConfigError, LayerConfig
+from jaxinfra.generate import score
+from jaxinfra.models import transformer
+from jaxinfra.models.specs import param_specs
+from jaxinfra.ops import attention, seam
+from jaxinfra.parallel import expert
+from jaxinfra.quant import calibration, compression, rescaled
+from jaxinfra.quant.compression import Compression
+
+# Few bits multiplied out or not: float32 sums in another order, of logits near 3.
+SAME_FUNCTION = 2e-5
+# The calibration's sums differ in the last bits between meshes, and a weight between
+# two codes may go to either: the logits, 0.3 off, may differ by a tenth of that.
+OTHER_MESH = 0.03
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def compressed(how_of, sizes, cfg=small.MODEL):
+    """(logits of the model, of it in few bits, of these multiplied out)."""
+    rng = np.random.default_rng(0)
+    batches = list(rng.integers(0, cfg.vocab_size, (2, 8, 16)))
+    asked_BT = rng.integers(0, cfg.vocab_size, (8, 16))
+    with small.mesh_of(sizes) as layout:
+        rules = dataclasses.replace(layout.params, length=())
+        ops = seam.Ops(
+            seam.make_einsum(small.POLICY, rules),
+            attention.make_attend(rules),
+            expert.make_dispatch(cfg, policy=small.POLICY, rules=rules),
+        )
+        model = transformer.make_model(cfg, ops=ops, policy=small.POLICY, rules=rules)
+        how = how_of(model.specs)
+        weights = small.weights(layout, cfg)
+        few, errors = calibration.compress(
+            model, cfg, weights, batches, how, layout=layout
+        )
+        wanted = compression.abstract(model.specs, how, layout, jnp.dtype("float32"))
+        for (path, leaf), like in zip(
+            params.named(few), jax.tree.leaves(wanted), strict=True
+        ):
+            assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype), path
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), path
+        logits = score.make_logits(cfg, policy=small.POLICY, layout=layout)
+        plain = rescaled.plain(few, jnp.dtype("float32"))
+        return [logits(tree, asked_BT) for tree in (weights, few, plain)], errors
+
+
+def of(form, method, group):
+    """All matrices so."""
+
+    def how(specs):
+        paths = [path for path, s in params.named(specs) if s.kind == "matrix"]
+        return Compression(
+            format=form, method=method, group=group, matrices=tuple(paths)
+        )
+
+    return how
+
+
+def off(logits):
+    return float(np.sqrt(np.mean((logits[1] - logits[0]) ** 2)))
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "group"),
+    [
+        ("int4", "gptq", 4),
+        ("int4", "awq", 0),
+        pytest.param("nf4", "awq", 4, marks=pytest.mark.slow),
+        pytest.param("int8", "gptq", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_every_mesh_makes_the_same_model_which_runs_as_it_is_kept(form, method, group):
+    alone, errors = compressed(of(form, method, group), {})
+    many, _ = compressed(of(form, method, group), MESH)
+    near, none = compressed(of(form, "nearest", group), {})
+    assert not none
+    assert len(errors) == 2 * 7, "seven matrices in each of two layers"
+    assert all(0 < error < 0.1 for error in errors.values())
+    for logits in (alone, many, near):
+        np.testing.assert_allclose(logits[1], logits[2], atol=SAME_FUNCTION)
+    assert abs(off(alone) - off(many)) < OTHER_MESH
+    assert 0 < off(alone) < off(near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_and_layers_of_all_kinds_are_compressed(method):
+    cfg = dataclasses.replace(
+        small.MODEL,
+        prefix=(LayerConfig(),),
+        pattern=(LayerConfig(feed_forward="experts"), LayerConfig(window=4)),
+        suffix=(LayerConfig(feed_forward="experts"),),
+        num_experts=3,
+        experts_per_token=2,
+        expert_ffn_width=8,
+    )
+    logits, errors = compressed(of("int8", method, 4), {}, cfg)
+    assert len(errors) == 3 * 7 + 3 * 8, "an expert layer has a router"
+    np.testing.assert_allclose(logits[1], logits[2], atol=SAME_FUNCTION)
+    assert 0 < off(logits) < 0.02
+
+
+def test_only_the_matrices_that_are_named_change():
+    specs = param_specs(small.MODEL)
+    with small.mesh_of({}) as layout:
+        how = Compression(
+            format="int8", method="nearest", group=0, matrices=("pattern/0/ffn/up",)
+        )
+        model = type("Model", (), {"specs": specs})
+        weights = small.weights(layout)
+        few, _ = calibration.compress(
+            model, small.MODEL, weights, [], how, layout=layout
+        )
+    changed = [
+        path
+        for (path, spec), leaf in zip(
+            params.named(specs),
+            jax.tree.leaves(few, is_leaf=rescaled.in_few_bits),
+            strict=True,
+        )
+        if rescaled.in_few_bits(leaf)
+    ]
+    assert changed == ["pattern/0/ffn/up"]
+
+
+def test_groups_that_do_not_divide_are_told_with_the_path_and_the_option():
+    specs = param_specs(small.MODEL)
+    for group, sizes in ((5, {}), (8, {"tensor": 2})):
+        with small.mesh_of(sizes) as layout:
+            how = of("int4", "gptq", group)(specs)
+            with pytest.raises(ConfigError, match=r"groups of .*divide.*--group"):
+                compression.abstract(specs, how, layout, jnp.dtype("float32"))
+
+
+def test_a_record_comes_back_from_json_and_a_strange_one_is_refused():
+    how = of("nf4", "awq", 64)(param_specs(small.MODEL))
+    assert compression.from_json(how.to_json()) == how
+    for key, value in {"format": "int3", "group": -1, "more": 1, "matrices": 3}.items():
+        with pytest.raises(ConfigError, match="does not know"):
+            compression.from_json(how.to_json() | {key: value})
