@@ -316,6 +316,13 @@ def _check_remat(remat: str) -> None:
 
 def _check_runtime(config: Config) -> None:
     runtime = config.runtime
+    for part in filter(None, runtime.compiler_options.split(",")):
+        if not re.fullmatch(r"none|xla_[a-z0-9_]+=\S*", part):
+            raise ConfigError(
+                f"runtime.compiler_options: {part!r} is no option; write"
+                " xla_name=value, xla_name= to drop one, or none to drop all, with"
+                " commas between"
+            )
     if runtime.process_id >= runtime.num_processes:
         raise ConfigError(
             f"runtime.process_id={runtime.process_id} must be below"

@@ -293,6 +293,7 @@ class OptimizerConfig:
     means no clipping. ema_decay: evaluate and sample with an average of the parameters
     that keeps this part of itself each step; 0 means none. moments: how adamw's two
     are kept; a checkpoint of either kind goes on as the other, if changes are accepted.
+    offload: the rule's state rests in the host's memory between steps.
     """
 
     name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
@@ -312,6 +313,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     moments: Literal["float32", "8bit"] = "float32"
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,7 +381,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the pipeline, context and expert axes work.
+    """How the pipeline, context, expert and tensor axes work.
 
     schedule: of a pipeline over train.microbatches. gpipe: all forward, then all
     backward; 1f1b: backward as soon as can be, so that the stages, and not the
@@ -389,13 +391,15 @@ class ParallelConfig:
     the backward pass; train.remat says what it keeps of that, for one microbatch.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
-    (dropless), or every expert meets every token (dense).
+    (dropless), or every expert meets every token (dense). sequence: activations between
+    blocks are cut along the length over tensor, where `tasks.activation_rules` can.
     """
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
     experts: Literal["dropless", "dense"] = "dropless"
+    sequence: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -406,7 +410,9 @@ class RuntimeConfig:
     num_processes, process_id: several processes (host:port of process 0); where none
     are stated and `discover`, those that a launcher tells of (`launch.discovery`).
     devices: the count the mesh must fit, checked before jax loads; 0 means unknown.
-    compile_cache: keep compiled programs in data.cache_dir.
+    compile_cache: keep compiled programs in data.cache_dir. compiler_options: changes
+    to what `jaxinfra.compiler_options` has for the devices: name=value, name= to drop
+    one, none to drop all, with commas between.
     """
 
     cpu_devices: int = 0
@@ -416,6 +422,7 @@ class RuntimeConfig:
     discover: bool = True
     devices: int = 0
     compile_cache: bool = True
+    compiler_options: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -534,6 +541,7 @@ RESUMABLE = (
     "data.prefetch", "data.damaged", "data.cache_gib", "train.steps",
     "train.microbatches", "train.remat", "train.unroll", "train.save_every",
     "train.max_secs", "train.log_batch_digest", "train.loss_chunk",
+    "optimizer.offload",
 )  # fmt: skip
 
 # Keys that only the task of text reads; a config file with a task of its own names

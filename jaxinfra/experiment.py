@@ -123,11 +123,13 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
-    eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
     how["model_state"] = task.model_state
     abstract = how | {"frozen": task.frozen}
+    if config.optimizer.offload:
+        train_step, places = jaxinfra.offloaded(train_step, places)
+    made_by = jaxinfra.options_for(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,
         layout=layout,
@@ -136,8 +138,8 @@ def build(
         shardings=places,
         tx=tx,
         schedule=schedule,
-        train_step=jax.jit(train_step, donate_argnums=0),
-        eval_step=jax.jit(eval_step),
+        train_step=jax.jit(train_step, donate_argnums=0, compiler_options=made_by),
+        eval_step=jax.jit(evaluate.make_eval_step(task.on_batch(task.loss_fn))),
         init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
         abstract=functools.partial(states.abstract_state, *parts, **abstract),
     )
@@ -272,8 +274,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
 def trace(experiment: Experiment) -> int:
     """Traces the whole step, compiling nothing, and prints the parameter table."""
     assert experiment.task.stream is not None
-    rows = experiment.task.stream.batch(0, np.arange(1))
-    batch = abstract_batch(experiment, rows)
+    batch = abstract_batch(experiment, experiment.task.stream.batch(0, np.arange(1)))
     experiment.train_step.lower(experiment.abstract(), batch)
     table = params.table(experiment.task.specs)
     print(*filter(None, (table, experiment.task.notes)), sep="\n")

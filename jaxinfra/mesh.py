@@ -59,7 +59,7 @@ def platform() -> str:
 
 def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
     """`partition` without `axis`: how a parameter is laid out while it is used."""
-    named = {name for entry in partition for name in _axes_of(entry)}
+    named = {name for entry in partition for name in axes_of(entry)}
     return among(partition, tuple(named - {axis}))
 
 
@@ -67,7 +67,7 @@ def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
     """Inside a shard_map: the part of an array laid out as `partition`, made whole over
     `axis`. Its transpose is a reduce-scatter."""
     for dim, entry in enumerate(partition):
-        if axis in _axes_of(entry):
+        if axis in axes_of(entry):
             local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
     return local
 
@@ -77,7 +77,7 @@ def all_reduce(local: jax.Array, partition: PartitionSpec, axes: tuple[str, ...]
     along `fsdp`, if that is one of them and `partition` splits a dim over it, else
     all."""
     for dim, entry in enumerate(partition):
-        if "fsdp" in axes and "fsdp" in _axes_of(entry):
+        if "fsdp" in axes and "fsdp" in axes_of(entry):
             axes = tuple(axis for axis in axes if axis != "fsdp")
             local = jax.lax.psum_scatter(
                 local, "fsdp", scatter_dimension=dim, tiled=True
@@ -89,7 +89,7 @@ def among(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """`partition` as far as it is over `axes`."""
     entries = []
     for entry in partition:
-        kept = tuple(name for name in _axes_of(entry) if name in axes)
+        kept = tuple(name for name in axes_of(entry) if name in axes)
         entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
     return PartitionSpec(*entries)
 
@@ -102,5 +102,5 @@ def within(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices=devices)
 
 
-def _axes_of(entry) -> tuple[str, ...]:
+def axes_of(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else entry

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxinfra.mesh import all_gather as all_gather
 from jaxinfra.mesh import all_reduce as all_reduce
 from jaxinfra.mesh import among as among
+from jaxinfra.mesh import axes_of as axes_of
 from jaxinfra.mesh import gathered as gathered
 
 Axes = tuple[str, ...]
@@ -26,6 +27,7 @@ class Rules:
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)
+    residual: Axes = ("context",)  # T between layers: tasks.activation_rules
     width: Axes = ()  # D of activations
     embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
@@ -64,7 +66,9 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
     entries, used = [], set()
     for name in names:
         if name is not None and not hasattr(rules, name):
-            raise ValueError(f"{name!r} is no logical name; use one of {_names(rules)}")
+            raise ValueError(
+                f"{name!r} is no logical name; use one of {(*vars(rules),)}"
+            )
         axes = () if name is None else getattr(rules, name)
         if twice := used.intersection(axes):
             raise ValueError(
@@ -72,7 +76,7 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
                 "one array can be split only once over an axis"
             )
         used.update(axes)
-        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+        entries.append(axes)
     return PartitionSpec(*entries)
 
 
@@ -124,7 +128,3 @@ def bytes_per_device(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _names(rules: Rules) -> Axes:
-    return tuple(field.name for field in dataclasses.fields(rules))

@@ -7,6 +7,7 @@ checkpoints and the meshes are the same. `interop.flax_bridge` makes one of a fl
 module.
 """
 
+import dataclasses
 import pathlib
 import types
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxinfra
-from jaxinfra import runfolder, stages
+from jaxinfra import runfolder, sharding, stages
 from jaxinfra.config import LOW_PRECISION, Config, ConfigError
 from jaxinfra.data import batches, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def text(
 ) -> Task:
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
-    rules, train = layout.params, config.train
+    rules, train = activation_rules(config, layout), config.train
     einsum, low = _in_precision(config, layout, policy)
     dispatch = routers = None
     # By their public names, which load them: most models need none of these.
@@ -229,7 +230,7 @@ def _in_precision(config: Config, layout: Layout, policy: Policy):
     it. What is for low precision is loaded, by its public name, where that is asked."""
     comm = config.comm
     if (comm.gather, comm.reduce) == ("compute", "compute"):
-        einsum = seam.make_einsum(policy, layout.params)
+        einsum = seam.make_einsum(policy, activation_rules(config, layout))
     else:
         einsum = jaxinfra.low_bit_traffic(
             policy, layout.params, gather=comm.gather, reduce=comm.reduce
@@ -237,6 +238,27 @@ def _in_precision(config: Config, layout: Layout, policy: Policy):
     if config.precision not in LOW_PRECISION:
         return einsum, lambda task, per_token: task
     return jaxinfra.low_precision_training(config, layout, policy, einsum)
+
+
+def activation_rules(config: Config, layout: Layout) -> sharding.Rules:
+    """Where activations are in training: as `layout.params` says, but that each device
+    of the tensor axis keeps a part of the length between blocks (parallel.sequence).
+
+    Not where it does not divide the length, and not yet beside other axes that cut the
+    length or the depth, experts, or products in low precision. Source: arXiv:2205.05198
+    section 4.2.2.
+    """
+    sizes, plain = layout.mesh.shape, ("compute", "compute")
+    can_be = (
+        config.parallel.sequence
+        and config.train.length % sizes["tensor"] == 0
+        and (sizes["context"], sizes["pipeline"], sizes["expert"]) == (1, 1, 1)
+        and all(layer.feed_forward == "dense" for layer in config.model.layers)
+        and config.precision not in LOW_PRECISION
+        and (config.comm.gather, config.comm.reduce) == plain
+    )
+    rules = layout.params
+    return dataclasses.replace(rules, residual=("tensor",)) if can_be else rules
 
 
 def open_sets(config: Config) -> dict[str, shards.Dataset]:

@@ -89,7 +89,8 @@ def program(target: str, kind: str) -> str:
         like(tokens, jnp.float32, *names),
     )
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given).compile().as_text()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given).compile()
+        return compiled.as_text() or ""
 
 
 def matmuls(text: str) -> dict[str, int]:

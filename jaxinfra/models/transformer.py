@@ -153,7 +153,7 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
     )
     a_BTKGH = checkpoint_name(a_BTKGH, "attention")
     y_BTD = ops.einsum(
-        "BTKGH,KGHD->BTD", a_BTKGH, params["out"], out=("batch", "length", "width")
+        "BTKGH,KGHD->BTD", a_BTKGH, params["out"], out=("batch", "residual", "width")
     )
     if cfg.out_bias:
         y_BTD += params["out_bias"].astype(y_BTD.dtype)

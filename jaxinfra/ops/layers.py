@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxinfra import sharding
+from jaxinfra import mesh, sharding
 from jaxinfra.config import ModelConfig, RopeScaling
+from jaxinfra.ops import seam
 from jaxinfra.ops.seam import Einsum
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Rules
@@ -37,16 +38,31 @@ def embed(
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    The table is gathered in `policy.reduce`, and its gradient is summed in that.
+    Gradients are summed in `policy.reduce`. Where fsdp splits the width, either the
+    table travels, or, if a device has fewer tokens than the table has rows, they do:
+    each device looks up its columns for the whole axis and they change places.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
+    does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
+
+    def body(table_VD, tokens_BT):
+        if not does_travel:
+            table_VD = sharding.all_gather(table_VD, table_spec)
+            return jax.lax.psum(
+                _own_rows(table_VD, tokens_BT, rules.vocab), rules.vocab
+            )
+        rows_BTD = _own_rows(table_VD, _of_the_axis(tokens_BT), rules.vocab)
+        x_BTD = jax.lax.psum(rows_BTD, rules.vocab).astype(policy.compute)
+        return jax.lax.all_to_all(x_BTD, "fsdp", 0, 2, tiled=True)
+
     lookup = jax.shard_map(
-        functools.partial(_lookup, table_spec=table_spec, axes=rules.vocab),
+        body,
         in_specs=(table_spec, sharding.spec(rules, "batch", "length")),
         out_specs=sharding.spec(rules, "batch", "length", "width"),
         check_vma=False,
     )
-    return lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
+    x_BTD = lookup(table_VD.astype(policy.reduce), tokens_BT).astype(policy.compute)
+    return jax.reshard(x_BTD, sharding.spec(rules, "batch", "residual", "width"))
 
 
 def _embed_forward(table_VD, tokens_BT, policy, rules):
@@ -59,28 +75,32 @@ def _embed_backward(policy, rules, residuals, dx_BTD):
     transposed sum would add these up."""
     table_VD, tokens_BT = residuals
     table_spec = jax.typeof(table_VD).sharding.spec
+    dx_spec = sharding.spec(rules, "batch", "length", "width")
+    does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
     token_axes = rules.batch + rules.length
 
     def body(table_VD, tokens_BT, dx_BTD):
-        rows = functools.partial(_lookup_own, tokens_BT=tokens_BT, axes=rules.vocab)
-        whole = jax.eval_shape(
-            lambda w_VD: sharding.all_gather(w_VD, table_spec), table_VD
-        )
-        (drows_VD,) = jax.linear_transpose(rows, whole)(dx_BTD)
-        return sharding.all_reduce(drows_VD, table_spec, token_axes)
+        axes, whole = token_axes, table_VD
+        if does_travel:
+            axes = tuple(axis for axis in token_axes if axis != "fsdp")
+            tokens_BT = _of_the_axis(tokens_BT)
+            dx_BTD = jax.lax.all_to_all(dx_BTD, "fsdp", 2, 0, tiled=True)
+        else:
+            gather = lambda w_VD: sharding.all_gather(w_VD, table_spec)
+            whole = jax.eval_shape(gather, table_VD)
+        rows = functools.partial(_own_rows, tokens_BT=tokens_BT, axes=rules.vocab)
+        (drows_VD,) = jax.linear_transpose(rows, whole)(dx_BTD.astype(policy.reduce))
+        return sharding.all_reduce(drows_VD, table_spec, axes)
 
     scatter = jax.shard_map(
         body,
-        in_specs=(
-            table_spec,
-            sharding.spec(rules, "batch", "length"),
-            sharding.spec(rules, "batch", "length", "width"),
-        ),
+        in_specs=(table_spec, sharding.spec(rules, "batch", "length"), dx_spec),
         out_specs=table_spec,
         check_vma=False,
     )
-    wide_VD, dx_BTD = table_VD.astype(policy.reduce), dx_BTD.astype(policy.reduce)
-    return scatter(wide_VD, tokens_BT, dx_BTD).astype(table_VD.dtype), None
+    dx_BTD = jax.reshard(dx_BTD, dx_spec)
+    dtable_VD = scatter(table_VD.astype(policy.reduce), tokens_BT, dx_BTD)
+    return dtable_VD.astype(table_VD.dtype), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
@@ -94,7 +114,7 @@ def position_rows(
         table_PD.astype(policy.reduce),
         sharding.gathered(jax.typeof(table_PD).sharding.spec),
     )
-    out_spec = sharding.spec(rules, "batch", "length", "width")
+    out_spec = sharding.spec(rules, "batch", "residual", "width")
     return table_PD.at[positions_BT].get(out_sharding=out_spec).astype(policy.compute)
 
 
@@ -174,18 +194,50 @@ def rotations_of(
     return {t: rotations(positions_BT, f) for t, f in frequencies.items()}
 
 
+@jax.custom_vjp
 def rope(x: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of x [B, T, ..., H] by each position's angles.
 
-    Source: arXiv:2104.09864 eq. 34; halves, not neighbours, as published Llama weights
-    expect.
+    Its gradient turns back, and is of x alone. Source: arXiv:2104.09864 eq. 34; halves,
+    not neighbours, as published Llama weights expect.
     """
     heads = x.ndim - 3
     shape = (*cos_BTh.shape[:2], *(1,) * heads, cos_BTh.shape[-1])
     cos, sin = cos_BTh.reshape(shape), sin_BTh.reshape(shape)
+    if mesh.platform() == "tpu":
+        cos, sin = (jnp.concatenate([a, a], axis=-1) for a in (cos, sin))
+        return (x.astype(jnp.float32) * cos + _quarter_turn(x) * sin).astype(x.dtype)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _rope_forward(x, cos_BTh, sin_BTh):
+    return rope(x, cos_BTh, sin_BTh), (cos_BTh, sin_BTh)
+
+
+def _rope_backward(angles, g):
+    cos_BTh, sin_BTh = angles
+    return rope(g, cos_BTh, -sin_BTh), None, None
+
+
+rope.defvjp(_rope_forward, _rope_backward)
+
+
+def _quarter_turn(x: jax.Array) -> jax.Array:
+    """(first, second) half -> (-second, first), float32, as a product with a matrix of
+    0 and +-1, which is exact: a TPU's matrix unit moves half a register's lanes for
+    free, where slices of them cost two passes over memory in a layer of Llama-3-8B."""
+    half = x.shape[-1] // 2
+    one, zero = np.eye(half, dtype=np.float32), np.zeros((half, half), np.float32)
+    turn_HH = jnp.asarray(np.block([[zero, one], [-one, zero]]), x.dtype)
+    is_full = x.dtype == jnp.float32
+    return jnp.matmul(
+        x,
+        turn_HH,
+        precision=jax.lax.Precision.HIGHEST if is_full else None,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def mlp(
@@ -206,7 +258,7 @@ def mlp(
 
     act_BTF = activate(activation, project)
     y_BTD = einsum(
-        "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "length", "width")
+        "BTF,FD->BTD", act_BTF, params["down"], out=("batch", "residual", "width")
     )
     if "down_bias" in params:
         y_BTD += params["down_bias"].astype(y_BTD.dtype)
@@ -252,19 +304,22 @@ def dropout(
     return jnp.where(kept_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 
-def _lookup(
-    table_VD: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    table_spec: jax.sharding.PartitionSpec,
-    axes: Axes,
-) -> jax.Array:
-    """Embedding of the ids that this device holds, zero for others; then the sum."""
-    table_VD = sharding.all_gather(table_VD, table_spec)
-    return jax.lax.psum(_lookup_own(table_VD, tokens_BT, axes), axes)
+def _do_tokens_travel(table_VD, tokens_BT, rules: Rules) -> bool:
+    """Whether a device has fewer tokens than rows of a table that fsdp cuts by width,
+    so that these are less on the wire than the table."""
+    table_spec = jax.typeof(table_VD).sharding.spec
+    tokens_spec = sharding.spec(rules, "batch", "length")
+    tokens = math.prod(seam.local_shape(tokens_BT.shape, tokens_spec))
+    is_cut = "fsdp" in sharding.axes_of(table_spec[1]) and "fsdp" in rules.batch
+    return is_cut and tokens <= seam.local_shape(table_VD.shape, table_spec)[0]
 
 
-def _lookup_own(table_VD, tokens_BT, axes: Axes) -> jax.Array:
+def _of_the_axis(tokens_BT: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+
+
+def _own_rows(table_VD, tokens_BT, axes: Axes) -> jax.Array:
+    """Rows of the ids that this device holds, zero for others."""
     start = jax.lax.axis_index(axes) * table_VD.shape[0]
     own_BT = tokens_BT.astype(jnp.int32) - start
     is_own_BT = (own_BT >= 0) & (own_BT < table_VD.shape[0])

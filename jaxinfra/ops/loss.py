@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import mesh, sharding
+from jaxinfra.ops import seam
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -100,35 +101,95 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
     tokens_spec = sharding.spec(cfg.rules, "batch", "length")
     h_spec = sharding.spec(cfg.rules, "batch", "length", "width")
     head_spec = jax.typeof(head_VD).sharding.spec
-    token_axes = cfg.rules.batch + cfg.rules.length
-
-    def body(h_BTD, head_VD, targets_BT, weights_BT):
-        whole_VD = sharding.all_gather(head_VD.astype(cfg.policy.compute), head_spec)
-        sums, dh_BTD, dhead_VD = _local(
-            h_BTD, whole_VD, targets_BT, weights_BT, cfg, grads=grads
-        )
-        sums = jax.lax.psum(sums, token_axes)
-        if not grads:
-            return sums, None
-        dh_BTD = jax.lax.psum(dh_BTD, cfg.rules.vocab)
-        if cfg.policy.compute != jnp.float16:  # it is rounded once it has been scaled
-            dh_BTD = dh_BTD.astype(cfg.policy.compute)
-        dhead_VD = dhead_VD.astype(cfg.policy.reduce)
-        dhead_VD = sharding.all_reduce(dhead_VD, head_spec, token_axes)
-        return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
-
+    way = _by_vocabulary if _do_tokens_travel(h_BTD, head_VD, cfg) else _by_tokens
     sums_spec = CrossEntropy(jax.P(), jax.P())
     return jax.shard_map(
-        body,
+        functools.partial(way, cfg=cfg, head_spec=head_spec, grads=grads),
         in_specs=(h_spec, head_spec, tokens_spec, tokens_spec),
         out_specs=(sums_spec, (h_spec, head_spec) if grads else None),
         check_vma=False,
     )(h_BTD, head_VD, targets_BT, weights_BT)
 
 
-def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
-    """Loss sums and gradients (float32, not yet summed over devices) of local
-    tokens."""
+def _do_tokens_travel(h_BTD, head_VD, cfg) -> bool:
+    """Whether the head that fsdp has cut by width is to be cut by vocabulary, and the
+    activations of the whole axis gathered: where that is less on the wire.
+
+    For Llama-3-8B, fsdp 8 and 8192 tokens a device, 1.2 GB in place of 4.6 (v5p sums
+    all of a gradient to scatter it), and no whole head with its float32 gradient.
+    """
+    head_spec = jax.typeof(head_VD).sharding.spec
+    n = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    if n == 1 or "fsdp" not in sharding.axes_of(head_spec[1]):
+        return False
+    V = seam.local_shape(head_VD.shape, head_spec)[0]
+    spec = jax.typeof(h_BTD).sharding.spec
+    B, T, _ = seam.local_shape(h_BTD.shape, spec)
+    compute, reduce = cfg.policy.compute.itemsize, cfg.policy.reduce.itemsize
+    activations = n * B * T * 2 * compute
+    return V % n == 0 and activations < V * (compute + reduce) * (n - 1) // n
+
+
+def _by_tokens(h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, grads):
+    """Each device's own tokens against the head, gathered over fsdp."""
+    token_axes = cfg.rules.batch + cfg.rules.length
+    whole_VD = sharding.all_gather(head_VD.astype(cfg.policy.compute), head_spec)
+    sums, dh_BTD, dhead_VD = _local(
+        h_BTD, whole_VD, targets_BT, weights_BT, cfg, cfg.rules.vocab, grads=grads
+    )
+    sums = jax.lax.psum(sums, token_axes)
+    if not grads:
+        return sums, None
+    dh_BTD = _summed(dh_BTD, cfg)
+    dhead_VD = dhead_VD.astype(cfg.policy.reduce)
+    dhead_VD = sharding.all_reduce(dhead_VD, head_spec, token_axes)
+    return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
+
+
+def _by_vocabulary(h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, grads):
+    """All tokens of the fsdp axis against each device's own part of the vocabulary,
+    which fsdp cuts within what `rules.vocab` has cut."""
+    del head_spec
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=0, tiled=True)
+    exchange = functools.partial(jax.lax.all_to_all, axis_name="fsdp", tiled=True)
+    others = tuple(a for a in cfg.rules.batch + cfg.rules.length if a != "fsdp")
+    own_VD = exchange(head_VD.astype(cfg.policy.compute), split_axis=0, concat_axis=1)
+    sums, dh_BTD, dhead_VD = _local(
+        gather(h_BTD),
+        own_VD,
+        gather(targets_BT),
+        gather(weights_BT),
+        cfg,
+        (*cfg.rules.vocab, "fsdp"),
+        grads=grads,
+    )
+    sums = jax.lax.psum(sums, others)
+    if not grads:
+        return sums, None
+    # Parts are rounded to travel and summed in float32: a reduce-scatter that no
+    # compiler makes an all-reduce of.
+    parts = exchange(_rounded(dh_BTD, cfg)[None], split_axis=1, concat_axis=0)
+    dh_BTD = _summed(jnp.sum(parts, axis=0, dtype=jnp.float32), cfg)
+    dhead_VD = jax.lax.psum(dhead_VD.astype(cfg.policy.reduce), others)
+    dhead_VD = exchange(dhead_VD, split_axis=1, concat_axis=0)
+    return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
+
+
+def _summed(dh: jax.Array, cfg: LossConfig) -> jax.Array:
+    """A gradient of activations, summed over the parts of the vocabulary in float32."""
+    return _rounded(jax.lax.psum(dh.astype(jnp.float32), cfg.rules.vocab), cfg)
+
+
+def _rounded(dh: jax.Array, cfg: LossConfig) -> jax.Array:
+    """A gradient of activations in compute dtype; in float16 it is rounded once it has
+    been scaled."""
+    is_half = cfg.policy.compute == jnp.float16
+    return dh if is_half else dh.astype(cfg.policy.compute)
+
+
+def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, axes, *, grads):
+    """Loss sums and gradients, not yet summed over devices, of these tokens; of h as
+    `_rounded`, of the head float32. The vocabulary is split over `axes`."""
     B, T, D = h_BTD.shape
     num_chunks, size = _chunks(B * T, head_VD.shape[0], cfg.chunk)
     pad = num_chunks * size - B * T
@@ -138,7 +199,9 @@ def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
         flat = jnp.pad(flat, [(0, pad)] + [(0, 0)] * (flat.ndim - 1))
         return flat.reshape(num_chunks, size, *x.shape[2:])
 
-    one_chunk = functools.partial(_chunk, head_VD=head_VD, cfg=cfg, grads=grads)
+    one_chunk = functools.partial(
+        _chunk, head_VD=head_VD, cfg=cfg, axes=axes, grads=grads
+    )
 
     def step(carry, chunk):
         sums, dhead_VD = carry
@@ -158,10 +221,10 @@ def _local(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
     return sums, dh.reshape(-1, D)[: B * T].reshape(B, T, D), dhead_VD
 
 
-def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
-    """Loss sums and gradients of one chunk; V is this device's part of the
-    vocabulary."""
-    axes, precision = cfg.rules.vocab, cfg.policy.matmul_precision
+def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, axes, grads):
+    """Loss sums and gradients of one chunk; V is this device's part of the vocabulary,
+    which is split over `axes`."""
+    precision = cfg.policy.matmul_precision
     dot = functools.partial(
         jnp.einsum, precision=precision, preferred_element_type=jnp.float32
     )
@@ -202,7 +265,7 @@ def _chunk(h_CD, targets_C, weights_C, *, head_VD, cfg, grads):
     dlogits_CV = dlogits_CV.astype(cfg.policy.compute)
     dh_CD = dot("CV,VD->CD", dlogits_CV, head_VD)
     dhead_VD = dot("CV,CD->VD", dlogits_CV, h_CD)
-    return sums, dh_CD / lift, dhead_VD / lift
+    return sums, _rounded(dh_CD / lift, cfg), dhead_VD / lift
 
 
 # float16 has no number between 0 and 6e-8, which is near the probability of a rare

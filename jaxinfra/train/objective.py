@@ -163,6 +163,8 @@ def next_token_loss(
             order_T=order_T,
         )
         h_BTD, head_VD, told = model.forward(params, t.tokens_BT, context)
+        whole = sharding.spec(loss_config.rules, "batch", "length", "width")
+        h_BTD = jax.reshard(h_BTD, whole)
         with jax.named_scope("loss"):
             used = sharp if key is None else loss_config
             sums = loss.cross_entropy(h_BTD, head_VD, t.targets_BT, t.weights_BT, used)

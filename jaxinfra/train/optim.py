@@ -148,7 +148,7 @@ def averaged(opt_state: Any, params: Tree) -> Tree:
     if not isinstance(opt_state, Averaged):
         return params
     return jax.tree.map(
-        lambda mean, p: jax.reshard(mean, p.sharding), opt_state.average, params
+        lambda mean, p: jax.device_put(mean, p.sharding), opt_state.average, params
     )
 
 

@@ -79,8 +79,9 @@ def init_opt_state(
     tx: optax.GradientTransformation, params: Tree, shardings: Shardings
 ) -> Tree:
     """The optimizer's first state, made sharded."""
-    init = jax.sharding.auto_axes(tx.init, out_sharding=shardings.opt_state)
-    return jax.jit(init)(params)
+    near = jax.tree.map(lambda s: s.with_memory_kind(None), shardings.opt_state)
+    init = jax.sharding.auto_axes(tx.init, out_sharding=near)
+    return jax.device_put(jax.jit(init)(params), shardings.opt_state)
 
 
 def init_state(

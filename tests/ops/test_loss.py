@@ -70,7 +70,37 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sums_and_gradients_are_those_of_whole_logits(name, each_mesh):
-    cfg = make_config(**SETTINGS[name])
+    check_sums_and_gradients(make_config(**SETTINGS[name]))
+
+
+@pytest.mark.parametrize("name", ["all", "one chunk"])
+def test_they_are_where_the_tokens_travel_and_not_the_head(
+    name, four_devices, monkeypatch
+):
+    """The head cut by vocabulary over fsdp too, as a larger one is by itself."""
+    asked = []
+    monkeypatch.setattr(loss, "_do_tokens_travel", lambda *_: not asked.append(1))
+    check_sums_and_gradients(make_config(**SETTINGS[name]))
+    assert asked
+
+
+def test_tokens_travel_where_that_is_less_on_the_wire(four_devices):
+    cfg = make_config()
+    spec = functools.partial(sharding.spec, cfg.rules)
+
+    def travels(tokens, vocab):
+        h = jax.device_put(
+            np.zeros((2, tokens, D), np.float32), spec("batch", "length", "width")
+        )
+        head = jax.device_put(np.zeros((vocab, D), np.float32), spec("vocab", "embed"))
+        return loss._do_tokens_travel(h, head, cfg)
+
+    assert travels(tokens=4, vocab=64)
+    assert not travels(tokens=64, vocab=64)
+    assert not travels(tokens=4, vocab=66), "33 rows do not divide over fsdp 2"
+
+
+def check_sums_and_gradients(cfg):
     h, head, targets, weights = place(cfg)
 
     @functools.partial(jax.jit, compiler_options=QUICK)

@@ -1,0 +1,24 @@
+"""What a training step will cost on hardware that is not here.
+
+    python scripts/plan.py --config llama3_8b --target v5p:2x2x2
+    python scripts/plan.py --config llama3_8b --target h100:1x8 --analytic
+
+The real compilers of TPUs and GPUs need no hardware: `compilers` gives them a topology
+(`targets` reads its name) and the step as `experiment.build` makes it, donated and with
+the options of `compiler_options`, and gets the program that would run. From that come
+
+- memory, exactly: arguments, temporaries and their peak on a device, against its HBM;
+- what travels: `program` reads the compiled text, `cost` plays it on one core and one
+  link, loops multiplied out, and tells for each collective its kind, mesh axes, bytes
+  on the wire, and how long the core waits for it;
+- the time of a step: on a TPU the compiler's own cycles of every fusion, plus that
+  waiting, plus the attention kernels, which carry no cycles and are taken at a stated
+  share of peak; on a GPU, whose compiler tells no time, a roofline of every kernel.
+
+`analytic` says the same memory figures from the tree of parameter specs and the mesh
+alone, in a second or two, for choosing a mesh before anything is compiled; it is a
+model, fitted to compiled programs, where the rest is read from them.
+
+A prediction orders programs: it tells which of two is better and where the time goes.
+It is not a measurement, and says nothing of stragglers, of hosts, or of data.
+"""

@@ -1,0 +1,221 @@
+"""The memory of a training step by arithmetic: from spec tree, mesh and batch.
+
+What is at rest is exact: the sum over the arrays of the state, as they are laid out.
+What the step adds is a model of how XLA schedules it. The peak is the largest of three
+moments, each on top of what is at rest:
+
+  loss      saved activations, and what the head's part of the loss holds
+  backward  saved activations, all gradients, and one layer being recomputed
+  update    all gradients
+
+Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
+is taken to bring in all of the state at once, which is the most that it can.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxinfra import checks, params, precision, sharding
+from jaxinfra.config import AXES, Config, LayerConfig, ModelConfig
+from jaxinfra.models import specs as model_specs
+from jaxinfra.ops.layers import GATED
+from jaxinfra.sharding import Layout
+from jaxinfra.train import optim, state
+
+# Widths of compute dtype that the backward pass of one layer holds for each token
+# beside what was saved: fitted to Llama-3-8B compiled for v5p, fsdp 8 (21.8 GB).
+_WORKING_WIDTHS = 12  # of D
+_WORKING_FFN = 6  # of F
+_CHUNK_BYTES = 512 << 20  # of logits at a time, as `ops.loss` has it
+_CUT_BYTES = 8  # four uint16 beside a row of tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device. arguments = parameters + optimizer + the batch and scalars;
+    temporary: what the step adds to them at its fullest moment; peak: both."""
+
+    parameters_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    arguments_bytes: int
+    temporary_bytes: int
+    hbm_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.arguments_bytes + self.temporary_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        return self.hbm_bytes - self.peak_bytes
+
+
+def layout_of(config: Config, num_devices: int) -> Layout:
+    """The layout of `config` on a mesh without devices."""
+    sizes = checks.resolve_mesh(config, num_devices)
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    mesh = jax.sharding.AbstractMesh(
+        tuple(sizes[axis] for axis in AXES), AXES, axis_types=explicit
+    )
+    return sharding.make_layout(mesh, zero=checks.resolve_zero(config))
+
+
+def memory(config: Config, num_devices: int, hbm_bytes: int) -> Memory:
+    """Of the training step of `config`, resolved, on a mesh of so many devices."""
+    layout = layout_of(config, num_devices)
+    specs = model_specs.param_specs(config.model)
+    policy = precision.policy(config.precision)
+    schedule = optim.make_schedule(config.optimizer, config.train.steps)
+    tx = optim.make_optimizer(
+        config.optimizer, specs, schedule, moments=policy.optimizer_state
+    )
+    places = state.make_shardings(specs, tx, layout)
+    at_rest = state.abstract_state(
+        specs,
+        tx,
+        places,
+        layout,
+        dtype=policy.param,
+        loss_scale=policy.loss_scale,
+    )
+    size = sharding.bytes_per_device
+    parameters, optimizer = size(at_rest.params), size(at_rest.opt_state)
+    arguments = size(at_rest) + batch_bytes(config, layout)
+    away = optimizer if config.optimizer.offload else 0
+    gradients = size(params.abstract(specs, layout, layout.grads, np.dtype("float32")))
+    sizes = layout.mesh.shape
+    saved = sum(
+        saved_bytes(config, layer, sizes) for layer in config.model.layers
+    ) + _token_bytes(config, sizes, config.model.width)  # the last layer's result
+    kept = gradients * (2 if config.train.microbatches > 1 else 1)
+    summed = gradients if config.train.microbatches > 1 else 0
+    moments = {
+        "loss": saved + summed + _loss_bytes(config, sizes),
+        "backward": saved + kept + _layer_bytes(config, specs, layout),
+        "update": gradients + away,
+    }
+    return Memory(
+        parameters_bytes=parameters,
+        optimizer_bytes=optimizer,
+        gradients_bytes=gradients,
+        activations_bytes=saved,
+        arguments_bytes=arguments - away,
+        temporary_bytes=max(moments.values()),
+        hbm_bytes=hbm_bytes,
+    )
+
+
+def batch_bytes(config: Config, layout: Layout) -> int:
+    """Of the rows of a batch on one device: tokens, and where documents are cut."""
+    rows = _rows(config, layout.mesh.shape) * config.train.microbatches
+    token = 2 if config.model.vocab_size <= 2**16 else 4
+    return rows * ((config.train.length + 1) * token + _CUT_BYTES)
+
+
+def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) -> int:
+    """Of the activations that one layer keeps for its backward pass, on one device and
+    of one microbatch, as train.remat says."""
+    model, remat = config.model, config.train.remat
+    split = sizes["tensor"]
+    heads = model.num_heads * model.head_width // split
+    keys = model.num_kv_heads * model.head_width // split
+    ffn = _ffn_width(model, layer) // split
+    into = ffn * (2 if model.activation in GATED else 1)
+    # float32 sums of the attention kernel, one a query and head, counted in bfloat16.
+    sums = 2 * model.num_heads // split
+    named = {
+        "query": heads,
+        "key": keys,
+        "value": keys,
+        "attention": heads + sums,
+        "attention_out": model.width,
+        "ffn_in": into,
+        "ffn_out": model.width,
+    }
+    match remat.partition(":"):
+        case ("full", _, _):
+            widths = 0
+        case ("dots", _, _):
+            widths = heads + 2 * keys + model.width + into
+        case ("save", _, names):
+            widths = sum(named[name] for name in names.split("+"))
+        case _:  # both norms' results, the two halves of a gated product, and the rest
+            widths = sum(named.values()) + 2 * model.width + into + heads + keys
+    # What blocks pass on is cut along the length too: parallel.sequence.
+    between = model.width // (split if config.parallel.sequence else 1)
+    return _token_bytes(config, sizes, between + widths)
+
+
+def _token_bytes(config: Config, sizes: Mapping[str, int], width: float) -> int:
+    """Of `width` numbers of compute dtype for each token of a microbatch."""
+    itemsize = precision.policy(config.precision).compute.itemsize
+    tokens = _rows(config, sizes) * config.train.length // sizes["context"]
+    return int(tokens * width * itemsize)
+
+
+def _rows(config: Config, sizes: Mapping[str, int]) -> int:
+    """Rows of a microbatch on one device."""
+    over = math.prod(sizes[axis] for axis in checks.BATCH_AXES)
+    return config.train.batch_size // config.train.microbatches // over
+
+
+def _ffn_width(model: ModelConfig, layer: LayerConfig) -> int:
+    is_dense = layer.feed_forward == "dense"
+    return model.ffn_width if is_dense else model.expert_width * model.num_experts
+
+
+def _loss_bytes(config: Config, sizes: Mapping[str, int]) -> int:
+    """Head, its float32 gradient, the activations that meet it and their gradient, and
+    one chunk of logits with its exponentials."""
+    model, policy = config.model, precision.policy(config.precision)
+    n = sizes["fsdp"]
+    V = -(-model.vocab_size // sizes["tensor"])
+    tokens = _rows(config, sizes) * config.train.length // sizes["context"]
+    compute, reduce = policy.compute.itemsize, policy.reduce.itemsize
+    travels = (
+        checks.resolve_zero(config) >= 3
+        and n > 1
+        and V % n == 0
+        and n * tokens * 2 * compute < V * (compute + reduce) * (n - 1) // n
+    )
+    if travels:  # tokens of the axis against a part of the vocabulary
+        V, tokens = V // n, tokens * n
+    head = V * model.width * (compute + 4)
+    chunk = config.train.loss_chunk or max(256, _CHUNK_BYTES // (4 * V))
+    logits = min(chunk, tokens) * V * (4 + 4 + compute)
+    return head + 2 * tokens * model.width * compute + logits
+
+
+def _layer_bytes(config: Config, specs, layout: Layout) -> int:
+    """The heaviest layer at work: its parameters gathered, its gradients, activations
+    recomputed and their gradients."""
+    model, policy = config.model, precision.policy(config.precision)
+    sizes = layout.mesh.shape
+    split = sizes["tensor"]
+    stacks = [specs["prefix"], specs["pattern"], specs["suffix"]]
+    layers = [layer for stack in stacks for layer in stack]
+    weights = max(
+        sum(
+            math.prod(spec.shape) // (spec.shape[0] if spec.axes[0] == "layers" else 1)
+            for spec in jax.tree.leaves(layer)
+        )
+        for layer in layers
+    )
+    # This layer's and, ahead of its turn, the next one's; and the gradient of one
+    # matrix, whole as it is made and as it arrives summed.
+    gathered = 2 * weights // split * policy.compute.itemsize
+    largest = max(
+        math.prod(spec.shape) // (spec.shape[0] if spec.axes[0] == "layers" else 1)
+        for layer in layers
+        for spec in jax.tree.leaves(layer)
+    )
+    gathered += 2 * largest // split * policy.reduce.itemsize
+    widest = max(_ffn_width(model, layer) for layer in model.layers) // split
+    widths = _WORKING_WIDTHS * model.width + _WORKING_FFN * widest
+    return gathered + _token_bytes(config, sizes, widths)

@@ -1,0 +1,280 @@
+"""What a compiled, scheduled program costs a device: it is played on one core and one
+link.
+
+The core runs a computation's instructions in the order in which they are scheduled,
+each for its time (`Clock`). The link carries one collective at a time. A synchronous
+collective stops the core until it is through, an asynchronous one only where its result
+is awaited too early. A loop costs its trip count times one turn, drained at the turn's
+end; a conditional the mean of its branches by the shares that the caller gives, else
+its dearest. Pallas and fused attention kernels carry no time and are counted by name:
+`predict` adds it.
+
+Limits: a model of order, not of time. One link for all mesh axes, no latency, no
+contention of memory between a collective and the core.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from jaxinfra.plan import wires
+from jaxinfra.plan.program import COLLECTIVES, Instruction, Program, trip_count
+from jaxinfra.plan.wires import Wire
+
+# Conditional's scope contains this text -> share of the times that each branch is
+# taken, in the order of the branches (lax.cond: false, true).
+Shares = Mapping[str, Sequence[float]]
+Clock = Callable[[Program, str, Instruction], float]  # seconds of one instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One run of a program on one device.
+
+    secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
+    kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire.
+    waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name.
+    scopes: jax scope -> seconds of compute. unknown_loops: loops whose trip count could
+    not be read, taken as one turn.
+    """
+
+    compute_secs: float
+    waiting_secs: float
+    matmul_flops: float
+    sent: dict[tuple[str, str, str], float]
+    waited: dict[tuple[str, str], float]
+    kernels: dict[str, float]
+    scopes: dict[str, float]
+    unknown_loops: int
+
+    @property
+    def secs(self) -> float:
+        return self.compute_secs + self.waiting_secs
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(self.sent.values())
+
+
+def cycles_at(clock_hz: float) -> Clock:
+    """A TPU's clock: the compiler's own estimated cycles."""
+    return lambda program, where, line: line.cycles / clock_hz
+
+
+def roofline(peak_flops: float, bytes_per_sec: float) -> Clock:
+    """A clock where the compiler tells no time: of each kernel the longer of its
+    matmuls at `peak_flops` and of what it reads and writes at `bytes_per_sec`."""
+    silent = (
+        "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
+        "conditional", "call", "after-all",
+    )  # fmt: skip
+
+    def secs(program: Program, where: str, line: Instruction) -> float:
+        if line.op in silent or line.op.removesuffix("-start") in COLLECTIVES:
+            return 0.0
+        if line.op.endswith(("-start", "-done", "-update")):
+            return 0.0
+        moved = sum(s.bytes for s in line.out)
+        for name in line.operands:
+            moved += sum(s.bytes for s in program.shapes_of(where, name))
+        flops = matmul_flops(program, where, line)
+        return max(flops / peak_flops, moved / bytes_per_sec)
+
+    return secs
+
+
+def play(
+    program: Program,
+    *,
+    clock: Clock,
+    link_bytes_per_sec: float,
+    axes: wires.Axes | None = None,
+    shares: Shares | None = None,
+) -> Cost:
+    """The cost of one run; `axes` tells which mesh axes a collective's groups span."""
+    player = _Player(program, clock, link_bytes_per_sec, axes, shares or {})
+    secs, totals = player.play(program.entry)
+    compute = sum(v for (what, *_), v in totals.items() if what == "scope")
+
+    def of(what: str) -> dict:
+        keys = {k: v for k, v in totals.items() if k[0] == what and v}
+        return {k[1] if len(k) == 2 else k[1:]: v for k, v in sorted(keys.items())}
+
+    return Cost(
+        compute_secs=compute,
+        waiting_secs=secs - compute,
+        matmul_flops=totals[("flops",)],
+        sent=of("sent"),
+        waited=of("waited"),
+        kernels=of("kernel"),
+        scopes=of("scope"),
+        unknown_loops=player.unknown_loops,
+    )
+
+
+def matmul_flops(program: Program, where: str, line: Instruction) -> float:
+    """2MKN of the matmuls of one instruction, those fused into it included."""
+    if line.op == "fusion":
+        return sum(
+            matmul_flops(program, name, inner)
+            for name in line.called
+            for inner in program[name]
+        )
+    is_gemm = line.op == "custom-call" and "__cublas$" in line.rest
+    if line.op not in ("dot", "convolution") and not is_gemm:
+        return 0.0
+    sizes = [program.shapes_of(where, name) for name in line.operands[:2]]
+    if len(sizes) < 2 or not all(sizes):
+        return 0.0
+    a, b, out = sizes[0][0].size, sizes[1][0].size, line.out[0].size
+    # A matmul reads MK and KN and writes MN: the root of their product is MKN; with a
+    # batch of n each is n times that, so the root is n^1.5 times MKN, and n MKN is due.
+    batch = 1
+    if dims := re.search(r'lhs_batch_dim\w*"?[=:][{\[]([\d,"]*)[}\]]', line.text):
+        numbers = [int(n) for n in dims[1].replace('"', "").split(",") if n]
+        for n in numbers:
+            batch *= sizes[0][0].dims[n]
+    for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
+        batch *= int(count)
+    return 2.0 * (a * b * out / batch) ** 0.5
+
+
+class _Player:
+    """Core and link of one device; the totals of each computation are kept."""
+
+    def __init__(self, program, clock, link, axes, shares):
+        self.program, self.clock, self.link = program, clock, link
+        self.axes, self.shares, self.played = axes, shares, {}
+        self.unknown_loops = 0
+
+    def play(self, where: str) -> tuple[float, Counter]:
+        """(seconds, totals) of one run of a computation, its collectives drained."""
+        if where not in self.played:
+            turn = _Turn(self, where)
+            for line in self.program[where]:
+                turn.run(line)
+            turn.wait(turn.free, turn.last)
+            self.played[where] = turn.core, turn.totals
+        return self.played[where]
+
+
+class _Turn:
+    """One run of one computation. core, free: when the core and the link are done with
+    what they have; due: of collectives under way, when they end, and what they are."""
+
+    def __init__(self, player: _Player, where: str):
+        self.player, self.where, self.program = player, where, player.program
+        self.core = self.free = 0.0
+        self.totals: Counter = Counter()
+        self.due: dict[str, tuple[float, Wire | None]] = {}
+        self.held: dict[str, list[Wire]] = {}
+        self.last: Wire | None = None
+
+    def wait(self, until: float, wire: Wire | None) -> None:
+        if until > self.core and wire is not None:
+            self.totals["waited", wire.kind, wire.axes] += until - self.core
+        self.core = max(self.core, until)
+
+    def send(self, wire: Wire, key: str | None = None) -> None:
+        """Puts a collective on the link; without a `key` the core waits for it."""
+        self.free = max(self.free, self.core) + wire.bytes / self.player.link
+        self.last = wire
+        how = "sync" if key is None else "async"
+        self.totals["sent", wire.kind, wire.axes, how] += wire.bytes
+        if key is None:
+            self.wait(self.free, wire)
+        else:
+            self.due[key] = self.free, wire
+
+    def add(self, totals: Counter, times: float = 1.0) -> None:
+        for key, value in totals.items():
+            self.totals[key] += times * value
+
+    def wires(self, computation: str) -> list[Wire]:
+        return wires.within(self.program, computation, self.player.axes)
+
+    def run(self, line: Instruction) -> None:
+        secs = self.player.clock(self.program, self.where, line)
+        if secs:
+            self.core += secs
+            self.totals["scope", line.scope] += secs
+        self.totals[("flops",)] += matmul_flops(self.program, self.where, line)
+        operand = (line.operands or [""])[0]
+        kind = line.op.removesuffix("-start")
+        match line.op:
+            case _ if kind in COLLECTIVES:
+                wire = wires.of(line, self.where, self.player.axes)
+                self.send(wire, line.name if line.op.endswith("-start") else None)
+            case "async-start":
+                self.due[line.name] = 0.0, None
+                for name in line.called:
+                    for wire in self.wires(name):
+                        self.send(wire, line.name)
+            case "custom-call-start":  # it begins with the operands of its update
+                self.due[line.name] = 0.0, None
+                self.held[line.name] = [w for c in line.called for w in self.wires(c)]
+            case "custom-call-update":
+                self.due[line.name] = 0.0, None
+                for wire in self.held.pop(operand, []):
+                    self.send(wire, line.name)
+            case "async-update":
+                self.due[line.name] = self.due.get(operand, (0.0, None))
+            case _ if line.op.endswith("-done"):
+                self.wait(*self.due.pop(operand, (0.0, None)))
+            case "custom-call" if wires.is_kernel(line):
+                self.totals["kernel", re.sub(r"[.\d]+$", "", line.name)] += 1
+            case "while":
+                self._loop(line)
+            case "conditional":
+                self._branch(line)
+            case "call":
+                for name in line.called:
+                    secs, totals = self.player.play(name)
+                    self.core += secs
+                    self.add(totals)
+            case "fusion":
+                self._fusion(line)
+
+    def _loop(self, line: Instruction) -> None:
+        turns = trip_count(self.program, line)
+        if turns is None:
+            self.player.unknown_loops += 1
+            turns = 1
+        secs, totals = self.player.play(line.computation("body"))
+        self.core += turns * secs
+        self.free = max(self.free, self.core)
+        self.add(totals, turns)
+
+    def _branch(self, line: Instruction) -> None:
+        branches = re.findall(r"(?:false|true)_computation=%?([\w.\-]+)", line.rest)
+        if "true_computation" in line.rest:  # printed true first
+            branches = [line.computation(f"{b}_computation") for b in ("false", "true")]
+        for listed in re.findall(r"branch_computations=\{([^}]*)\}", line.rest):
+            branches += [name.strip().lstrip("%") for name in listed.split(",")]
+        played = [self.player.play(name) for name in branches]
+        given = [v for k, v in self.player.shares.items() if k in line.scope]
+        if given and len(given[0]) == len(played):
+            parts = list(given[0])
+        else:
+            dearest = max(range(len(played)), key=lambda i: played[i][0], default=0)
+            parts = [float(i == dearest) for i in range(len(played))]
+        for part, (secs, totals) in zip(parts, played, strict=True):
+            self.core += part * secs
+            self.add(totals, part)
+
+    def _fusion(self, line: Instruction) -> None:
+        """A fusion may start, carry on or end an asynchronous collective, or be one."""
+        if line.name.startswith("async-collective-done"):
+            for name in line.called:
+                for channel in wires.channels(self.program, name):
+                    self.wait(*self.due.pop(channel, (0.0, None)))
+        elif line.name.startswith("async-collective-start"):
+            for name in line.called:
+                found = wires.channels(self.program, name)
+                for channel, wire in zip(found, self.wires(name), strict=False):
+                    self.send(wire, channel)
+        elif not any(name.startswith("async_collective") for name in line.called):
+            for name in line.called:
+                for wire in self.wires(name):
+                    self.send(wire)

@@ -1,0 +1,212 @@
+"""A plan: the figures of one step on one target, as JSON and as text."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from jaxinfra import checks
+from jaxinfra.config import Config
+from jaxinfra.plan import cost
+from jaxinfra.plan.analytic import Memory
+from jaxinfra.plan.compilers import Compiled
+from jaxinfra.plan.targets import Target
+
+FORMULA = (
+    "step_secs = compute + waiting for the link + attention kernels;"
+    " mfu = model FLOPs / (step_secs x peak), hfu = hardware FLOPs / (step_secs x peak)"
+)
+SOURCES = (
+    "model FLOPs 6 N + 6 L heads T a token: arXiv:2204.02311 appendix B, causal",
+    "compute: the compiler's estimated cycles over the clock (TPU), or the longer of"
+    " matmuls at peak and bytes at the memory's rate for every kernel (GPU)",
+    "waiting: the program played on one core and one link (jaxinfra/plan/cost.py)",
+)
+
+
+def attention_flops(config: Config, num_devices: int) -> tuple[float, float]:
+    """(forward, backward) of one call of a fused attention kernel on one device: 4 H
+    FLOPs forward for every query, head and key that it sees, 10 H backward, which
+    makes the scores again.
+
+    Of the mean layer, and of one microbatch. Source: arXiv:2205.14135 appendix B.
+    """
+    model, train = config.model, config.train
+    sizes = checks.resolve_mesh(config, num_devices)
+    seen = [min(layer.window or train.length, train.length) for layer in model.layers]
+    keys = sum(s - s**2 / (2 * train.length) for s in seen) / len(seen)
+    rows = train.batch_size // train.microbatches
+    queries = rows * train.length * model.num_heads / num_devices * sizes["pipeline"]
+    return 4 * queries * keys * model.head_width, 10 * queries * keys * model.head_width
+
+
+def plan(
+    config: Config,
+    target: Target,
+    *,
+    memory: Memory,
+    compiled: Compiled,
+    played: cost.Cost,
+    model_flops: float,
+    options: dict[str, str],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """All figures as one JSON object. memory: the analytic model's, for what the
+    compiler does not split; model_flops: of one step on one device."""
+    chip = target.chip
+    forward, backward = attention_flops(config, target.num_devices)
+    calls: Counter = Counter()
+    for name, count in played.kernels.items():
+        is_back = any(part in name.lower() for part in ("dkv", "dq", "bwd", "backward"))
+        calls["backward" if is_back else "forward"] += count
+    kernel_flops = calls["forward"] * forward + calls["backward"] * backward
+    kernel_secs = kernel_flops / (chip.attention_share * chip.peak_flops)
+    hardware_flops = played.matmul_flops + kernel_flops
+    step_secs = played.secs + kernel_secs
+    tokens = config.train.batch_size * config.train.length
+    peak = chip.peak_flops * step_secs
+    return {
+        "config": config.name,
+        "target": target.name,
+        "devices": target.num_devices,
+        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
+        "remat": config.train.remat,
+        "batch_size": config.train.batch_size,
+        "length": config.train.length,
+        "precision": config.precision,
+        "memory": {
+            "parameters_bytes": memory.parameters_bytes,
+            "optimizer_bytes": memory.optimizer_bytes,
+            "gradients_bytes": memory.gradients_bytes,
+            "activations_bytes": memory.activations_bytes,
+            "arguments_bytes": compiled.arguments_bytes,
+            "temporary_bytes": compiled.temporary_bytes,
+            "peak_bytes": compiled.peak_bytes,
+            "hbm_bytes": chip.hbm_bytes,
+            "headroom_bytes": chip.hbm_bytes - compiled.peak_bytes,
+            "analytic_peak_bytes": memory.peak_bytes,
+        },
+        "compute": {
+            "model_flops": model_flops,
+            "hardware_flops": hardware_flops,
+            "matmul_flops": played.matmul_flops,
+            "kernel_flops": kernel_flops,
+            "remat_frac": max(0.0, 1 - model_flops / hardware_flops),
+            "kernel_calls": dict(played.kernels),
+            "compute_secs": played.compute_secs,
+            "waiting_secs": played.waiting_secs,
+            "kernel_secs": kernel_secs,
+            "scopes": dict(by_scope(played.scopes).most_common()),
+            "unknown_loops": played.unknown_loops,
+        },
+        "wire": [
+            {
+                "kind": kind,
+                "axes": axes,
+                "how": how,
+                "bytes": sent,
+                "waited_secs": played.waited.get((kind, axes), 0.0),
+            }
+            for (kind, axes, how), sent in played.sent.items()
+        ],
+        "step_secs": step_secs,
+        "tokens_per_sec": tokens / step_secs,
+        "mfu": model_flops / peak,
+        "hfu": hardware_flops / peak,
+        "formula": FORMULA,
+        "compile_secs": compiled.secs,
+        "compiler_options": options,
+        "versions": versions,
+    }
+
+
+def analytic_plan(config: Config, target: Target, memory: Memory) -> dict[str, Any]:
+    """What is known without compiling."""
+    return {
+        "config": config.name,
+        "target": target.name,
+        "devices": target.num_devices,
+        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
+        "remat": config.train.remat,
+        "batch_size": config.train.batch_size,
+        "length": config.train.length,
+        "precision": config.precision,
+        "memory": dataclasses.asdict(memory)
+        | {"peak_bytes": memory.peak_bytes, "headroom_bytes": memory.headroom_bytes},
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The plan for a reader."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
+    lines = [
+        f"{found['config']} on {found['target']}: {found['devices']} devices"
+        f" ({mesh or 'one'}), {found['batch_size']} rows of {found['length']} tokens,"
+        f" {found['precision']}, remat {found['remat']}",
+        "",
+        "memory of a device",
+    ]
+    memory = found["memory"]
+    lines += [
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<16}{_size(size):>12}"
+        for name, size in memory.items()
+    ]
+    if memory["headroom_bytes"] < 0:
+        lines.append("  does not fit: more fsdp or tensor, fewer rows, or train.remat")
+    if "compute" not in found:
+        return "\n".join(lines)
+    compute = found["compute"]
+    lines += [
+        "",
+        f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP, hardware"
+        f" {compute['hardware_flops'] / 1e12:.3g} ({compute['remat_frac']:.0%} of it"
+        " again)",
+        "",
+        "on the wire of a device           over            how         sent  waited ms",
+    ]
+    for w in found["wire"]:
+        lines.append(
+            f"  {w['kind']:<30}  {w['axes']:<15} {w['how']:<5} {_size(w['bytes']):>9}"
+            f"  {w['waited_secs'] * 1e3:9.2f}"
+        )
+    lines += ["", "where the core's time goes, ms"]
+    lines += [f"  {k:<36}{v * 1e3:9.2f}" for k, v in compute["scopes"].items()]
+    lines += [
+        "",
+        f"step {found['step_secs']:.3f} s = compute {compute['compute_secs']:.3f}"
+        f" + waiting {compute['waiting_secs']:.3f} + attention kernels"
+        f" {compute['kernel_secs']:.3f}",
+        f"{found['tokens_per_sec']:,.0f} tokens/s, MFU {found['mfu']:.1%},"
+        f" HFU {found['hfu']:.1%}; compiled in {found['compile_secs']:.0f} s",
+        FORMULA,
+        *SOURCES,
+    ]
+    return "\n".join(lines)
+
+
+def by_scope(scopes: dict[str, float]) -> Counter:
+    """Seconds by pass and named scope, as in "backward ffn matmul"."""
+    named = ("embed", "attention", "ffn", "unembed", "loss", "update")
+    total: Counter = Counter()
+    for scope, secs in scopes.items():
+        parts = scope.replace("(", "/").replace(")", "/").split("/")
+        part = next((name for name in named if name in parts), "rest of the step")
+        if "rematted_computation" in parts:
+            when = "recomputed"
+        elif "transpose" in parts:
+            when = "backward"
+        else:
+            when = "forward" if "jvp" in parts else ""
+        what = "matmul" if "dot_general" in parts else "other"
+        total[" ".join(filter(None, (when, part, what)))] += secs
+    return total
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.2f} kB"
+
+
+def _sizes(config: Config, target: Target) -> dict[str, int]:
+    return checks.resolve_mesh(config, target.num_devices)

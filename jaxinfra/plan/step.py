@@ -1,0 +1,76 @@
+"""From a config and a target to a plan: built, compiled, played."""
+
+import importlib.metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfra import compiler_options, experiment, tasks
+from jaxinfra.config import Config
+from jaxinfra.data import packing
+from jaxinfra.plan import analytic, compilers, cost, program, report
+from jaxinfra.plan.compilers import Compiled
+from jaxinfra.plan.targets import Target
+
+
+def plan_step(
+    config: Config,
+    target: Target,
+    get_task: Any = None,
+    *,
+    shares: cost.Shares | None = None,
+) -> tuple[dict[str, Any], Compiled]:
+    """The plan, and the compiled step that it is read from.
+
+    `shares`: how often the branches of conditionals are taken, see `cost.play`.
+    Raises ConfigError for a mesh or a target that cannot be.
+    """
+    devices = compilers.devices(target)
+    built = experiment.build(config, devices, get_task=get_task or tasks.text)
+    with jax.set_mesh(built.layout.mesh):
+        batch = experiment.abstract_batch(built, rows_of(built))
+        state = built.abstract()
+    compiled = compilers.compile_step(built, state, batch)
+    chip, sizes = target.chip, dict(built.layout.mesh.shape)
+    clock = (
+        cost.cycles_at(chip.clock_hz)
+        if chip.clock_hz
+        else cost.roofline(chip.peak_flops, chip.hbm_bytes_per_sec)
+    )
+    played = cost.play(
+        program.parse(compiled.text),
+        clock=clock,
+        link_bytes_per_sec=chip.link_bytes_per_sec,
+        axes=sizes,
+        shares=shares,
+    )
+    rows = config.train.batch_size / target.num_devices
+    found = report.plan(
+        config,
+        target,
+        memory=analytic.memory(config, target.num_devices, chip.hbm_bytes),
+        compiled=compiled,
+        played=played,
+        model_flops=built.task.flops_per_row * rows,
+        options=compiler_options.for_device(
+            devices[0].device_kind, config.runtime.compiler_options
+        ),
+        versions=_versions(target),
+    )
+    return found, compiled
+
+
+def rows_of(built: experiment.Experiment) -> Any:
+    """One row of the batches of the task; of text without data, its shape."""
+    if built.task.stream is not None:
+        return built.task.stream.batch(0, np.arange(1))
+    config = built.config
+    token = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
+    tokens = np.zeros((1, config.train.length + 1), token)
+    return packing.Batch(tokens, tokens[:, :4].astype(np.uint16))
+
+
+def _versions(target: Target) -> dict[str, str]:
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}[target.chip.platform]
+    return {name: importlib.metadata.version(name) for name in ("jax", package)}

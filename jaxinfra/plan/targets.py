@@ -1,0 +1,110 @@
+"""Hardware by name: `v5p:2x2x2`, `v6e:4x4`, `h100:1x8`; its figures with their sources.
+
+Free of jax, so that a wrong name is refused at once.
+"""
+
+import dataclasses
+import math
+import re
+
+from jaxinfra.config import ConfigError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device. hbm_bytes: what a program may use. peak_flops: dense bfloat16, a
+    second. link_bytes: on the wire a second and device, one way, all links together
+    that a ring over one mesh axis can use. attention_share: of peak that the fused
+    attention kernel reaches, forward and backward together: an assumption.
+    """
+
+    platform: str
+    dims: int  # of a topology's name
+    hbm_bytes: int
+    hbm_bytes_per_sec: float
+    peak_flops: float
+    link_bytes_per_sec: float
+    clock_hz: float = 0.0  # of a TPU's core, by which the compiler's cycles are seconds
+    attention_share: float = 0.5
+
+
+# TPUs: cloud.google.com/tpu/docs system architecture pages (peak, HBM, interchip links;
+# a ring over an axis uses two of a chip's links); HBM as the compiler has it, less
+# what it keeps. Clocks: peak / (FLOP a cycle of the matrix units). GPU: NVIDIA H100
+# SXM data sheet (NVLink 900 GB/s both ways); 600 TFLOP/s of attention on H100:
+# arXiv:2407.08608 figure 5.
+CHIPS = {
+    "v5p": Chip(
+        platform="tpu",
+        dims=3,
+        hbm_bytes=int(95.74 * 2**30),
+        hbm_bytes_per_sec=2.765e12,
+        peak_flops=459e12,
+        link_bytes_per_sec=2.7e11,
+        clock_hz=1.75e9,
+    ),
+    "v5e": Chip(
+        platform="tpu",
+        dims=2,
+        hbm_bytes=int(15.75 * 2**30),
+        hbm_bytes_per_sec=8.1e11,
+        peak_flops=197e12,
+        link_bytes_per_sec=9e10,
+        clock_hz=1.5e9,
+    ),
+    "v6e": Chip(
+        platform="tpu",
+        dims=2,
+        hbm_bytes=int(31.25 * 2**30),
+        hbm_bytes_per_sec=1.64e12,
+        peak_flops=918e12,
+        link_bytes_per_sec=1.8e11,
+        clock_hz=1.75e9,
+    ),
+    "h100": Chip(
+        platform="gpu",
+        dims=2,
+        hbm_bytes=int(79.1 * 2**30),
+        hbm_bytes_per_sec=3.35e12,
+        peak_flops=989.5e12,
+        link_bytes_per_sec=4.5e11,
+        attention_share=0.55,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A topology: `shape` is of chips, for GPUs nodes x GPUs a node."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape)
+
+
+def parse(name: str) -> Target:
+    """The target called `name`; ConfigError says what names are like."""
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        raise ConfigError(
+            f"--target {name!r}: there is no {kind!r}; use one of {', '.join(CHIPS)},"
+            f" as in v5p:2x2x2, v6e:4x4 or h100:1x8{did_you_mean(kind, CHIPS)}"
+        )
+    dims = CHIPS[kind].dims
+    sizes = [int(s) for s in shape.split("x") if re.fullmatch(r"[1-9]\d{0,4}", s)]
+    if len(sizes) != dims or shape.count("x") != dims - 1:
+        example = "x".join(["2"] * dims) if dims == 3 else "4x4"
+        what = "nodes x GPUs a node" if kind == "h100" else f"{dims} dims of chips"
+        example = "1x8" if kind == "h100" else example
+        raise ConfigError(
+            f"--target {name!r}: {shape!r} must be {what}, as in {kind}:{example}"
+        )
+    return Target(name=name, kind=kind, shape=tuple(sizes))

@@ -1,0 +1,148 @@
+"""Collectives of a compiled program: what each puts on the wire, and over which axes.
+
+Bytes are those that a device sends in a ring over a group of n: (n - 1) / n of the
+whole for a gather or scatter, twice that for an all-reduce.
+Source: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxinfra.plan.program import COLLECTIVES, Instruction, Program
+
+Axes = Mapping[str, int]  # mesh axis -> size, in the order of the mesh
+_KERNELS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "triton_kernel_call")
+
+
+class Wire(NamedTuple):
+    """One collective: its kind, the mesh axes over which it goes ("?" where they could
+    not be told), and the bytes that a device sends."""
+
+    kind: str
+    axes: str
+    bytes: float
+
+
+def is_kernel(line: Instruction) -> bool:
+    """Whether this call is a kernel for which the compiler tells neither time nor
+    FLOPs."""
+    return any(f'custom_call_target="{name}' in line.rest for name in _KERNELS)
+
+
+def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
+    """The collective that `line` of computation `where` is, or starts."""
+    kind = line.op.removesuffix("-start")
+    is_start = line.op.endswith("-start")
+    groups = _groups(line)
+    n = max((len(g) for g in groups), default=_size_of_groups(line))
+    if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
+        return Wire(kind, "none", 0.0)
+    sizes = [shape.bytes for shape in line.out]
+    whole = (max(sizes) if is_start else sum(sizes)) if sizes else 0.0
+    name = spanned(groups, axes) if axes else "?"
+    if "all-reduce-scatter" in where:  # an all-reduce whose fusion keeps one part
+        return Wire("reduce-scatter", name, whole * (n - 1) / n)
+    part = min([s for s in sizes if s > 4] or sizes or [0.0]) if is_start else whole
+    sent = {
+        "all-gather": whole * (n - 1) / n,
+        "all-reduce": 2 * whole * (n - 1) / n,
+        "reduce-scatter": part * (n - 1),
+        "all-to-all": whole * (n - 1) / n,
+    }
+    return Wire(kind, name, sent.get(kind, whole))
+
+
+def within(program: Program, computation: str, axes: Axes | None) -> list[Wire]:
+    """The collectives of a computation and of its fusions, one a channel."""
+    found: dict[str, Wire] = {}
+    for line in program[computation]:
+        if line.op.removesuffix("-start") in COLLECTIVES:
+            found.setdefault(line.channel, of(line, computation, axes))
+        elif line.op in ("fusion", "call"):
+            for name in line.called:
+                for wire in within(program, name, axes):
+                    found.setdefault(f"{name}{wire}", wire)
+    return list(found.values())
+
+
+def channels(program: Program, computation: str) -> list[str]:
+    """Channels of the collectives of a computation, each once."""
+    lines = (
+        line
+        for line in program[computation]
+        if line.op.removesuffix("-start") in COLLECTIVES
+    )
+    return list(dict.fromkeys(line.channel for line in lines))
+
+
+def spanned(groups: Sequence[Sequence[int]], axes: Axes) -> str:
+    """The mesh axes along which devices of a group differ, as in "fsdp" or
+    "data+fsdp". A device's number is its place in the mesh."""
+    moving: set[str] = set()
+    for group in groups:
+        places = [_place(number, axes) for number in group]
+        moving |= {
+            axis
+            for i, axis in enumerate(axes)
+            if len({place[i] for place in places}) > 1
+        }
+    return "+".join(axis for axis in axes if axis in moving) or "?"
+
+
+def _place(number: int, axes: Axes) -> tuple[int, ...]:
+    place = []
+    for size in reversed(axes.values()):
+        number, index = divmod(number, size)
+        place.append(index)
+    return tuple(reversed(place))
+
+
+def _groups(line: Instruction) -> list[list[int]]:
+    """Device numbers of each group: {{0,1},{2,3}}, [groups,size]<=[dims]T(order), or
+    source_target_pairs."""
+    text = line.rest
+    if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        return _braces(found[1])
+    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
+        return _braces(found[1])
+    form = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(form, text):
+        count, size = int(found[1]), int(found[2])
+        dims = [int(n) for n in found[3].split(",")]
+        order = [int(n) for n in found[4].split(",")] if found[4] else range(len(dims))
+        strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+        spans = [range(dims[i]) for i in order]
+        flat = [
+            sum(index * strides[i] for index, i in zip(indices, order, strict=True))
+            for indices in itertools.product(*spans)
+        ]
+        return [flat[g * size : (g + 1) * size] for g in range(count)]
+    form = r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}"
+    if found := re.search(form, text):  # mesh['data'=2,'fsdp'=4] {'fsdp'}
+        sizes = {a: int(n) for a, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        names = [a for a in re.findall(r"'([^']+)'", found[2]) if a in sizes]
+        spans = [range(n) if a in names else range(1) for a, n in sizes.items()]
+        strides = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
+        return [
+            [
+                sum(i * s for i, s in zip(place, strides, strict=True))
+                for place in itertools.product(*spans)
+            ]
+        ]
+    return []
+
+
+def _braces(text: str) -> list[list[int]]:
+    return [
+        [int(n) for n in group.split(",") if n.strip()]
+        for group in re.findall(r"\{([\d, ]*)\}", text)
+    ]
+
+
+def _size_of_groups(line: Instruction) -> int:
+    """Where no group could be read: all that the line itself may say, else 1."""
+    found = re.search(r"replica_groups=\[(\d+),(\d+)\]", line.rest)
+    return int(found[2]) if found else 1

@@ -1,0 +1,41 @@
+"""The optimizer's state in the host's memory between steps: `optimizer.offload`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxinfra.config import ConfigError
+from jaxinfra.train.state import Shardings
+
+HOST = "pinned_host"
+
+
+def offloaded(train_step: Callable, shardings: Shardings) -> tuple[Callable, Shardings]:
+    """`train_step` of a state whose optimizer state rests in pinned host memory, and
+    where that state's arrays are.
+
+    The compiler brings each array in where the update first reads it and sends it back
+    where it was last written: the same numbers, and the device's memory is free of it
+    during the forward and backward passes. Raises ConfigError where the devices cannot
+    address such memory.
+    """
+
+    def step(state: Any, batch: Any) -> Any:
+        near = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        state, metrics = train_step(state._replace(opt_state=near), batch)
+        far = jax.device_put(state.opt_state, jax.memory.Space.Host)
+        return state._replace(opt_state=far), metrics
+
+    return step, shardings._replace(
+        opt_state=jax.tree.map(_on_host, shardings.opt_state)
+    )
+
+
+def _on_host(sharding: jax.NamedSharding) -> jax.NamedSharding:
+    try:
+        return sharding.with_memory_kind(HOST)
+    except ValueError as error:  # the device's own list is in the text
+        raise ConfigError(
+            f"optimizer.offload=true: {error}; set optimizer.offload to false"
+        ) from error

@@ -1,0 +1,64 @@
+"""Small programs in the words of XLA's TPU compiler, cut down from compiled ones."""
+
+# A loop of three turns: a gather that runs beside one matmul, then one that nobody
+# hides; before it a branch, after it an attention kernel.
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum.1 = f32[] add(%a, %b)
+}
+
+%body.1 (p: (s32[], bf16[8,4], bf16[4,16])) -> (s32[], bf16[8,4], bf16[4,16]) {
+  %p = (s32[]{:T(128)}, bf16[8,4]{1,0}, /*index=2*/bf16[4,16]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %w = bf16[4,16]{1,0} get-tuple-element(%p), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %ag-start = (bf16[2,16]{1,0}, bf16[4,16]{1,0}) all-gather-start(%w), channel_id=7, \
+replica_groups=[2,2]<=[4], dimensions={0}
+  %dot.1 = bf16[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf, \
+metadata={op_name="jit(step)/jvp()/while/body/ffn/dot_general"}, \
+backend_config={"estimated_cycles":"1000"}
+  %ag-done = bf16[4,16]{1,0} all-gather-done(%ag-start)
+  %ar.1 = f32[100]{0} all-reduce(%x), channel_id=8, replica_groups={{0,2},{1,3}}, \
+to_apply=%add.1
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[]{:T(128)}, bf16[8,4]{1,0}, bf16[4,16]{1,0}) tuple(%next, %x, %ag-done)
+}
+
+%condition.1 (q: (s32[], bf16[8,4], bf16[4,16])) -> pred[] {
+  %q = (s32[]{:T(128)}, bf16[8,4]{1,0}, bf16[4,16]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %bound = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+%cheap.1 (c: bf16[8,4]) -> bf16[8,4] {
+  ROOT %c = bf16[8,4]{1,0} parameter(0)
+}
+
+%dear.1 (d: bf16[8,4]) -> bf16[8,4] {
+  %d = bf16[8,4]{1,0} parameter(0)
+  ROOT %neg = bf16[8,4]{1,0} negate(%d), metadata={op_name="jit(step)/update/neg"}, \
+backend_config={"estimated_cycles":"500"}
+}
+
+ENTRY %main.1 (x: bf16[8,4], w: bf16[4,16], k: s32[]) -> bf16[8,4] {
+  %x.1 = bf16[8,4]{1,0} parameter(0)
+  %w.1 = bf16[4,16]{1,0} parameter(1)
+  %k.1 = s32[]{:T(128)} parameter(2)
+  %branch = bf16[8,4]{1,0} conditional(%k.1, %x.1, %x.1), \
+branch_computations={%cheap.1, %dear.1}, metadata={op_name="jit(step)/slot/cond"}
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[8,4]{1,0}, bf16[4,16]{1,0}) tuple(%zero, %branch, %w.1)
+  %while.1 = (s32[]{:T(128)}, bf16[8,4]{1,0}, bf16[4,16]{1,0}) while(%start), \
+condition=%condition.1, body=%body.1
+  %out = bf16[8,4]{1,0} get-tuple-element(%while.1), index=1
+  ROOT %splash_mqa_fwd.3 = bf16[8,4]{1,0} custom-call(%out), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_q": 512
+}}, metadata={op_name="jit(step)/attention/pallas_call"}
+}
+"""

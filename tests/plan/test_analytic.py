@@ -1,0 +1,77 @@
+"""Memory by arithmetic, against XLA's own account of programs compiled for CPU."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxinfra import experiment, options
+from jaxinfra.config import MeshConfig
+from jaxinfra.plan import analytic, step
+
+GIB = 2**30
+
+
+def tiny(mesh, **changes):
+    config = options.load_config("tiny")
+    model = dataclasses.replace(
+        config.model, vocab_size=259, width=32, ffn_width=48, num_heads=4,
+        num_kv_heads=2, repeats=2,
+    )  # fmt: skip
+    train = dataclasses.replace(config.train, batch_size=8, length=16)
+    parts = {"model": model, "train": train, "mesh": MeshConfig(**mesh)} | changes
+    return dataclasses.replace(config, **parts)
+
+
+def compiled_arguments(config):
+    built = experiment.build(config)
+    with jax.set_mesh(built.layout.mesh):
+        state = built.abstract()
+        batch = experiment.abstract_batch(built, step.rows_of(built))
+        lowered = built.train_step.lower(state, batch)
+    return lowered.compile().memory_analysis().argument_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny({"fsdp": 4, "tensor": 2}),
+        tiny({"data": 4, "fsdp": 2}, zero=1, precision="bfloat16_params"),
+        pytest.param(tiny({"fsdp": 8}, precision="float16"), marks=pytest.mark.slow),
+        pytest.param(
+            tiny(
+                {"data": 2, "fsdp": 4},
+                zero=2,
+                optimizer=dataclasses.replace(tiny({}).optimizer, name="muon"),
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["fsdp4-tensor2", "zero1-bfloat16", "float16", "zero2-muon"],
+)
+def test_what_is_at_rest_is_exactly_the_programs_arguments(config):
+    found = analytic.memory(config, 8, GIB)
+    assert found.arguments_bytes == compiled_arguments(config)
+
+
+def test_more_fsdp_is_less_at_rest_and_more_remat_is_less_saved():
+    one = analytic.memory(tiny({"data": 8}), 8, GIB)
+    eight = analytic.memory(tiny({"fsdp": 8}), 8, GIB)
+    assert eight.parameters_bytes < one.parameters_bytes / 4
+    assert eight.optimizer_bytes < one.optimizer_bytes / 4
+
+    def saved(remat):
+        config = tiny({"data": 8})
+        train = dataclasses.replace(config.train, remat=remat)
+        config = dataclasses.replace(config, train=train)
+        return analytic.memory(config, 8, GIB).activations_bytes
+
+    named = "save:query+key+value"
+    assert saved("full") < saved(named) < saved("dots") < saved("none")
+
+
+def test_peak_and_headroom_add_up():
+    found = analytic.memory(tiny({"fsdp": 8}), 8, GIB)
+    assert found.peak_bytes == found.arguments_bytes + found.temporary_bytes
+    assert found.headroom_bytes == GIB - found.peak_bytes
+    assert found.arguments_bytes > found.parameters_bytes + found.optimizer_bytes

@@ -1,0 +1,134 @@
+"""Programs whose cost can be told by hand."""
+
+import pytest
+from plan import programs
+
+from jaxinfra.plan import cost, program, wires
+
+HZ, LINK = 1e3, 100.0  # a cycle is a millisecond, the link carries 100 bytes a second
+MESH = {"data": 2, "fsdp": 2}
+CYCLES = cost.cycles_at(HZ)
+
+
+def play(text=programs.LOOP, **kind):
+    settings = {"clock": CYCLES, "link_bytes_per_sec": LINK, "axes": MESH} | kind
+    return cost.play(program.parse(text), **settings)
+
+
+def test_a_program_is_read_into_computations_of_instructions():
+    read = program.parse(programs.LOOP)
+    assert read.entry == "main.1"
+    dot = read.by_name("body.1")["dot.1"]
+    assert (dot.op, dot.operands, dot.cycles) == ("convolution", ["x", "w"], 1000.0)
+    assert dot.scope == "jit(step)/jvp()/while/body/ffn/dot_general"
+    assert read.shapes_of("body.1", "w")[0] == program.Shape("bf16", (4, 16))
+    kernel = read.by_name("main.1")["splash_mqa_fwd.3"]
+    assert kernel.is_root, "an attribute that breaks a line is one instruction still"
+    assert kernel.scope == "jit(step)/attention/pallas_call"
+
+
+def test_a_loop_turns_as_often_as_its_bound_says():
+    read = program.parse(programs.LOOP)
+    loop = read.by_name("main.1")["while.1"]
+    assert program.trip_count(read, loop) == 3
+    by_two = programs.LOOP.replace("%one = s32[]{:T(128)} constant(1)",
+                                   "%one = s32[]{:T(128)} constant(2)")  # fmt: skip
+    read = program.parse(by_two.replace("constant(3)", "constant(8)"))
+    assert program.trip_count(read, loop) == 4
+
+
+def test_compute_is_cycles_times_turns_and_the_dearest_branch():
+    found = play()
+    assert found.compute_secs == pytest.approx(3 * 1.0 + 0.5)
+    assert found.matmul_flops == 3 * 2 * 8 * 4 * 16
+    assert found.kernels == {"splash_mqa_fwd": 1}
+    assert found.unknown_loops == 0
+    assert found.scopes == pytest.approx(
+        {"jit(step)/jvp()/while/body/ffn/dot_general": 3.0, "jit(step)/update/neg": 0.5}
+    )
+
+
+def test_branches_weigh_as_often_as_they_are_taken():
+    assert play(shares={"slot": (0.75, 0.25)}).compute_secs == pytest.approx(3.125)
+    assert play(shares={"slot": (1.0, 0.0)}).compute_secs == pytest.approx(3.0)
+    assert play(shares={"elsewhere": (1.0, 0.0)}).compute_secs == pytest.approx(3.5)
+
+
+def test_only_what_nothing_hides_is_waited_for():
+    """The gather of 128 / 2 bytes takes 0.64 s, under the 1 s of the matmul; the
+    all-reduce of 2 x 400 / 2 bytes takes 4 s, and nothing runs beside it."""
+    found = play()
+    assert found.sent == pytest.approx(
+        {
+            ("all-gather", "fsdp", "async"): 3 * 64,
+            ("all-reduce", "data", "sync"): 3 * 400,
+        }
+    )
+    assert found.waited == pytest.approx({("all-reduce", "data"): 3 * 4.0})
+    slow = play(link_bytes_per_sec=LINK / 2)
+    assert slow.waited[("all-gather", "fsdp")] == pytest.approx(3 * 0.28)
+    assert slow.secs == pytest.approx(slow.compute_secs + slow.waiting_secs)
+
+
+def test_a_loop_that_cannot_be_read_is_counted():
+    text = programs.LOOP.replace("%bound = s32[]{:T(128)} constant(3)",
+                                 "%bound = s32[]{:T(128)} negate(%j)")  # fmt: skip
+    found = play(text)
+    assert found.unknown_loops == 1
+    assert found.compute_secs == pytest.approx(1.5)
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        program.parse("hello\n")
+
+
+def test_a_roofline_takes_the_longer_of_matmul_and_memory():
+    bytes_moved = 2 * (8 * 4 + 4 * 16 + 8 * 16)
+    flops = 2 * 8 * 4 * 16
+    clock = cost.roofline(peak_flops=flops, bytes_per_sec=bytes_moved / 0.25)
+    read = program.parse(programs.LOOP)
+    dot = read.by_name("body.1")["dot.1"]
+    assert clock(read, "body.1", dot) == pytest.approx(1.0)
+    clock = cost.roofline(peak_flops=flops * 8, bytes_per_sec=bytes_moved / 0.25)
+    assert clock(read, "body.1", dot) == pytest.approx(0.25)
+    assert clock(read, "main.1", read.by_name("main.1")["x.1"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("attribute", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "tensor"),
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", "fsdp"),
+        ("replica_groups=[2,4]<=[8]", "fsdp+tensor"),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", "data"),
+        ("replica_groups=[1,8]<=[8]", "data+fsdp+tensor"),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", "fsdp"),
+        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "tensor"),
+        ("replica_groups={}", "?"),
+    ],
+)
+def test_groups_of_devices_are_axes_of_the_mesh(attribute, axes):
+    text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  ROOT %r = f32[8]{0} all-reduce(%x)"
+    read = program.parse(f"{text}, {attribute}, to_apply=%a\n}}\n")
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert wires.of(read["m"][0], "m", mesh).axes == axes
+
+
+@pytest.mark.parametrize(
+    ("op", "out", "sent"),
+    [
+        ("all-gather", "f32[16]", 64 * 3 / 4),
+        ("all-reduce", "f32[16]", 64 * 2 * 3 / 4),
+        ("reduce-scatter", "f32[4]", 16 * 3),
+        ("all-to-all", "f32[16]", 64 * 3 / 4),
+        ("collective-permute", "f32[16]", 64),
+    ],
+)
+def test_a_collective_sends_what_its_ring_does(op, out, sent):
+    text = (
+        f"ENTRY %m (x: f32[16]) -> {out} {{\n"
+        f"  ROOT %r = {out}{{0}} {op}(%x), replica_groups=[1,4]<=[4]\n}}\n"
+    )
+    line = program.parse(text)["m"][0]
+    assert wires.of(line, "m", None) == wires.Wire(op, "?", sent)
