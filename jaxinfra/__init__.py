@@ -24,6 +24,7 @@ _HOMES = {
     "params": ("ParamSpec", "initialize"),
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
+    "ops.fused_attention": ("fused_attention",),
     "ops.loss": ("LossConfig", "cross_entropy"),
     "launch.discovery": ("find_job", "with_job"),
     "parallel.context": ("make_split_attend", "row_order"),

@@ -2,8 +2,8 @@
 
 The table says which features a kernel covers. `make_attend` takes the platform's first
 choice, or where that does not cover the case `xla`, and says so once. Kernels: `splash`
-(Pallas, TPU), `cudnn` (GPU), `xla` (blocks, anywhere); the first two are fused and see
-one device's rows and heads.
+(Pallas, TPU), `cudnn` (GPU), `xla` (blocks, anywhere); the first two are fused, see
+one device's rows and heads, and are in `fused_attention`.
 """
 
 import functools
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
+import jaxinfra
 from jaxinfra import mesh, sharding
 from jaxinfra.ops.seam import Attend
 from jaxinfra.sharding import Rules
@@ -36,7 +36,7 @@ KERNELS = {
     "xla": Case(segments=True, window=True, softcap=True, grouped=True),
 }
 PLATFORM_KERNEL = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "xla"}
-_LANES = 128  # of a TPU register: splash's blocks are multiples of it
+LANES = 128  # of a TPU register: splash's blocks are multiples of it
 
 
 def table() -> str:
@@ -63,7 +63,8 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
             keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
             out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
             return out, cache
-        fused = splash if name == "splash" else cudnn
+        # By its public name, which loads the module: on CPU none of it is needed.
+        fused = jaxinfra.fused_attention(name)
         tokens = functools.partial(sharding.spec, rules, "batch", "length")
         heads = functools.partial(tokens, "heads")
         mapped = jax.shard_map(
@@ -95,71 +96,6 @@ def choose_kernel(
         _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
         name = "xla"
     return name
-
-
-def splash(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segments_BT: jax.Array | None,
-    *,
-    window: int,
-    softcap: float,
-    interpret: bool = False,
-) -> jax.Array:
-    """Splash attention, jax's own Pallas kernel for TPU, causal; keys are not repeated
-    for the query heads of a group. `interpret` runs its program on any platform."""
-    T, G, H = q_BTKGH.shape[1], q_BTKGH.shape[3], q_BTKGH.shape[4]
-    if window:
-        mask = splash_attention.LocalMask((T, T), (window - 1, 0), 0)
-    else:
-        mask = splash_attention.CausalMask((T, T))
-    kernel = splash_attention.make_splash_mqa_single_device(
-        splash_attention.MultiHeadMask([mask] * G),
-        block_sizes=block_sizes(T),
-        attn_logits_soft_cap=softcap or None,
-        residual_checkpoint_name="attention",
-        interpret=interpret,
-    )
-    # The kernel wants [G, T, H] against one key head, so rows and groups are mapped.
-    q_BKGTH = jnp.einsum("BTKGH->BKGTH", q_BTKGH * (1.0 / math.sqrt(H)))
-    k_BKSH, v_BKSH = jnp.einsum("BSKH->BKSH", k_BSKH), jnp.einsum("BSKH->BKSH", v_BSKH)
-    over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    if segments_BT is None:
-        segments = None
-        over_rows = jax.vmap(over_groups, in_axes=(0, 0, 0, None))
-    else:
-        segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
-        over_rows = jax.vmap(over_groups)
-    out_BKGTH = over_rows(q_BKGTH.astype(q_BTKGH.dtype), k_BKSH, v_BKSH, segments)
-    return jnp.einsum("BKGTH->BTKGH", out_BKGTH)
-
-
-def cudnn(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segments_BT: None,
-    *,
-    window: int,
-    softcap: float,
-) -> jax.Array:
-    """cuDNN's fused attention for GPU, causal, through `jax.nn.dot_product_attention`.
-
-    Limits: no segments, no cap.
-    """
-    assert segments_BT is None
-    assert softcap == 0.0
-    B, T, K, G, H = q_BTKGH.shape
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTKGH.reshape(B, T, K * G, H),
-        k_BSKH,
-        v_BSKH,
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation="cudnn",
-    )
-    return out_BTNH.reshape(B, T, K, G, H)
 
 
 def xla(
@@ -261,8 +197,8 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
 
 def splash_uncovered(*, length: int) -> str:
     """Why splash cannot take rows of this length; empty if it can."""
-    if length % _LANES:
-        return f"a length of {length}, which is no multiple of {_LANES}"
+    if length % LANES:
+        return f"a length of {length}, which is no multiple of {LANES}"
     return ""
 
 
@@ -273,32 +209,6 @@ def _cudnn_uncovered(*, head_width: int, dtype: jnp.dtype) -> str:
     if head_width % 8 or head_width > 128:
         return f"heads of width {head_width}"
     return ""
-
-
-@functools.cache
-def block_sizes(length: int, keys: int = 0) -> splash_attention.BlockSizes:
-    """Largest blocks up to 512 that divide the length, and the number of keys if that
-    is another.
-
-    Beyond one block of keys the gradients of queries and of keys are two kernels: the
-    fused one writes a gradient of all queries for every block of keys, memory that
-    grows with the square of the length, and their sum took 2 ms a layer of Llama-3-8B
-    on v5p.
-    """
-    largest = lambda n: next(size for size in (512, 256, _LANES) if n % size == 0)
-    block, key_block = largest(length), largest(keys or length)
-    is_fused = key_block == (keys or length)
-    return splash_attention.BlockSizes(
-        block_q=block,
-        block_kv=key_block,
-        block_kv_compute=key_block,
-        block_q_dkv=block,
-        block_kv_dkv=key_block,
-        block_kv_dkv_compute=key_block,
-        block_q_dq=None if is_fused else block,
-        block_kv_dq=None if is_fused else key_block,
-        use_fused_bwd_kernel=is_fused,
-    )
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:

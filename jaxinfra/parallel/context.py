@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import mesh, sharding
-from jaxinfra.ops import attention
+from jaxinfra.ops import attention, fused_attention
 from jaxinfra.ops.seam import Attend
 from jaxinfra.parallel import ring
 from jaxinfra.sharding import Rules
@@ -115,6 +115,6 @@ def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):
     if kernel == "xla":
         out = attention.xla(*given, whole, whole, **settings)
     else:
-        fused = attention.splash if kernel == "splash" else attention.cudnn
+        fused = fused_attention.splash if kernel == "splash" else fused_attention.cudnn
         out = fused(*given, whole, **settings)
     return jax.lax.all_to_all(out, "context", 1, 2, tiled=True).reshape(shape)

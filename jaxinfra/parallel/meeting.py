@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from jaxinfra import mesh
-from jaxinfra.ops import attention
+from jaxinfra.ops import attention, fused_attention
 
 _BLOCK = 512  # queries whose scores exist at a time
 
@@ -224,7 +224,7 @@ def _splash(queries, keys, softcap, is_causal):
     mask = splash_attention.CausalMask if is_causal else splash_attention.FullMask
     kernel = splash_attention.make_splash_mqa_single_device(
         splash_attention.MultiHeadMask([mask(shape)] * G),
-        block_sizes=attention.block_sizes(*shape),
+        block_sizes=fused_attention.block_sizes(*shape),
         attn_logits_soft_cap=softcap or None,
         save_residuals=True,
         interpret=mesh.platform() != "tpu",

@@ -18,7 +18,7 @@ from jaxinfra import config as c
 from jaxinfra import experiment
 from jaxinfra import mesh as meshes
 from jaxinfra.data import packing
-from jaxinfra.ops import attention, grouped
+from jaxinfra.ops import attention, fused_attention, grouped
 from jaxinfra.precision import policy
 from jaxinfra.train import facts
 
@@ -191,11 +191,13 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
     settings = {"window": 0, "softcap": 0.0}
     candidates = {"xla": with_xla}
     if platform == "tpu":
-        candidates["splash"] = lambda q, k, v: attention.splash(
+        candidates["splash"] = lambda q, k, v: fused_attention.splash(
             q, k, v, None, **settings
         )
     if platform in ("gpu", "cuda"):
-        candidates["cudnn"] = lambda q, k, v: attention.cudnn(q, k, v, None, **settings)
+        candidates["cudnn"] = lambda q, k, v: fused_attention.cudnn(
+            q, k, v, None, **settings
+        )
     for name, kernel in candidates.items():
         both = run(kernel)
         got = both(*given, g_BTKGH)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ops import naive_attention
 
-from jaxinfra.ops import attention
+from jaxinfra.ops import attention, fused_attention
 from jaxinfra.ops.seam import Context
 from jaxinfra.sharding import Rules, spec
 
@@ -130,7 +130,7 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
     def interpreted(*arrays, **settings):
         return attend(*arrays, **settings, interpret=True)
 
-    attend = attention.splash
+    attend = fused_attention.splash
     monkeypatch.setattr(attention, "splash", interpreted)
     attend_on(
         four_devices,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ops import naive_attention
 
-from jaxinfra.ops import attention
+from jaxinfra.ops import fused_attention
 
 # float32 sums of up to 128 terms in blocks, online softmax; G heads add up in dk, dv.
 FLOAT32_ROUNDING = 2e-5
@@ -36,7 +36,7 @@ def test_splash_is_naive_attention(name):
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(q, k, v, g, segments_BT):
-        attend = functools.partial(attention.splash, **settings, interpret=True)
+        attend = functools.partial(fused_attention.splash, **settings, interpret=True)
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
         return out, *pull(g)
 
@@ -50,4 +50,4 @@ def test_splash_is_naive_attention(name):
     ("length", "block"), [(128, 128), (384, 128), (768, 256), (1024, 512)]
 )
 def test_blocks_are_the_largest_that_divide_the_length(length, block):
-    assert attention.block_sizes(length).block_q == block
+    assert fused_attention.block_sizes(length).block_q == block
