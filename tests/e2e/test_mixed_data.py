@@ -81,16 +81,22 @@ def test_no_sample_is_missing_or_repeated_after_twenty_kills(
     run_dir, rng = tmp_path / "run", np.random.default_rng(1)
     settings = cache | sets | {"run.dir": run_dir, "train.save_every": 2}
     resumed = []
-    for _ in range(20):
+    for number in range(20):
         resumed.append(max(command.saved_steps(run_dir), default=0))
+        # Most are killed before they save anything, some after they did.
         last = min(resumed[-1] + int(rng.integers(1, 4)), STEPS - 1)
+        is_to_save = number % 4 == 0 and last < STEPS // 2
+
+        def is_time(saved=resumed[-1], last=last, is_to_save=is_to_save):
+            if is_to_save:
+                return max(command.saved_steps(run_dir), default=0) > saved
+            return command.steps_done(run_dir) >= last
+
         process = command.start(settings)
-        command.freeze_when(
-            process, lambda last=last: command.steps_done(run_dir) >= last
-        )
+        command.freeze_when(process, is_time)
         assert command.end(process, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert len(set(resumed)) > 5  # resumed again and again, from many places
-    assert len(resumed) > len(set(resumed))  # and from one more than once
+    assert len(set(resumed)) >= 2  # resumed from several places,
+    assert len(resumed) > 3 * len(set(resumed))  # from some of them again and again
     done = command.train(settings)
     assert done.returncode == 0, done.stderr
     expected = [line["data/digest"] for line in command.metrics(quiet_mixed)]
