@@ -15,6 +15,7 @@ _HOMES = {
                "CommConfig", "ConfigError"),
     "compiler_options": ("options_for",),
     "options": ("load_config",),
+    "option_help": ("help_text",),
     "compositions": ("check_compositions",),
     "feature_checks": ("check_features",),
     "mesh": ("make_mesh",),
@@ -39,11 +40,13 @@ _HOMES = {
     "data.mixture": ("Mixture",),
     "data.remote_folder": ("RemoteFolder",),
     "data.packing": ("Batch",),
+    "data.digests": ("digest",),
     "data.device": ("prefetch", "to_device"),
     "train.profile": ("tracing",),
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
+    "train.muon": ("orthogonalised_momentum",),
     "train.offload": ("offloaded",),
     "train.routers": ("Routers",),
     "quant.recipe": ("Recipe", "make_recipe"),
@@ -84,6 +87,7 @@ _HOMES = {
     "interop.pretrained": ("Source", "open_source"),
     "tasks": ("Task",),
     "experiment": ("Experiment", "build", "train"),
+    "tracing": ("trace",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -20,7 +20,6 @@ from jaxinfra import (
     checks,
     mesh,
     options,
-    params,
     precision,
     runfolder,
     sharding,
@@ -28,7 +27,6 @@ from jaxinfra import (
 )
 from jaxinfra.checkpoint import processes
 from jaxinfra.config import Config, ConfigError, DataError
-from jaxinfra.data import device
 from jaxinfra.precision import Policy
 from jaxinfra.resilience import exitcodes, preemption
 from jaxinfra.sharding import Layout
@@ -112,7 +110,10 @@ def build(
     )
 
     def observe(batch: Any) -> dict[str, jax.Array]:
-        more = {"digest": device.digest(batch)} if config.train.log_batch_digest else {}
+        # By its public name, which loads the module.
+        more = (
+            {"digest": jaxinfra.digest(batch)} if config.train.log_batch_digest else {}
+        )
         return task.observe(batch) | more
 
     train_step = steps.make_train_step(
@@ -193,7 +194,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         enter = stack.enter_context
         enter(jax.set_mesh(layout.mesh))
         if config.check:
-            return trace(experiment)
+            return jaxinfra.trace(experiment)
         run_dir, group = runfolder.folder(config), processes.this_job()
         stop = enter(preemption.stop_requests())
         owner = enter(saving.owned(run_dir, group))
@@ -269,16 +270,6 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if code == exitcodes.DONE and task.ending:
             journal.say(task.ending(*states.to_use(state)))
         return code
-
-
-def trace(experiment: Experiment) -> int:
-    """Traces the whole step, compiling nothing, and prints the parameter table."""
-    assert experiment.task.stream is not None
-    batch = abstract_batch(experiment, experiment.task.stream.batch(0, np.arange(1)))
-    experiment.train_step.lower(experiment.abstract(), batch)
-    table = params.table(experiment.task.specs)
-    print(*filter(None, (table, experiment.task.notes)), sep="\n")
-    return exitcodes.DONE
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

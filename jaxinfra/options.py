@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib.machinery
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jaxinfra
 from jaxinfra import checks
 from jaxinfra.config import (
     RESUMABLE,
@@ -80,7 +80,7 @@ def read_command(argv: list[str]) -> tuple[Config, Callable[..., Any] | None]:
         raise ConfigError("--config has no value; write --config FILE or a name")
     default, get_task, task_keys = load(name)
     if not set(HELP).isdisjoint(argv):
-        print(help_text(default))
+        print(jaxinfra.help_text(default))
         raise SystemExit(0)
     config = _apply(texts, default)
     if config.task == "text":
@@ -110,7 +110,7 @@ def load(path_or_name: str) -> ConfigFile:
     A path ends in .py or has a folder in it. The file's code runs, so the path must be
     one that the user typed, never one read from a checkpoint.
     """
-    shipped = _shipped_configs()
+    shipped = shipped_configs()
     path = pathlib.Path(path_or_name)
     if path.suffix != ".py" and path.name == path_or_name:
         path = shipped.get(path_or_name)
@@ -191,23 +191,6 @@ def not_resumable(changes: list[Change]) -> list[Change]:
     return [change for change in changes if not _is_in(change[0], RESUMABLE)]
 
 
-def help_text(default: Config) -> str:
-    """Every option with its type and its value in `default`, section by section."""
-    values = leaves(default)
-    lines = [
-        "usage: [--config FILE_OR_NAME] [--key value | --key=value ...]",
-        f"configs: {', '.join(_shipped_configs())}",
-        f"values shown: those of config {default.name!r}",
-    ]
-    for name, cls in _sections().items():
-        lines += ["", name or "config", *inspect.cleandoc(cls.__doc__).splitlines()]
-        for key, kind in _options(Config):
-            if key.rpartition(".")[0].partition(".")[0] == name:
-                value = json.dumps(values[key]) if key in values else "(none)"
-                lines.append(f"  {f'--{key} {_type_name(kind)}':<46} {value}")
-    return "\n".join(lines)
-
-
 # Command line -> raw JSON values
 
 
@@ -219,7 +202,7 @@ def _split(argv: list[str]) -> dict[str, str | None]:
         word = words.pop()
         if not word.startswith("--"):
             key = word.lstrip("-").partition("=")[0]
-            hint = _option_hint(key) if key in dict(_options(Config)) else ""
+            hint = _option_hint(key) if key in dict(every_option(Config)) else ""
             raise ConfigError(
                 f"unexpected argument {word!r}; options are written --key value{hint}"
             )
@@ -239,7 +222,7 @@ def _apply(texts: dict[str, str | None], default: Config) -> Config:
         if text is None and kind is bool:
             text = "true"
         if text is None:
-            raise ConfigError(f"--{key} has no value; write --{key}={_type_name(kind)}")
+            raise ConfigError(f"--{key} has no value; write --{key}={type_name(kind)}")
         node = tree
         *sections, name = key.split(".")
         for section in sections:
@@ -249,7 +232,7 @@ def _apply(texts: dict[str, str | None], default: Config) -> Config:
 
 
 def _option_type(key: str) -> Any:
-    options = dict(_options(Config))
+    options = dict(every_option(Config))
     for name in (key, f"{_parent(key)}.NAME"):
         if name in options:
             return options[name]
@@ -273,7 +256,7 @@ def _option_hint(key: str) -> str:
         last = like(key.rpartition(".")[2], option.rpartition(".")[2])
         return max(like(key, option), last), section if section > 0.6 else 0.0
 
-    best = max((option for option, _ in _options(Config)), key=score)
+    best = max((option for option, _ in every_option(Config)), key=score)
     return f"; did you mean --{best}?" if score(best)[0] >= 0.6 else ""
 
 
@@ -304,7 +287,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {
             name: _plain(getattr(value, field))
-            for name, (field, _) in _fields(type(value)).items()
+            for name, (field, _) in fields_of(type(value)).items()
         }
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
@@ -346,7 +329,7 @@ def _build(kind: Any, raw: Any, key: str) -> Any:
 def _build_record(cls: type, raw: Any, key: str) -> Any:
     if not isinstance(raw, dict):
         raise _wrong(dict, raw, key or "config")
-    fields = _fields(cls)
+    fields = fields_of(cls)
     prefix = f"{key}." if key else ""
     for name in raw:
         if name not in fields:
@@ -384,7 +367,7 @@ def _wrong(kind: Any, raw: Any, key: str) -> ConfigError:
 # The shape of Config
 
 
-def _fields(cls: type) -> dict[str, tuple[str, Any]]:
+def fields_of(cls: type) -> dict[str, tuple[str, Any]]:
     """Name in a key -> (name of the field, its type)."""
     kinds = typing.get_type_hints(cls)
     return {
@@ -393,22 +376,15 @@ def _fields(cls: type) -> dict[str, tuple[str, Any]]:
     }
 
 
-def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def every_option(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key with its type; a dict is `key.NAME`."""
-    for name, (_, kind) in _fields(cls).items():
+    for name, (_, kind) in fields_of(cls).items():
         if dataclasses.is_dataclass(kind):
-            yield from _options(kind, f"{prefix}{name}.")
+            yield from every_option(kind, f"{prefix}{name}.")
         elif typing.get_origin(kind) is dict:
             yield f"{prefix}{name}.NAME", typing.get_args(kind)[1]
         else:
             yield prefix + name, kind
-
-
-def _sections() -> dict[str, Any]:
-    kinds = {name: kind for name, (_, kind) in _fields(Config).items()}
-    return {"": Config} | {
-        name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)
-    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -428,7 +404,8 @@ def _parent(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """How the command line writes values of a type."""
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -446,7 +423,8 @@ class _Source(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def _shipped_configs() -> dict[str, pathlib.Path]:
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Names of configs that come with the package, and their files."""
     folder = next((folder for folder in _SHIPPED if folder.is_dir()), _SHIPPED[0])
     files = sorted(folder.glob("[!_]*.py"))
     return {file.stem: file for file in files}
@@ -470,6 +448,6 @@ def _describe(error: BaseException, path: pathlib.Path) -> str:
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
     wrong = re.search(r"(\w+)\.__init__\(\) .* keyword argument '(\w+)'", str(error))
-    fields = [key.rpartition(".")[2] for key, _ in _options(Config)]
+    fields = [key.rpartition(".")[2] for key, _ in every_option(Config)]
     hint = did_you_mean(wrong[2], fields) if wrong else ""
     return f"{path}:{line}: {type(error).__name__}: {error}{hint}"

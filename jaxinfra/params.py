@@ -136,18 +136,3 @@ def count(specs: Tree, *, embeddings: bool = True) -> int:
         for spec in jax.tree.leaves(specs)
         if embeddings or spec.kind != "embedding"
     )
-
-
-def table(specs: Tree) -> str:
-    """One line a parameter: path, shape, axes, kind, size."""
-    rows = [("parameter", "shape", "axes", "kind", "size")]
-    for path, spec in named(specs):
-        shape = " x ".join(map(str, spec.shape))
-        axes = ", ".join(name or "-" for name in spec.axes)
-        rows.append((path, shape, axes, spec.kind, f"{math.prod(spec.shape):,}"))
-    rows.append(("total", "", "", "", f"{count(specs):,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )

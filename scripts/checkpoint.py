@@ -25,7 +25,7 @@ from typing import Any
 
 import jaxinfra
 from jaxinfra import runfolder
-from jaxinfra.checkpoint import commits, integrity
+from jaxinfra.checkpoint import checking, commits
 from jaxinfra.checkpoint.commits import CheckpointError
 from jaxinfra.config import ConfigError, DataError
 from jaxinfra.resilience import exitcodes, ownership
@@ -79,7 +79,7 @@ def good_step(run: str) -> Any:
     reasons = []
     for _, path in reversed(find_steps(run)):
         try:
-            integrity.check_sizes(path, integrity.load(path))
+            checking.check_sizes(path, checking.load(path))
             return path
         except CheckpointError as error:
             reasons.append(str(error))
@@ -96,7 +96,7 @@ def _folder(path: Any) -> Any:
 def verify(options: argparse.Namespace) -> int:
     steps, num_bad = find_steps(options.run), 0
     for step, path in steps:
-        problems = integrity.validate(path)
+        problems = checking.validate(path)
         for problem in problems:
             print(f"step {step}: {problem}")
         num_bad += bool(problems)
@@ -107,7 +107,7 @@ def verify(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     for step, path in find_steps(options.run):
         try:
-            manifest = integrity.load(path)
+            manifest = checking.load(path)
         except CheckpointError as error:
             print(f"{step:>10}  damaged: {error}")
             continue
@@ -149,7 +149,7 @@ def prune(options: argparse.Namespace) -> int:
                     if why := commits.prune(_folder(path.parent), [path.name]):
                         raise OSError(f"step {step} cannot be deleted: {why}")
             # What stays as a good one is read whole before anything older goes.
-            elif problems := integrity.validate(path):
+            elif problems := checking.validate(path):
                 print(f"step {step} stays and does not count: {problems[0]}")
             else:
                 num_good += 1

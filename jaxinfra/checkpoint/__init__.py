@@ -39,7 +39,7 @@ which others do. None is deleted before all of the new one was read back.
 | `snapshot`, `staging` | host copies, before the next step donates the arrays |
 | `store`, `reading` | chunk files: write one's own share, read what a mesh needs |
 | `commits` | folders of steps: begun, committed, fenced off, deleted; needs no jax |
-| `integrity` | the manifest, and every file's size and digest; needs no jax |
+| `integrity`, `checking` | the manifest; every file against it; need no jax |
 | `read_back`, `retention` | before and which older steps are deleted |
 | `look` | what a step holds, what two have different (`scripts/checkpoint.py`) |
 | `processes` | agreement of several processes; the one private jax import |

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written: the manifest, and every file against it.
+"""What a checkpoint must be: its manifest; `checking` holds files against it.
 
 `manifest.json` is canonical JSON and its last field is the SHA-256 of the rest, so
 any changed byte of it shows. It lists every chunk with its size and XXH3-128 digest,
@@ -11,16 +11,12 @@ Imports no jax, so that `scripts/checkpoint.py` and a supervisor may look.
 Limits: digests find damage, not a forger, who can compute them as well.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
-import os
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,7 +31,6 @@ MANIFEST = commits.MANIFEST
 CHECKSUM_BYTES = 4  # zarr3's crc32c codec appends it to every chunk.
 MAX_MANIFEST_BYTES = 256 << 20  # About 1.5 million chunks.
 MAX_DEPTH = 64
-_PIECE_BYTES = 4 << 20  # Read, then digested while it is in the cores' caches.
 ITEM_BYTES = {
     **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
@@ -146,9 +141,9 @@ def parse(text: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST}: not JSON: {error}") from error
     _check_depth(values)
-    _require(isinstance(values, dict), "it must be an object")
+    require(isinstance(values, dict), "it must be an object")
     body = {key: value for key, value in values.items() if key != "sha256"}
-    _require(dump(body) == text, "its bytes do not match its sha256")
+    require(dump(body) == text, "its bytes do not match its sha256")
     version = body.get("format_version")
     if type(version) is not int or version not in _FIELDS:
         raise IncompatibleCheckpoint(
@@ -156,43 +151,17 @@ def parse(text: bytes) -> Manifest:
             f"{FORMAT_VERSION}; use the jaxinfra that wrote it, or a newer one"
         )
     fields = _FIELDS[version]
-    _require(set(body) == fields, f"its fields must be {sorted(fields)}, sha256")
+    require(set(body) == fields, f"its fields must be {sorted(fields)}, sha256")
     for key in {"versions", "config", "data", "arrays", "metrics"} & fields:
-        _require(isinstance(body[key], dict), f"{key} must be an object")
+        require(isinstance(body[key], dict), f"{key} must be an object")
     for key in {"step", "attempt", "unix_secs"} & fields:
-        _require(_is_count(body[key]), f"{key} must be an integer >= 0")
-    _require(isinstance(body["run_id"], str), "run_id must be a string")
+        require(_is_count(body[key]), f"{key} must be an integer >= 0")
+    require(isinstance(body["run_id"], str), "run_id must be a string")
     entries = body["arrays"].items()
     check_arrays({n: v.get("dtype") for n, v in entries if isinstance(v, dict)})
     arrays = {name: _array(name, value) for name, value in body["arrays"].items()}
     body.pop("format_version")
     return Manifest(**{**body, "arrays": arrays})
-
-
-def load(step_folder: pathlib.Path) -> Manifest:
-    """The manifest of a committed step; sizes and digests of files not yet looked at.
-
-    Raises:
-      CheckpointError: no manifest, a damaged one, or that of another step.
-    """
-    path = step_folder / MANIFEST
-    try:
-        with path.open("rb") as file:
-            # Sized before it is read; an object store's file ends where it ends.
-            size = file.seek(0, os.SEEK_END)
-            _require(size <= MAX_MANIFEST_BYTES, "it is larger than 256 MiB")
-            file.seek(0)
-            text = file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    manifest = parse(text)
-    # A step may stand in a folder set aside for the moment, as `20.replaced`.
-    wanted = step_folder.name.split(".")[0]
-    _require(
-        not wanted.isdigit() or manifest.step == int(wanted),
-        f"it is of step {manifest.step} in a folder of step {wanted}",
-    )
-    return manifest
 
 
 def plain_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -219,80 +188,13 @@ def check_arrays(dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
         text = f"array {name!r:.200} has dtype {dtype!r:.100}, must be one of "
         is_known = isinstance(dtype, str) and dtype in ITEM_BYTES
-        _require(is_known, text + ", ".join(ITEM_BYTES))
+        require(is_known, text + ", ".join(ITEM_BYTES))
     parts = sorted(tuple(name.split("/")) for name in dtypes)
     for name in parts:
         plain = all(_NAME.fullmatch(part) for part in name) and len(name) <= 32
-        _require(plain, f"array name {'/'.join(name)[:200]!r} is not plain")
+        require(plain, f"array name {'/'.join(name)[:200]!r} is not plain")
     for one, other in itertools.pairwise(parts):
-        _require(other[: len(one)] != one, f"array {one} is inside array {other}")
-
-
-@functools.singledispatch
-def check_sizes(step_folder: Any, manifest: Manifest) -> None:
-    """Looks whether every file is there with its size; quick, reads no contents.
-
-    Raises:
-      CheckpointError: naming the first that is not.
-    """
-    for record in manifest.files():
-        _check_size(step_folder / record.path, record)
-
-
-def validate(step_folder: pathlib.Path) -> list[str]:
-    """Reads every byte of a checkpoint; one line for each file that is not right."""
-    try:
-        manifest = load(step_folder)
-    except CheckpointError as error:
-        return [str(error)]
-
-    def problem(record: FileRecord) -> str | None:
-        try:
-            read(step_folder, record)
-        except CheckpointError as error:
-            return str(error)
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
-        return [line for line in pool.map(problem, manifest.files()) if line]
-
-
-@functools.singledispatch
-def read(step_folder: Any, record: FileRecord) -> None:
-    """Reads a file that is exactly as written, and keeps nothing of it.
-
-    Raises:
-      CheckpointError: naming the file.
-    """
-    _check_size(step_folder / record.path, record)  # Before pieces are counted.
-    # One buffer again and again: a sparse file may have any size.
-    piece = memoryview(bytearray(max(1, min(record.bytes, _PIECE_BYTES))))
-    whole, rest = divmod(record.bytes, len(piece))
-    read_into(step_folder, record, *[piece] * whole, piece[:rest])
-
-
-@functools.singledispatch
-def read_into(step_folder: Any, record: FileRecord, *buffers) -> None:
-    """Fills buffers, one after the other, with a file that is exactly as written.
-
-    Raises:
-      CheckpointError: naming the file; the buffers must not be used.
-    """
-    path = step_folder / record.path
-    _check_size(path, record)
-    found = xxhash.xxh3_128()
-    try:
-        with open(path, "rb") as file:
-            for buffer in buffers:
-                view = memoryview(buffer)
-                for start in range(0, len(view), _PIECE_BYTES):
-                    piece = view[start : start + _PIECE_BYTES]
-                    file.readinto(piece)
-                    found.update(piece)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if found.hexdigest() != record.xxh3_128:
-        raise CheckpointError(f"{path}: its bytes are not those written (xxh3_128)")
+        require(other[: len(one)] != one, f"array {one} is inside array {other}")
 
 
 def digest(data) -> str:
@@ -304,18 +206,18 @@ def _array(name: str, value: Any) -> ArrayRecord:
     """One array's record; its chunks must be exactly those of its grid."""
     fields = {field.name for field in dataclasses.fields(ArrayRecord)}
     where = f"array {name}: "
-    _require(isinstance(value, dict) and set(value) == fields, f"{where}its fields")
+    require(isinstance(value, dict) and set(value) == fields, f"{where}its fields")
     shape, chunk = value["shape"], value["chunk_shape"]
     for dims, least in ((shape, 0), (chunk, 1)):
         is_shape = isinstance(dims, list) and len(dims) <= 32
         is_shape = is_shape and all(_is_count(dim) and dim >= least for dim in dims)
-        _require(is_shape, f"{where}shape {dims!r:.100}")
-    _require(len(shape) == len(chunk), f"{where}shape and chunk_shape differ in rank")
+        require(is_shape, f"{where}shape {dims!r:.100}")
+    require(len(shape) == len(chunk), f"{where}shape and chunk_shape differ in rank")
     chunks = value["chunks"]
     # Counted before the grid is walked: a huge shape costs nothing.
     num_chunks = math.prod(_grid_shape(tuple(shape), tuple(chunk)))
     is_whole = isinstance(chunks, list) and len(chunks) == num_chunks
-    _require(is_whole, f"{where}it must list {num_chunks} chunks")
+    require(is_whole, f"{where}it must list {num_chunks} chunks")
     size = chunk_file_bytes(tuple(chunk), value["dtype"])
     indexes = grid(tuple(shape), tuple(chunk))
     return ArrayRecord(
@@ -332,13 +234,13 @@ def _array(name: str, value: Any) -> ArrayRecord:
 
 def _file(value: Any, path: str, size: int | None) -> FileRecord:
     fields = {"path", "bytes", "xxh3_128"}
-    _require(isinstance(value, dict) and set(value) == fields, f"{path}: its fields")
-    _require(value["path"] == path, f"path {value['path']!r:.100}, must be {path}")
+    require(isinstance(value, dict) and set(value) == fields, f"{path}: its fields")
+    require(value["path"] == path, f"path {value['path']!r:.100}, must be {path}")
     is_size = _is_count(value["bytes"]) and size in (None, value["bytes"])
-    _require(is_size, f"{path}: size {value['bytes']!r:.100}")
+    require(is_size, f"{path}: size {value['bytes']!r:.100}")
     found = value["xxh3_128"]
     is_digest = isinstance(found, str) and _DIGEST.fullmatch(found) is not None
-    _require(is_digest, f"{path}: digest {found!r:.100}")
+    require(is_digest, f"{path}: digest {found!r:.100}")
     return FileRecord(**value)
 
 
@@ -362,7 +264,7 @@ def _check_depth(values: Any) -> None:
         ]
         if not level:
             return
-    _require(False, f"it is nested deeper than {MAX_DEPTH}")
+    require(False, f"it is nested deeper than {MAX_DEPTH}")
 
 
 def _finite(text: str) -> float:
@@ -377,17 +279,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _require(rule: bool, text: str) -> None:
+def require(rule: bool, text: str) -> None:
+    """Raises CheckpointError, with the rule that a manifest breaks."""
     if not rule:
         raise CheckpointError(f"{MANIFEST}: {text}")
-
-
-def _check_size(path: pathlib.Path, record: FileRecord) -> None:
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if size != record.bytes:
-        raise CheckpointError(
-            f"{path}: {size} bytes, {record.bytes} bytes were written"
-        )

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes  # gives numpy its bfloat16 and float8  # noqa: F401
 import numpy as np
 
-from jaxinfra.checkpoint import integrity
+from jaxinfra.checkpoint import checking, integrity
 from jaxinfra.checkpoint.integrity import ArrayRecord, Manifest
 
 
@@ -28,7 +28,7 @@ def read_array(step_folder: Any, record: ArrayRecord) -> np.ndarray:
     indexes = integrity.grid(record.shape, record.chunk_shape)
     for index, chunk in zip(indexes, record.chunks, strict=True):
         values = piece.reshape(-1).view(np.uint8)
-        integrity.read_into(step_folder, chunk, values, checksum)
+        checking.read_into(step_folder, chunk, values, checksum)
         window = tuple(
             slice(i * size, min((i + 1) * size, end))
             for i, size, end in zip(index, record.chunk_shape, record.shape)
@@ -40,7 +40,7 @@ def read_array(step_folder: Any, record: ArrayRecord) -> np.ndarray:
 def describe_checkpoint(step_folder: Any) -> list[str]:
     """The tree of a step's arrays with shapes, dtypes and bytes; its origin; its
     config."""
-    manifest = integrity.load(step_folder)
+    manifest = checking.load(step_folder)
     rows, total = [], 0
     for name, array in sorted(manifest.arrays.items()):
         num_bytes = math.prod(array.shape) * integrity.ITEM_BYTES[array.dtype]
@@ -73,7 +73,7 @@ def diff_checkpoints(a: Any, b: Any) -> list[str]:
     Raises:
       CheckpointError: a file that had to be read is damaged.
     """
-    one, other = integrity.load(a), integrity.load(b)
+    one, other = checking.load(a), checking.load(b)
     lines = []
     for kind in ("config", "data"):
         before, after = (dict(flat(getattr(m, kind))) for m in (one, other))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.checkpoint import commits, integrity, reading, restore
+from jaxinfra.checkpoint import checking, commits, integrity, reading, restore
 from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 from jaxinfra.checkpoint.restore import Restored
 
@@ -61,7 +61,7 @@ def restore_part(
 def _read(
     path: Any, part: str, sharding: Any, dtype: Any
 ) -> tuple[integrity.Manifest, dict[str, jax.Array]]:
-    manifest = integrity.load(path)
+    manifest = checking.load(path)
     names = {
         name: name.removeprefix(part).lstrip("/") or name
         for name in manifest.arrays

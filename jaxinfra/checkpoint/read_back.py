@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfra.checkpoint import commits, integrity
+from jaxinfra.checkpoint import checking, commits, integrity
 from jaxinfra.checkpoint.integrity import ArrayRecord, FileRecord
 from jaxinfra.checkpoint.snapshot import ArrayLayout
 from jaxinfra.checkpoint.store import Digests
@@ -29,7 +29,7 @@ def read_back(
         layout = layouts[name]
         size = integrity.chunk_file_bytes(layout.chunk_shape, layout.dtype)
         forget(folder / path)
-        integrity.read(folder, FileRecord(path=path, bytes=size, xxh3_128=digest))
+        checking.read(folder, FileRecord(path=path, bytes=size, xxh3_128=digest))
 
     items = [(name, *item) for name in digests for item in digests[name].items()]
     with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfra.checkpoint import commits, integrity
+from jaxinfra.checkpoint import checking, commits, integrity
 from jaxinfra.checkpoint.commits import IncompatibleCheckpoint
 from jaxinfra.checkpoint.integrity import ArrayRecord, Manifest
 from jaxinfra.checkpoint.snapshot import Box
@@ -97,7 +97,7 @@ def _read_chunk(
         values = np.empty(array.chunk_shape, array.dtype)
     record = array.chunks[_position(array, index)]
     checksum = bytearray(integrity.CHECKSUM_BYTES)
-    integrity.read_into(folder, record, values.reshape(-1).view(np.uint8), checksum)
+    checking.read_into(folder, record, values.reshape(-1).view(np.uint8), checksum)
     for box in boxes:
         if values is blocks[box]:
             continue

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxinfra.checkpoint import commits, integrity, reading
+from jaxinfra.checkpoint import checking, commits, reading
 from jaxinfra.checkpoint.commits import (
     CheckpointError,
     IncompatibleCheckpoint,
@@ -52,7 +52,7 @@ def latest(folder: Any) -> int | None:
     rejected = []
     for step, path in commits.step_folders(commits.place(folder)):
         try:
-            integrity.check_sizes(path, integrity.load(path))
+            checking.check_sizes(path, checking.load(path))
         except IncompatibleCheckpoint:
             raise
         except CheckpointError as error:
@@ -70,7 +70,7 @@ def newest_shapes(folder: Any) -> dict[str, tuple[int, ...]]:
     nothing."""
     for _, path in commits.step_folders(commits.place(folder)):
         with contextlib.suppress(CheckpointError):
-            return {n: a.shape for n, a in integrity.load(path).arrays.items()}
+            return {n: a.shape for n, a in checking.load(path).arrays.items()}
     return {}
 
 
@@ -158,8 +158,8 @@ def _read(
     logical_shapes: Shapes,
     staging_bytes: float = math.inf,
 ) -> Restored:
-    manifest = integrity.load(path)
-    integrity.check_sizes(path, manifest)
+    manifest = checking.load(path)
+    checking.check_sizes(path, manifest)
     arrays = reading.read_arrays(
         path,
         manifest,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxinfra.checkpoint import integrity
+from jaxinfra.checkpoint import checking
 from jaxinfra.checkpoint.commits import CheckpointError
 from jaxinfra.checkpoint.integrity import Manifest
 from jaxinfra.config import CheckpointConfig
@@ -30,7 +30,7 @@ def make_retain(
     def manifest(step: int, folder: Any) -> Manifest | None:
         if step not in known:
             try:
-                known[step] = integrity.load(folder)
+                known[step] = checking.load(folder)
             except CheckpointError:
                 known[step] = None
         return known[step]

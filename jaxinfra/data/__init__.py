@@ -45,7 +45,7 @@ hosts, on any mesh and after any restart. `packing` defines rows, `batches` ever
 
 The digest. `Dataset.digest` is the sha256 of `dataset.json`, which holds a checksum of
 every file: it names the bytes. `Stream.identity()` holds it and goes to the checkpoint.
-`device.digest` hashes a batch inside the jitted step, so that rows in the wrong place
+`digests.digest` hashes a batch inside the jitted step, so that rows in the wrong place
 show as well as wrong rows.
 
 Only `device` imports jax: preparing and checking data needs numpy alone, and

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxinfra import runfolder
-from jaxinfra.checkpoint import commits, integrity, lifecycle, look
+from jaxinfra.checkpoint import checking, commits, integrity, lifecycle, look
 from jaxinfra.config import ConfigError, DataError
 from jaxinfra.interop import export
 from jaxinfra.resilience import ownership
@@ -54,7 +54,7 @@ def export_orbax(step_folder: Any, target: pathlib.Path) -> int:
 def export_safetensors(step_folder: Any, target: pathlib.Path) -> int:
     """Writes a step as one safetensors file in a folder; step, config and data state
     stand in its metadata as JSON. Returns and raises as `export_orbax`."""
-    manifest, arrays = integrity.load(step_folder), _read(step_folder)
+    manifest, arrays = checking.load(step_folder), _read(step_folder)
     about = {
         key: json.dumps(getattr(manifest, key), sort_keys=True)
         for key in ("step", "config", "data", "versions")
@@ -82,7 +82,7 @@ def import_checkpoint(
     arrays = _open(source)
     metadata: dict[str, Any] = {"config": {}, "data": {}}
     if like is not None:
-        manifest = integrity.load(like)
+        manifest = checking.load(like)
         metadata = {"config": manifest.config, "data": manifest.data}
         _refuse_others(arrays, manifest, source, like)
     steps = commits.place(str(run_dir / runfolder.CHECKPOINTS))
@@ -109,7 +109,7 @@ def import_checkpoint(
 
 
 def _read(step_folder: Any) -> dict[str, np.ndarray]:
-    arrays = integrity.load(step_folder).arrays
+    arrays = checking.load(step_folder).arrays
     return {name: look.read_array(step_folder, array) for name, array in arrays.items()}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from jaxinfra.checkpoint import commits, integrity
+from jaxinfra.checkpoint import checking, commits
 from jaxinfra.checkpoint.commits import CheckpointError, SaveError
 from jaxinfra.checkpoint.integrity import FileRecord, Manifest
 from jaxinfra.config import DataError
@@ -122,7 +122,7 @@ def write_synced(path: ObjectPath, pieces: Iterable[Any]) -> None:
     path.write_bytes(b"".join(bytes(piece) for piece in pieces))
 
 
-@integrity.check_sizes.register
+@checking.check_sizes.register
 def check_sizes(step_folder: ObjectPath, manifest: Manifest) -> None:
     """Whether every file is there; sizes are compared when they are read."""
     found = set(step_folder.below())
@@ -131,13 +131,13 @@ def check_sizes(step_folder: ObjectPath, manifest: Manifest) -> None:
             raise CheckpointError(f"{step_folder / record.path}: No such object")
 
 
-@integrity.read.register
+@checking.read.register
 def read(step_folder: ObjectPath, record: FileRecord) -> None:
     """One request, compared and forgotten."""
     _checked(step_folder, record)
 
 
-@integrity.read_into.register
+@checking.read_into.register
 def read_into(step_folder: ObjectPath, record: FileRecord, *buffers) -> None:
     """One request, copied once its digest is right."""
     data, start = memoryview(_checked(step_folder, record)), 0

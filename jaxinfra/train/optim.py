@@ -3,7 +3,6 @@ average of the parameters, and how an update enters them.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, assert_never
 
@@ -14,7 +13,7 @@ import optax
 
 import jaxinfra
 from jaxinfra.config import OptimizerConfig
-from jaxinfra.params import ParamSpec, Tree
+from jaxinfra.params import Tree
 
 # Kinds that weight decay falls on, and the kind that muon orthogonalises.
 DECAYED = ("matrix",)
@@ -95,7 +94,7 @@ def make_optimizer(
             rule = optax.partition(
                 {
                     "muon": optax.chain(
-                        _orthogonalised_momentum(cfg, specs),
+                        jaxinfra.orthogonalised_momentum(cfg, specs),
                         optax.add_decayed_weights(cfg.weight_decay),
                         at_rate,
                     ),
@@ -180,47 +179,6 @@ def on_host(
         return np.asarray(rates(number * size + np.arange(size)))
 
     return lambda step: float(cfg.learning_rate * table(step // size)[step % size])
-
-
-def _orthogonalised_momentum(cfg: OptimizerConfig, specs: Tree):
-    """Muon's direction for every stacked matrix, layer by layer.
-
-    The contracted dims of the spec are one side of the matrix, the rest the other,
-    layers a batch; scaled by sqrt(max(1, outputs / inputs)), so that a wide layer moves
-    as far. Source: optax.contrib.muon, whose parts these are.
-    """
-
-    def sides(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers:
-        outputs = (
-            dim
-            for dim, name in enumerate(spec.axes)
-            if dim not in spec.contract and name not in STACKS
-        )
-        return optax.contrib.MuonDimensionNumbers(spec.contract, tuple(outputs))
-
-    def scale(spec: ParamSpec) -> float:
-        inputs, outputs = (
-            math.prod(spec.shape[dim] for dim in dims) for dims in sides(spec)
-        )
-        return math.sqrt(max(1.0, outputs / inputs))
-
-    def matrices(of):
-        return jax.tree.map(
-            lambda s: of(s) if s.kind == ORTHOGONALISED else optax.MaskedNode(), specs
-        )
-
-    momentum = optax.contrib.scale_by_muon(
-        beta=cfg.momentum,
-        # One step fewer than from the Frobenius norm. Source: arXiv:2512.04632.
-        ns_steps=4,
-        preconditioning="aol",
-        mu_dtype=jnp.float32,
-        weight_dimension_numbers=lambda _: matrices(sides),
-    )
-    by_shape = optax.stateless(
-        lambda updates, params: jax.tree.map(jnp.multiply, updates, matrices(scale))
-    )
-    return optax.chain(momentum, by_shape)
 
 
 def _in_float32(tx: optax.GradientTransformationExtraArgs, moments: jnp.dtype):

@@ -16,7 +16,7 @@ from faults import rig as rigs
 from faults.hostile import TYPED, checkpoint, data_set
 from faults.rig import Outcome, Rig
 from jaxinfra import options, runfolder
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, integrity, restore
 from jaxinfra.data import idx, megatron, prepare, shards, tokenizer_files
 from jaxinfra.interop import tensorfile
 from jaxinfra.resilience import ownership
@@ -82,10 +82,10 @@ def _manifest_bomb(change: Callable[[dict], Any], sparse_bytes: int = 0):
         if sparse_bytes:
             path = step / array["chunks"][0]["path"]
             os.truncate(path, sparse_bytes)
-            assert integrity.load(step).arrays[name].chunks[0].bytes == sparse_bytes
+            assert checking.load(step).arrays[name].chunks[0].bytes == sparse_bytes
 
         def act() -> None:
-            if not integrity.validate(step):
+            if not checking.validate(step):
                 raise AssertionError(f"{name} is called good")
             restore.latest(folder / "checkpoints")
 
@@ -175,7 +175,7 @@ _STEPS = lambda folder: _latest(folder)
 
 
 def _latest(folder: pathlib.Path) -> None:
-    integrity.load((folder / _STEP).parent)
+    checking.load((folder / _STEP).parent)
 
 
 _BOMBS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from faults import rig as rigs
 from faults.rig import SAVE_EVERY, Outcome, Rig
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, integrity, restore
 from jaxinfra.config import DataError
 from jaxinfra.data import batches, shards, tokenizer, writer
 
@@ -110,7 +110,7 @@ def trial_flip(rig: Rig, number: int) -> Outcome:
         told = str(begun.get("rejected"))
         out.check(str(path) in told and str(_NEWEST) in told, f"told {told}")
         rigs.compare(out, rig, run_dir)
-        out.check(not integrity.validate(newest), "the bad step was not saved again")
+        out.check(not checking.validate(newest), "the bad step was not saved again")
     return out
 
 
@@ -184,7 +184,7 @@ def _each_found(rig: Rig, row: str, number: int, harm: Any) -> Outcome:
         for turn in range(out.count):
             path = harm(newest, chance, turn)
             name = str(path.relative_to(newest))
-            problems = integrity.validate(newest)
+            problems = checking.validate(newest)
             if not any(name in problem for problem in problems):
                 failures.append(f"verify does not name {name}: {problems}")
             found = restore.restore_latest(folder, abstract)
@@ -222,7 +222,7 @@ def _abstract(step_folder: pathlib.Path) -> dict[str, Any]:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        for name, x in integrity.load(step_folder).arrays.items()
+        for name, x in checking.load(step_folder).arrays.items()
     }
 
 

@@ -16,7 +16,7 @@ from faults import fuzz
 from faults import rig as rigs
 from faults.rig import Outcome, Rig
 from jaxinfra import options, runfolder
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, integrity, restore
 from jaxinfra.checkpoint.commits import CheckpointError
 from jaxinfra.config import ConfigError, DataError
 from jaxinfra.data import shards, tokenizer, tokenizer_files
@@ -204,9 +204,9 @@ def _load_checkpoint(place: pathlib.Path) -> None:
     steps = place / "checkpoints"
     restore.latest(steps)
     step_folder = steps / str(rigs.SAVE_EVERY)
-    integrity.validate(step_folder)
+    checking.validate(step_folder)
     there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    manifest = integrity.load(step_folder)
+    manifest = checking.load(step_folder)
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
         for name, x in manifest.arrays.items()
@@ -318,7 +318,7 @@ def _manifest_names(rig: Rig, place: pathlib.Path, name: str, outside: pathlib.P
         body = json.loads(json.dumps(sound))
         change(body["arrays"])
         (step / integrity.MANIFEST).write_bytes(integrity.dump(body))
-        integrity.check_sizes(step, integrity.load(step))
+        checking.check_sizes(step, checking.load(step))
 
     def array(arrays: dict) -> None:
         first = sorted(arrays)[0]

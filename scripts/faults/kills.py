@@ -14,7 +14,7 @@ from typing import Any
 from faults import rig as rigs
 from faults import shim
 from faults.rig import SAVE_EVERY, Outcome, Rig
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, restore
 
 _LAST = rigs.STEPS - 8 * SAVE_EVERY  # a chain ends there, well before the quiet run
 
@@ -121,7 +121,7 @@ def _check_newest(out: Outcome, run_dir: pathlib.Path) -> int:
     out.check(
         newest == max(rigs.saved_steps(run_dir), default=0), "a step is passed over"
     )
-    bad = integrity.validate(steps / str(newest)) if newest else []
+    bad = checking.validate(steps / str(newest)) if newest else []
     out.check(not bad, f"step {newest}: {bad[:1]}")
     return newest
 

@@ -14,7 +14,7 @@ import numpy as np
 from faults import rig as rigs
 from faults import shim, table
 from faults.rig import SAVE_EVERY, Outcome, Rig
-from jaxinfra.checkpoint import commits, integrity, lifecycle, restore
+from jaxinfra.checkpoint import checking, commits, lifecycle, restore
 from jaxinfra.checkpoint.commits import SaveError
 
 _OF = {row.number: row for row in table.ROWS}
@@ -301,7 +301,7 @@ def trial_11(rig: Rig, number: int) -> Outcome:
         bad = [
             problem
             for _, path in commits.step_folders(steps)
-            for problem in integrity.validate(path)
+            for problem in checking.validate(path)
         ]
         return {"told": told, "acted": acted, "then": loaded(steps), "bad": bad}
 
@@ -373,7 +373,7 @@ def _check_after_kill(out: Outcome, steps: pathlib.Path, when: str) -> int | Non
     """The newest committed step is whole, its values right, and saves go on."""
     newest = restore.latest(steps)
     out.check(newest in (10, 20), f"{when}: latest is {newest}")
-    bad = integrity.validate(steps / str(newest))
+    bad = checking.validate(steps / str(newest))
     out.check(not bad, f"{when}: {bad[:1]}")
 
     def go_on() -> dict[str, Any]:

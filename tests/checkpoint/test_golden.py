@@ -8,7 +8,7 @@ import small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, restore
 
 
 @pytest.mark.parametrize("version", golden_values.FOLDERS)
@@ -26,7 +26,7 @@ def test_every_format_loads_with_its_values(version):
     assert found.metadata["attempt"] == 3
     for name, value in golden_values.VALUES.items():
         assert np.asarray(found.arrays[name]).tobytes() == value.tobytes()
-    assert integrity.validate(folder / "40") == []
-    manifest = integrity.load(folder / "40")
+    assert checking.validate(folder / "40") == []
+    manifest = checking.load(folder / "40")
     assert manifest.metrics == (golden_values.METRICS if version > 1 else {})
-    assert integrity.load(golden_values.FOLDER / "40").unix_secs > 0
+    assert checking.load(golden_values.FOLDER / "40").unix_secs > 0

@@ -8,7 +8,7 @@ import jax
 import pytest
 import small_state
 
-from jaxinfra.checkpoint import commits, integrity, lifecycle, restore, store
+from jaxinfra.checkpoint import checking, commits, integrity, lifecycle, restore, store
 from jaxinfra.checkpoint.commits import NoUsableCheckpoint, SaveError
 
 NAN = float("nan")
@@ -162,7 +162,7 @@ def test_a_step_saved_again_replaces_a_damaged_one(state, checkpointer, tmp_path
     assert "arrays/opt/nu/c/0" in found.rejected[0][1]
     small_state.save_now(checkpointer, 2, state)
     assert restored(tmp_path / "checkpoints", state).rejected == ()
-    assert integrity.validate(tmp_path / "checkpoints/2") == []
+    assert checking.validate(tmp_path / "checkpoints/2") == []
 
 
 def test_a_step_set_aside_counts_until_the_new_one_is_in(state, checkpointer, tmp_path):
@@ -246,7 +246,7 @@ def test_a_killed_save_leaves_the_previous_or_the_new_step(
     done = subprocess.run(command, cwd=small_state.ROOT, check=False)
     assert done.returncode == 9
     assert restore.latest(tmp_path) == latest
-    assert integrity.validate(tmp_path / str(latest)) == []
+    assert checking.validate(tmp_path / str(latest)) == []
     saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=2)
     saves.save(30, {"x": jax.numpy.zeros(3)}, metadata=small_state.METADATA)
     saves.close()

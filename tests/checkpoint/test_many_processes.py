@@ -13,7 +13,7 @@ import small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.checkpoint import commits, integrity, partial
+from jaxinfra.checkpoint import checking, commits, partial
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_another_number_of_processes_restores_the_same_bits(size, mesh, saved):
 
 
 def test_this_process_reads_the_same_bits_on_any_mesh(saved):
-    assert integrity.validate(saved / "2") == []
+    assert checking.validate(saved / "2") == []
     assert [step for step, _ in commits.step_folders(saved)] == [2]
     for sizes in ({}, {"data": 8}, {"fsdp": 4, "tensor": 2}):
         place = NamedSharding(small_state.make_mesh(**sizes), P())

@@ -5,7 +5,14 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from jaxinfra.checkpoint import commits, integrity, lifecycle, read_back, restore
+from jaxinfra.checkpoint import (
+    checking,
+    commits,
+    integrity,
+    lifecycle,
+    read_back,
+    restore,
+)
 from jaxinfra.checkpoint.commits import SaveError
 from jaxinfra.checkpoint.retention import make_retain
 from jaxinfra.config import CheckpointConfig
@@ -75,8 +82,8 @@ def test_nothing_is_deleted_when_the_new_step_does_not_read_back(tmp_path, monke
     assert steps_of(tmp_path) == [1, 2]
     found = restore.latest(tmp_path)  # looks at sizes alone
     assert found == 2
-    assert integrity.validate(tmp_path / "2")
-    assert integrity.validate(tmp_path / "1") == []
+    assert checking.validate(tmp_path / "2")
+    assert checking.validate(tmp_path / "1") == []
     save(saves, 3)
     assert steps_of(tmp_path) == [3]
     saves.close()
@@ -90,7 +97,7 @@ def test_what_is_kept_is_read_from_manifests_and_a_damaged_one_is_no_candidate(
         save(saves, step, loss)
     (tmp_path / "1/manifest.json").write_text("{}")
     reads = []
-    load = integrity.load
+    load = checking.load
     monkeypatch.setattr(integrity, "load", lambda p: reads.append(p) or load(p))
     retain = make_retain(CheckpointConfig(keep_best=1))
     for _ in range(2):
@@ -103,7 +110,7 @@ def test_metrics_and_time_are_in_the_manifest_and_format_1_has_none(tmp_path):
     saves = lifecycle.Checkpointer(tmp_path, keep=3, run_id="r", attempt=1)
     save(saves, 4, 0.25)
     saves.close()
-    manifest = integrity.load(tmp_path / "4")
+    manifest = checking.load(tmp_path / "4")
     assert manifest.metrics == {"eval/loss": 0.25}
     assert manifest.unix_secs > 1_700_000_000
     values = json.loads((tmp_path / "4/manifest.json").read_text())
@@ -116,7 +123,7 @@ def test_read_back_names_what_is_not_as_written(tmp_path):
     saves = lifecycle.Checkpointer(tmp_path, keep=3, run_id="r", attempt=1)
     save(saves, 4)
     saves.close()
-    record = integrity.load(tmp_path / "4").arrays["x"]
+    record = checking.load(tmp_path / "4").arrays["x"]
     digests = {"x": {chunk.path: chunk.xxh3_128 for chunk in record.chunks}}
     read_back.read_back(tmp_path / "4", digests, {"x": record})
     (tmp_path / "4/arrays/x/c/0").unlink()

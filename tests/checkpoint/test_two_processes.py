@@ -11,7 +11,7 @@ import small_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.checkpoint import integrity, restore
+from jaxinfra.checkpoint import checking, restore
 
 
 def test_two_processes_save_together_and_one_restores(tmp_path):
@@ -49,7 +49,7 @@ def test_two_processes_save_together_and_one_restores(tmp_path):
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data)
-    assert integrity.validate(tmp_path / "two/1") == []
+    assert checking.validate(tmp_path / "two/1") == []
     one_device = NamedSharding(small_state.make_mesh(), P())
     abstract = {
         "params/embedding": jax.ShapeDtypeStruct(

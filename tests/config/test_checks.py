@@ -19,7 +19,9 @@ def test_the_defaults_break_no_rule():
 
 
 def test_every_number_is_in_one_range():
-    numbers = [key for key, kind in options._options(Config) if kind in (int, float)]
+    numbers = [
+        key for key, kind in options.every_option(Config) if kind in (int, float)
+    ]
     ranged = [key for _, keys in checks.RANGES.values() for key in keys]
     assert sorted(ranged) == sorted(numbers)
 

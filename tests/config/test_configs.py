@@ -36,7 +36,7 @@ def num_params(config: Config, *, vocab_size: int) -> int:
 
 
 def test_the_shipped_configs_are_those_by_name():
-    assert list(options._shipped_configs()) == NAMES
+    assert list(options.shipped_configs()) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

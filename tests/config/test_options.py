@@ -189,7 +189,7 @@ def test_the_diff_tells_what_a_resumed_run_may_not_change():
 
 
 def test_every_key_that_may_change_on_resume_exists():
-    keys = [f"{key}." for key, _ in options._options(Config)]
+    keys = [f"{key}." for key, _ in options.every_option(Config)]
     for prefix in options.RESUMABLE:
         assert any(key.startswith(f"{prefix}.") for key in keys), prefix
 
@@ -198,7 +198,7 @@ NAMED = ("eval.sets.", "data.sets.", "data.weights.")
 
 
 def test_five_typos_of_every_option_are_refused_with_a_hint():
-    for key, _ in options._options(Config):
+    for key, _ in options.every_option(Config):
         section, dot, name = key.rpartition(".")
         typos = [
             f"{section}{dot}{name[:-2]}{name[-1]}",  # a letter left out
@@ -220,7 +220,7 @@ def test_help_names_every_option_and_exits_0(capsys):
         options.read_command_line(["--config", "tiny", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for key, _ in options._options(Config):
+    for key, _ in options.every_option(Config):
         assert f"--{key} " in text
     assert "--train.steps int" in text
 

@@ -25,7 +25,7 @@ def main(sets, mesh, depth, start, stop, port="", count="1", rank="0"):
     if port:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(rank))
-    from jaxinfra.data import batches, device, shards
+    from jaxinfra.data import batches, device, digests, shards
     from jaxinfra.stages import BatchSizes, parse
 
     names = sorted(path.name for path in pathlib.Path(sets).iterdir())
@@ -50,7 +50,7 @@ def main(sets, mesh, depth, start, stop, port="", count="1", rank="0"):
             stream.batch, step, batch_size=sizes.of(step), sharding=rows
         )
 
-    digest = jax.jit(device.digest, out_shardings=jax.NamedSharding(grid, jax.P()))
+    digest = jax.jit(digests.digest, out_shardings=jax.NamedSharding(grid, jax.P()))
     fetched = device.prefetch(fetch, int(start), int(stop), depth=int(depth))
     with jax.set_mesh(grid), contextlib.closing(fetched):
         for batch in fetched:

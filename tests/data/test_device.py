@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxinfra.config import DataError
-from jaxinfra.data import device
+from jaxinfra.data import device, digests
 from jaxinfra.data.batches import make_evaluation, make_stream
 from jaxinfra.data.packing import Batch
 
@@ -74,7 +74,7 @@ def test_the_digest_is_that_of_the_definition_on_every_mesh(stream, sizes):
     host = stream.batch(3)
     batch = put(stream.batch, 3, sharding)
     with jax.set_mesh(sharding.mesh):
-        found = jax.jit(device.digest)(batch)
+        found = jax.jit(digests.digest)(batch)
     assert found.dtype == np.uint32
     assert found.shape == ()
     assert int(found) == digest_numpy(*host.per_token[:2])
@@ -82,7 +82,7 @@ def test_the_digest_is_that_of_the_definition_on_every_mesh(stream, sizes):
 
 def test_the_digest_needs_no_mesh(stream):
     host = stream.batch(0)
-    assert int(jax.jit(device.digest)(host)) == digest_numpy(*host.per_token[:2])
+    assert int(jax.jit(digests.digest)(host)) == digest_numpy(*host.per_token[:2])
 
 
 def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
@@ -91,7 +91,7 @@ def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
     token[2, 3] ^= 1
     segment[2, 3] ^= 1
     digests = {
-        int(jax.jit(device.digest)((t, s)))
+        int(jax.jit(digests.digest)((t, s)))
         for t, s in [
             (tokens, segments),
             (tokens[SWAPPED], segments[SWAPPED]),
@@ -135,11 +135,11 @@ def test_arrays_of_any_rank_go_to_devices_by_their_rows(sizes):
             assert array.sharding.spec[0] == ("data", "fsdp")
             assert np.array_equal(array, expected)
     with jax.set_mesh(sharding.mesh):
-        found = int(jax.jit(device.digest)(images))
+        found = int(jax.jit(digests.digest)(images))
     whole = whole._replace(labels_B=whole.labels_B[SWAPPED])
     swapped = put(rows, 0, sharding)
     with jax.set_mesh(sharding.mesh):
-        assert int(jax.jit(device.digest)(swapped)) != found
+        assert int(jax.jit(digests.digest)(swapped)) != found
 
 
 def test_rows_are_read_once_and_only_those_that_the_devices_need(stream):

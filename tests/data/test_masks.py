@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import device, shards, writer
+from jaxinfra.data import device, digests, shards, writer
 from jaxinfra.data.batches import make_evaluation, make_stream
 from jaxinfra.data.packing import Rows
 from jaxinfra.data.tokenizer import ByteTokenizer
@@ -113,7 +113,7 @@ def test_the_identity_of_a_stream_and_the_digest_of_a_batch_hold_the_mask(write)
 
     first, flipped = stream(write("a")), stream(write("b", flip=1))
     assert first.identity() != flipped.identity()
-    digest = jax.jit(device.digest)
+    digest = jax.jit(digests.digest)
     assert int(digest(first.batch(0))) != int(digest(flipped.batch(0)))
     plain = stream(write("c", has_masks=False))
     assert int(digest(first.batch(0).per_token[:2])) == int(digest(plain.batch(0)))

@@ -17,7 +17,7 @@ import pytest
 from e2e import command
 from e2e.command import STEPS
 
-from jaxinfra.checkpoint import commits, integrity, lifecycle, partial
+from jaxinfra.checkpoint import checking, commits, lifecycle, partial
 from jaxinfra.remote import lines, object_path
 from jaxinfra.remote.object_path import ObjectPath
 
@@ -96,7 +96,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_as_one_on_disk(
     assert starts[1] > 0
     steps = commits.step_folders(commits.place(run_dir / "checkpoints"))
     assert [step for step, _ in steps] == [STEPS, STEPS - 1]
-    assert [integrity.validate(path) for _, path in steps] == [[], []]
+    assert [checking.validate(path) for _, path in steps] == [[], []]
     for _, path in steps:
         assert object_stores.SECRET not in str((path / "manifest.json").read_text())
 

@@ -14,7 +14,7 @@ from e2e import command
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxinfra.checkpoint import integrity, partial
+from jaxinfra.checkpoint import checking, partial
 
 pytestmark = pytest.mark.slow
 SAVED, STEPS = 4, 8
@@ -99,7 +99,7 @@ def test_another_number_of_processes_goes_on_with_the_same_losses(
 
 def test_all_four_wrote_and_every_mesh_reads_the_same_bits(saved):
     folder = saved / "checkpoints"
-    assert integrity.validate(folder / str(SAVED)) == []
+    assert checking.validate(folder / str(SAVED)) == []
     values: dict[str, bytes] = {}
     for sizes in (
         {},

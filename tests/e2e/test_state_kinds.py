@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from e2e import command
 
-from jaxinfra.checkpoint import integrity
+from jaxinfra.checkpoint import checking
 
 STEPS = 10
 OTHER_MESH = 1e-5  # float32 sums in another order, over five updates
@@ -36,7 +36,7 @@ def test_it_goes_on_bit_for_bit(cache, tmp_path, kind):
     for key in ("eval/loss", "train/param_norm"):
         assert ours[key] == theirs[key]
 
-    manifest = integrity.load(resumed / "checkpoints" / str(STEPS))
+    manifest = checking.load(resumed / "checkpoints" / str(STEPS))
     kinds = {name: array.dtype for name, array in manifest.arrays.items()}
     is_half = kind == "bfloat16 parameters"
     for name, dtype in kinds.items():

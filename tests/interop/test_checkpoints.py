@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from jaxinfra.checkpoint import integrity, lifecycle, look
+from jaxinfra.checkpoint import checking, integrity, lifecycle, look
 from jaxinfra.config import ConfigError, DataError
 from jaxinfra.interop import checkpoints
 
@@ -39,7 +39,7 @@ def step(tmp_path):
 
 
 def assert_is(step_folder, wanted):
-    manifest = integrity.load(step_folder)
+    manifest = checking.load(step_folder)
     assert sorted(manifest.arrays) == sorted(wanted)
     for name, value in wanted.items():
         found = look.read_array(step_folder, manifest.arrays[name])

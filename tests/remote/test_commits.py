@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxinfra
-from jaxinfra.checkpoint import commits, integrity, lifecycle, restore, store
+from jaxinfra.checkpoint import checking, commits, integrity, lifecycle, restore, store
 from jaxinfra.checkpoint.commits import CheckpointError, NoUsableCheckpoint, SaveError
 
 METADATA = {"config": {}, "data": {}}
@@ -50,7 +50,7 @@ def test_steps_are_saved_kept_and_read_back(folder):
     found = restored(folder)
     assert found.step == 100
     np.testing.assert_array_equal(found.arrays["x"], np.full(5, 100))
-    assert integrity.validate(folder / "20") == []
+    assert checking.validate(folder / "20") == []
     assert restore.latest(str(folder)) == 100
 
 
@@ -77,7 +77,7 @@ def test_what_is_lost_or_damaged_is_named_and_walked_back_from(lost, folder):
         assert restored(folder).step == 1
         return
     with pytest.raises(CheckpointError, match="No such object"):
-        integrity.check_sizes(folder / "2", integrity.load(folder / "2"))
+        checking.check_sizes(folder / "2", checking.load(folder / "2"))
     found = restore.restore_latest(folder, restored_abstract())
     assert (found.step, found.rejected[0][0]) == (1, 2)
 
@@ -144,7 +144,7 @@ def test_a_fenced_writer_cannot_commit_and_its_late_chunks_do_no_harm(
     found = restored(folder)
     assert (found.step, found.metadata["attempt"]) == (20, 2)
     assert int(found.arrays["x"][0]) == 2
-    assert integrity.validate(folder / "20.1") == []
+    assert checking.validate(folder / "20.1") == []
     save(new, 30)
     assert "20" not in [path.name for _, path in commits.step_folders(folder)]
 

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from jaxinfra import options, params
+from jaxinfra import options, tracing
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.models import transformer
 
@@ -14,7 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 UPDATE = "JAXINFRA_UPDATE_GOLDEN"  # set to 1 to write the golden texts again
 NAMES = [
     name
-    for name in options._shipped_configs()
+    for name in options.shipped_configs()
     if options.load_config(name).task == "text"
 ]
 
@@ -28,7 +28,7 @@ def model_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_parameter_changes_unseen(name):
-    text = params.table(transformer.param_specs(model_of(name))) + "\n"
+    text = tracing.table(transformer.param_specs(model_of(name))) + "\n"
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get(UPDATE):
         golden.parent.mkdir(exist_ok=True)
