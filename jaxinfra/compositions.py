@@ -131,6 +131,12 @@ APART = (
     ),
     Pair(
         "pipeline",
+        "ring",
+        "devices exchange keys all at once, and stages do not attend at the same time",
+        "set parallel.context to all_gather or ulysses",
+    ),
+    Pair(
+        "pipeline",
         "own task",
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",

@@ -33,7 +33,7 @@ from jaxinfra.precision import Policy
 from jaxinfra.resilience import exitcodes, preemption
 from jaxinfra.sharding import Layout
 from jaxinfra.tasks import GetTask, Task
-from jaxinfra.train import evaluate, facts, loop, objective, optim
+from jaxinfra.train import evaluate, facts, feeding, loop, objective, optim, saving
 from jaxinfra.train import state as states
 from jaxinfra.train import step as steps
 from jaxinfra.train.journal import Journal
@@ -196,10 +196,10 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             return trace(experiment)
         run_dir, group = runfolder.folder(config), processes.this_job()
         stop = enter(preemption.stop_requests())
-        owner = enter(states.owned(run_dir, group))
+        owner = enter(saving.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))
         abstract = experiment.abstract()
-        saver = states.Saver(
+        saver = saving.Saver(
             run_dir,
             abstract=abstract,
             logical_shapes=states.logical_shapes(abstract, task.specs, layout),
@@ -234,7 +234,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
             stop, since_secs=started_secs, max_secs=config.train.max_secs
         )
         failed: list[DataError] = []
-        fetched = tasks.fetched(
+        fetched = feeding.fetched(
             config,
             task,
             rows,

@@ -16,7 +16,7 @@ from typing import Any
 import jaxinfra
 from jaxinfra import checks, runfolder
 from jaxinfra.config import Config, ConfigError, DataError
-from jaxinfra.resilience import exitcodes, preemption
+from jaxinfra.resilience import exitcodes
 
 # A full or failing disk; saves meet them too, and tell them as SaveError.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -130,7 +130,8 @@ def _job(config: Config) -> Iterator[None]:
     agreed = (FolderOwned, commits.NoUsableCheckpoint, commits.IncompatibleCheckpoint)
     group = processes.this_job()
     try:
-        with preemption.watched(group.store, group.rank):
+        # By its public name, which loads the module: one process needs none of it.
+        with jaxinfra.watched(group.store, group.rank):
             yield
     except agreed:  # raised in all processes alike
         jax.distributed.shutdown()

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec
 
+import jaxinfra
 from jaxinfra.config import AXES
 
 
@@ -42,9 +43,10 @@ def make_mesh(
             f"{len(devices)}; set mesh.data, mesh.fsdp ... to -1 to take the rest"
         )
     if slices > 1:
-        array = _across_slices(sizes, devices, slices)
+        # By its public name, which loads the module: one slice needs none of it.
+        array = jaxinfra.across_slices(sizes, devices, slices)
     else:
-        array = _within(shape, devices)
+        array = within(shape, devices)
     explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
     return jax.sharding.Mesh(array, AXES, axis_types=explicit)
 
@@ -92,44 +94,8 @@ def among(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def _across_slices(
-    sizes: Mapping[str, int], devices: list[jax.Device], slices: int
-) -> np.ndarray:
-    """Device array whose slow axis is outermost."""
-    for slow in ("data", "pipeline"):
-        if sizes[slow] % slices == 0:
-            break
-    else:
-        raise ValueError(
-            f"mesh.slices={slices} divides neither mesh.data={sizes['data']} nor "
-            f"mesh.pipeline={sizes['pipeline']}; set mesh.data to a multiple of it"
-        )
-    inner = [n // slices if axis == slow else n for axis, n in sizes.items()]
-    blocks = [_within(inner, group) for group in _groups(devices, slices)]
-    return np.concatenate(blocks, axis=AXES.index(slow))
-
-
-def _groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
-    """The devices of each slice: of a TPU's, else of as many neighbouring processes."""
-    if devices[0].platform == "tpu":
-        of = lambda device: device.slice_index
-        numbers = sorted({of(device) for device in devices})
-        groups = [[d for d in devices if of(d) == number] for number in numbers]
-    else:
-        # Not one a process: launchers may start one for each of a node's devices.
-        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        groups = [list(group) for group in np.array_split(np.array(ordered), slices)]
-    counts = [len(group) for group in groups]
-    if counts != [len(devices) // slices] * slices:
-        raise ValueError(
-            f"mesh.slices={slices} and the {len(devices)} devices are in {len(groups)} "
-            f"slices of {counts}; set mesh.slices to {len(groups)}"
-        )
-    return groups
-
-
-def _within(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
-    """Devices that a fast network joins, in an order that suits it."""
+def within(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices that a fast network joins, in an order that suits it, of this shape."""
     if len(devices) == 1 or devices[0].platform == "cpu":
         # mesh_utils would order host devices by process; their own order is as good.
         return np.array(devices).reshape(shape)

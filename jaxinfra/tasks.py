@@ -10,7 +10,7 @@ module.
 import dataclasses
 import pathlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,8 +19,8 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import runfolder, sharding, stages
-from jaxinfra.config import LOW_PRECISION, Config, ConfigError, DataError
-from jaxinfra.data import batches, device, packing, shards
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError
+from jaxinfra.data import batches, packing, shards
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
@@ -306,45 +306,6 @@ def open_text(config: Config, path: str = "") -> shards.Dataset:
             seed=config.run.seed,
         )
     return shards.open_dataset(folder, damaged=config.data.damaged)
-
-
-def fetched(
-    config: Config,
-    task: Task,
-    sharding: jax.NamedSharding,
-    *,
-    start: int,
-    tell_damage: Callable[[int, str], None],
-    gives_up: Callable[[], bool],
-    failed: list[DataError],
-) -> Iterator[device.Fetched]:
-    """Batches of the task's stream on the devices, from step `start` on, made ahead.
-
-    They end early where `gives_up` says so while one is waited for, or data cannot be
-    had, of which `failed` gets the error; of several processes, which must end at the
-    same step, that error ends this one.
-    """
-    sizes = stages.BatchSizes(config.train.batch_size, config.train.batch_ramp)
-    assert task.stream is not None
-    host_rows = task.stream.batch
-    is_alone = jax.process_count() == 1
-
-    def fetch(step: int) -> tuple:
-        batch = device.to_device(
-            host_rows, step, batch_size=sizes.of(step), sharding=sharding
-        )
-        for line in task.damage():
-            tell_damage(step, line)
-        return batch
-
-    batches = device.prefetch(
-        fetch,
-        start,
-        config.train.steps,
-        depth=config.data.prefetch,
-        gives_up=lambda: is_alone and gives_up(),
-    )
-    return device.until_none_comes(batches, failed) if is_alone else batches
 
 
 def continued(

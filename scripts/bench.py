@@ -13,6 +13,9 @@
                                                against plain flax and scikit-learn
     python scripts/bench.py rounding           parameters in bfloat16, rounded two ways,
                                                against float32 masters: 500 steps
+    python scripts/bench.py quant              tiny in fp8, int8, mxfp8, with adamw in 8
+                                               bits, with int8 traffic: 300 steps, three
+                                               seeds; goes on where it was ended
     python scripts/bench.py device             the accelerator that is here, or the CPU:
                                                kernels against float32, a step's MFU,
                                                offload, bandwidths
@@ -63,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs |= {"meshes": meshes, "pipeline": pipeline}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
     verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
+    verbs |= {"quant": quant}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
@@ -331,6 +335,17 @@ def rounding(args) -> dict:
             for way, loss in losses.items()
         }
     return result
+
+
+def quant(args) -> dict:
+    """Held-out nats of configs/tiny.py by precision, against bfloat16; each run is
+    written when it ends (scripts/quant_runs.py)."""
+    import quant_runs  # pyright: ignore[reportMissingImports]
+
+    runs = str(ROOT / "scripts" / "quant_runs.py")
+    for kind in quant_runs.KINDS:  # each in a process of its own: devices differ
+        _run([sys.executable, runs, kind])
+    return quant_runs.summary()
 
 
 def sft(args) -> dict:

@@ -37,7 +37,7 @@ which others do. None is deleted before all of the new one was read back.
 | `restore` | which step to go on from, and its arrays on any mesh |
 | `partial` | parameters alone, a subtree, another dtype |
 | `snapshot`, `staging` | host copies, before the next step donates the arrays |
-| `store` | chunk files: write one's own share, read what a mesh needs |
+| `store`, `reading` | chunk files: write one's own share, read what a mesh needs |
 | `commits` | folders of steps: begun, committed, fenced off, deleted; needs no jax |
 | `integrity` | the manifest, and every file's size and digest; needs no jax |
 | `read_back`, `retention` | before and which older steps are deleted |

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfra.checkpoint import commits, integrity, restore, store
+from jaxinfra.checkpoint import commits, integrity, reading, restore
 from jaxinfra.checkpoint.commits import CheckpointError, IncompatibleCheckpoint
 from jaxinfra.checkpoint.restore import Restored
 
@@ -82,7 +82,9 @@ def _read(
         for name, stored in manifest.arrays.items()
         if name in names
     }
-    found = store.read_arrays(path, manifest, abstract, logical_shapes={}, is_cast=True)
+    found = reading.read_arrays(
+        path, manifest, abstract, logical_shapes={}, is_cast=True
+    )
     return manifest, {names[name]: array for name, array in found.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxinfra.checkpoint import commits, integrity, store
+from jaxinfra.checkpoint import commits, integrity, reading
 from jaxinfra.checkpoint.commits import (
     CheckpointError,
     IncompatibleCheckpoint,
@@ -160,7 +160,7 @@ def _read(
 ) -> Restored:
     manifest = integrity.load(path)
     integrity.check_sizes(path, manifest)
-    arrays = store.read_arrays(
+    arrays = reading.read_arrays(
         path,
         manifest,
         abstract,

@@ -145,7 +145,9 @@ def encode(
 ) -> QuantizedArray:
     """`x` in `format` by scales that are known; what they do not cover saturates."""
     form, dim = FORMATS[format], dims[-1] % x.ndim
-    codes = round_to(x.astype(jnp.float32) / spread(scales, x.shape), format, bits)
+    codes = round_to(
+        _by_groups(jnp.divide, x.astype(jnp.float32), scales), format, bits
+    )
     if form.has_exponents:
         is_finite = jnp.isfinite(scales)  # 255 is MX's NaN
         scales = jnp.where(is_finite, exponent_of(scales) + 127, 255).astype(jnp.uint8)
@@ -161,7 +163,7 @@ def dequantize(q: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     if form.has_exponents:
         exponent = scales.astype(jnp.int32) - 127
         scales = jnp.where(scales == 255, jnp.nan, power_of_two(exponent))
-    return (values_of(codes, q.format) * spread(scales, codes.shape)).astype(dtype)
+    return _by_groups(jnp.multiply, values_of(codes, q.format), scales).astype(dtype)
 
 
 def quantize_parameter(
@@ -249,22 +251,21 @@ def split(x: jax.Array, dim: int, size: int) -> jax.Array:
     return _reshape(x, shape, (*spec[: dim + 1], None, *spec[dim + 1 :]))
 
 
-def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`scales` for every value of an array of `shape`, or what broadcasts to it."""
-    for dim, (parts, size) in enumerate(zip(scales.shape, shape, strict=True)):
-        if parts not in (1, size):
-            scales = _join(
-                jnp.repeat(jnp.expand_dims(scales, dim + 1), size // parts, dim + 1),
-                dim,
-            )
-    return scales
-
-
 def _gathered(x: jax.Array) -> jax.Array:
     """Whole over `fsdp`."""
     spec = jax.typeof(x).sharding.spec
     whole = sharding.gathered(spec)
     return x if whole == spec else jax.reshard(x, whole)
+
+
+def _by_groups(operation, x: jax.Array, scales: jax.Array) -> jax.Array:
+    """operation(x, scale of each value), without an array of x's size of scales: a
+    compiler would write it out before it reads it."""
+    for dim, (parts, size) in enumerate(zip(scales.shape, x.shape, strict=True)):
+        if parts not in (1, size):  # the one dim that has blocks
+            blocks = split(x, dim, size // parts)
+            return _join(operation(blocks, jnp.expand_dims(scales, dim + 1)), dim)
+    return operation(x, scales)
 
 
 def _join(x: jax.Array, dim: int) -> jax.Array:

@@ -82,6 +82,7 @@ def plain(tree: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def in_few_bits(leaf: Any) -> bool:
+    """Whether it is a weight of this package and no array."""
     return isinstance(leaf, Rescaled) or arrays.is_quantized(leaf)
 
 

@@ -1,13 +1,6 @@
-"""The state of training: one tree, made sharded, described for restore, and its way to
-and from the checkpoints of a run folder that this job owns.
-"""
+"""The state of training: one tree, made sharded, described for restore (`saving`)."""
 
-import contextlib
-import dataclasses
-import functools
-import math
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxinfra
-from jaxinfra import options, runfolder, sharding
 from jaxinfra import params as params_lib
-from jaxinfra.checkpoint import commits, lifecycle, restore
-from jaxinfra.checkpoint.commits import IncompatibleCheckpoint, SaveError, SaveReport
-from jaxinfra.checkpoint.processes import GroupError, ProcessGroup
-from jaxinfra.checkpoint.restore import Restored
-from jaxinfra.config import CheckpointConfig, ConfigError
+from jaxinfra import sharding
+from jaxinfra.config import ConfigError
 from jaxinfra.params import Tree
-from jaxinfra.resilience import ownership
 from jaxinfra.sharding import Layout
 from jaxinfra.train import objective, optim
-from jaxinfra.train.journal import Journal
 from jaxinfra.train.objective import Frozen, Scaled
 
 # key -> (params, model_state)
@@ -228,165 +214,6 @@ def _logical(spec: params_lib.ParamSpec, shape: tuple[int, ...]) -> tuple[int, .
     return (
         (*spec.shape[:-1], shape[-1]) if shape[-1:] != spec.shape[-1:] else spec.shape
     )
-
-
-class Owner:
-    """This job's right to the run folder: the first process holds it for all."""
-
-    def __init__(self, attempt: int, check: Callable[[], None]):
-        self.attempt, self.check = attempt, check
-
-
-@contextlib.contextmanager
-def owned(run_dir: Any, group: ProcessGroup) -> Iterator[Owner]:
-    """Owns the run folder within the block.
-
-    Raises ownership.FolderOwned in every process if a live run has it.
-    """
-    held: list[ownership.Ownership] = []
-
-    def acquire() -> int:
-        held.append(ownership.acquire(run_dir))
-        return held[0].attempt
-
-    try:
-        attempt = group.from_first("jaxinfra/attempt", acquire)
-    except GroupError as error:
-        if error.kind == ownership.FolderOwned.__name__:
-            raise ownership.FolderOwned(str(error).partition(": ")[2]) from error
-        raise
-    try:
-        yield Owner(attempt, held[0].check if held else lambda: None)
-    finally:
-        for mine in held:
-            mine.release()
-
-
-class Saver:
-    """Saves and restores the state of one run; every process makes one alike.
-
-    `abstract` is the state to restore into, `logical_shapes` what its arrays are
-    without padding, `stream` the identity of the data stream. What `journal` was told
-    of a step is on disk before that step is committed.
-    """
-
-    def __init__(
-        self,
-        run_dir: Any,
-        *,
-        abstract: TrainState,
-        logical_shapes: dict[str, tuple[int, ...]],
-        stream: dict[str, Any],
-        config: dict[str, Any],
-        settings: CheckpointConfig,
-        journal: Journal,
-        owner: Owner,
-        group: ProcessGroup,
-    ):
-        self._folder = commits.place(run_dir / runfolder.CHECKPOINTS)
-        self._abstract, self._shapes = without_frozen(abstract), logical_shapes
-        self._stream, self._config, self._group = stream, config, group
-        self._owner, self._journal = owner, journal
-        bound = settings.staging_gib * 2**30 or math.inf
-        self._staging_bytes = bound
-        kinds = (settings.keep_every, settings.keep_best, settings.keep_hours)
-        retain = {"retain": jaxinfra.make_retain(settings)} if any(kinds) else {}
-        self.rejected: tuple[tuple[int, str], ...] = ()
-        self._make = lambda run_id: lifecycle.Checkpointer(
-            self._folder,
-            keep=settings.keep,
-            run_id=run_id,
-            attempt=owner.attempt,
-            process=group,
-            fence=owner.check,
-            ready=journal.sync,
-            staging_bytes=bound,
-            is_deferred=settings.defer_copies,
-            **retain,
-        )
-
-    def restore(self, *, accept_changes: bool = False) -> TrainState | None:
-        """The newest good state, None where the run has none yet.
-
-        Steps that are damaged are passed over and stand in `rejected`. Raises what
-        `checkpoint.restore.restore_latest` raises, and ConfigError if the data stream
-        is not the one that the state has seen, unless `accept_changes`.
-        """
-        found = self._newest(accept_changes)
-        self._checkpointer = self._make(
-            found.metadata["run_id"] if found else uuid.uuid4().hex
-        )
-        if found is None:
-            return None
-        self.rejected = found.rejected
-        if accept_changes:
-            return self._unflatten(found.arrays)
-        if not (self._folder.parent / "config.json").exists():
-            jaxinfra.refuse_changes(
-                found.metadata["config"],
-                options.from_json(self._config),
-                where=f"step {found.step} of {self._folder}",
-            )
-        seen = found.metadata["data"]
-        if seen != self._stream:
-            changed = [k for k in self._stream if seen.get(k) != self._stream[k]]
-            raise ConfigError(
-                f"the data stream is not the one of step {found.step}: {changed} "
-                "changed; put the data back, choose another --run.dir, or go on by "
-                "--run.accept_changes true"
-            )
-        return self._unflatten(found.arrays)
-
-    def _newest(self, accept_changes: bool) -> Restored | None:
-        """What `restore` goes on from. A checkpoint whose moments have other bits is
-        converted where changes are accepted."""
-        abstract = dict(params_lib.named(self._abstract))
-        fence = lambda: commits.fence_off(self._folder, attempt=self._owner.attempt)
-        self._group.from_first("jaxinfra/fence_off", fence)
-        read = functools.partial(
-            restore.restore_latest,
-            self._folder,
-            staging_bytes=self._staging_bytes,
-            process=self._group,
-        )
-        try:
-            return read(abstract, logical_shapes=self._shapes)
-        except IncompatibleCheckpoint:
-            if not accept_changes:
-                raise
-            stored = restore.newest_shapes(self._folder)
-            # By its public name, which loads the module: it is seldom needed.
-            other, convert = jaxinfra.other_moments(abstract, stored)
-            shapes = {name: stored[name] for name in other if name in stored}
-            found = read(other, logical_shapes=shapes)
-            return found and dataclasses.replace(found, arrays=convert(found.arrays))
-
-    def _unflatten(self, arrays: dict[str, jax.Array]) -> TrainState:
-        names = [name for name, _ in params_lib.named(self._abstract)]
-        return params_lib.unflatten(self._abstract, [arrays[name] for name in names])
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts to save; the state may be donated when this returns."""
-        metadata = {"config": self._config, "data": self._stream}
-        self._checkpointer.save(
-            step,
-            dict(params_lib.named(without_frozen(state))),
-            metadata=metadata | {"metrics": self._journal.evaluated(step)},
-            logical_shapes=self._shapes,
-        )
-
-    def poll(self) -> list[SaveReport]:
-        """Saves that have ended; raises SaveError for one that failed, and FolderOwned
-        if that is because a later run has the folder."""
-        try:
-            return self._checkpointer.poll()
-        except SaveError:
-            self._owner.check()
-            raise
-
-    def close(self) -> list[SaveReport]:
-        """Waits for the running save; raises SaveError if it failed."""
-        return self._checkpointer.close()
 
 
 def _map_frozen(change: Callable[[Frozen], Frozen], tree: Tree) -> Tree:

@@ -25,6 +25,7 @@ _SECRETS = {
 
 def trial_32(rig: Rig, number: int) -> Outcome:
     """A run with secrets in its environment, and in URLs: not one is told anywhere."""
+    assert rig.quiet  # its data set is what is served
     out, searched = Outcome(), 0
     with rig.folder() as folder, _served(rig) as port:
         run_dir = folder / "run"

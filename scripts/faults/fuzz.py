@@ -1,5 +1,6 @@
 """Damaged texts by the thousand: manifests, configs, headers, command lines."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -259,9 +260,11 @@ def _change(node: Any, chance: random.Random) -> None:
             case 0:
                 del node[key]
             case 1 if isinstance(node, dict):
-                node[str(chance.choice(_VALUES))] = chance.choice(_VALUES)
+                node[str(chance.choice(_VALUES))] = copy.deepcopy(
+                    chance.choice(_VALUES)
+                )
             case _:
-                node[key] = chance.choice(_VALUES)
+                node[key] = copy.deepcopy(chance.choice(_VALUES))
         return
 
 

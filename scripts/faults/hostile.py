@@ -37,6 +37,7 @@ Load = Callable[[pathlib.Path], Any]
 
 def trial_29(rig: Rig, number: int) -> Outcome:
     """A load path with a file that is, or names, code; nothing of it may run."""
+    assert rig.quiet  # made before the fork
     kinds = [(name, load) for name, load, _ in _LOADS for _ in (0, 1, 2)]
     name, load = kinds[number % len(kinds)]
     out, chance = Outcome(), rig.random("29", number)
@@ -257,6 +258,7 @@ _NAMES = (
 def trial_30(rig: Rig, number: int) -> Outcome:
     """A name in a manifest, an index or a data set leads out of its folder, where a
     file stands that would fit; all that is opened is told by an audit hook."""
+    assert rig.quiet  # made before the fork
     out = Outcome()
     kind, name = number % 2, _NAMES[number // 2 % len(_NAMES)]
 

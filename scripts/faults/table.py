@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -247,6 +248,8 @@ def _work(jobs: list[tuple[str, int]], *, secs: float) -> Iterable[dict[str, Any
                     yield told
         if process.returncode and begun is None:
             raise SystemExit(f"a worker ended with {process.returncode}")
+        if process.returncode in (-signal.SIGTERM, -signal.SIGINT):
+            raise SystemExit("stopped: the same command goes on")
         if begun:
             text = f"the worker died of it: {process.returncode}"
             row, number = begun

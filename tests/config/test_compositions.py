@@ -30,6 +30,9 @@ ASKS = {
     "muon": ("tiny", {"optimizer": {"name": "muon"}}),
     "float16": ("tiny", {"precision": "float16"}),
     "quantized": ("tiny", {"precision": "fp8"}),
+    "adapters": ("tiny", {"lora": {"rank": 4}}),
+    "freeze": ("tiny", {"train": {"freeze": "ffn"}}),
+    "aware": ("tiny", {"train": {"quantize_aware": "int4"}}),
     "own task": ("tiny", {"task": "own"}),
 }
 

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from jaxinfra.resilience import preemption
+from jaxinfra.resilience import peers
 
 QUICK = {"limit_secs": 0.4, "every_secs": 0.02}
 
@@ -32,7 +32,7 @@ def test_a_peer_that_fell_silent_is_named():
         lost.append(reason)
         told.set()
 
-    with preemption.watched(store, 0, lost=tell, **QUICK):
+    with peers.watched(store, 0, lost=tell, **QUICK):
         assert told.wait(5)
     assert lost[0].startswith("process 1 is silent for ")
 
@@ -40,8 +40,8 @@ def test_a_peer_that_fell_silent_is_named():
 def test_peers_that_count_or_take_leave_are_not():
     store, lost = Store(), []
     with (
-        preemption.watched(store, 0, lost=lost.append, **QUICK),
-        preemption.watched(store, 1, lost=lost.append, **QUICK),
+        peers.watched(store, 0, lost=lost.append, **QUICK),
+        peers.watched(store, 1, lost=lost.append, **QUICK),
     ):
         store.values["jaxinfra/alive/2"] = "left"
         time.sleep(1.0)
@@ -52,5 +52,5 @@ def test_peers_that_count_or_take_leave_are_not():
 def test_a_store_that_does_not_answer_is_the_first_process_lost():
     store, told = Store(), threading.Event()
     store.is_dead = True
-    with preemption.watched(store, 1, lost=lambda reason: told.set(), **QUICK):
+    with peers.watched(store, 1, lost=lambda reason: told.set(), **QUICK):
         assert told.wait(5)

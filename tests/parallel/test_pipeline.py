@@ -47,7 +47,6 @@ MORE = [
         {"model": {"repeats": 5}, "remat": "save:attention+ffn_in"},
     ),
     ({"pipeline": 2, "data": 4}, {"microbatches": 1}),
-    ({"pipeline": 2, "context": 2, "tensor": 2}, {"way": "ring"}),
     ({"pipeline": 2, "context": 2}, {"way": "ulysses", "schedule": "zero_bubble"}),
     ({"pipeline": 2, "context": 4}, {"way": "all_gather", "remat": "full"}),
     (
@@ -56,7 +55,7 @@ MORE = [
             "schedule": "zero_bubble",
             "model": {
                 "positions": "learned",
-                "max_length": 9,
+                "max_length": 27,
                 "norm": "layernorm",
                 "norm_placement": "both",
                 "activation": "gelu",

@@ -94,6 +94,7 @@ WITHOUT_JAX = (
     "jaxinfra.resilience.exitcodes",
     "jaxinfra.resilience.ownership",
     "jaxinfra.resilience.preemption",
+    "jaxinfra.resilience.peers",
 )
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore")
 EXTRAS = (  # but for zstandard, which jax's compile cache loads where it is there

@@ -1,0 +1,82 @@
+"""The loss of another process of the job, which would leave this one hanging.
+
+A peer may be gone without a word. A dead peer's collectives raise here at once, or
+hang: a device's thread may wait for another that has failed. So every process also
+counts aloud in the job's key-value store and listens to the others, in a thread that
+needs no device, and ends by exit code 14 instead of hanging.
+
+Limits: a process that lives and does not get on is not noticed. The death of the first
+process, which holds the store, may end the others through jax's own client (SIGABRT).
+Imports no jax. Loaded where there are several processes.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxinfra.resilience import exitcodes
+
+PEER_LIMIT_SECS = 15.0  # a silence that a peer busy in one long C call does not reach
+PEER_EVERY_SECS = 1.0
+_TOPIC = "jaxinfra/alive/"
+_LEFT = "left"
+
+
+def _exit(message: str) -> None:
+    print(f"error: {message}; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(exitcodes.PEER_LOST)
+
+
+@contextlib.contextmanager
+def watched(
+    store: Any,
+    rank: int,
+    *,
+    lost: Callable[[str], None] = _exit,
+    limit_secs: float = PEER_LIMIT_SECS,
+    every_secs: float = PEER_EVERY_SECS,
+) -> Iterator[None]:
+    """Calls `lost` with the reason, from a thread, if a peer falls silent in the block.
+
+    `store` is the coordination service's client. A process that leaves the block
+    without an error takes leave; the others then expect nothing of it.
+    """
+    ended = threading.Event()
+    key = f"{_TOPIC}{rank}"
+
+    def watch() -> None:
+        heard: dict[str, tuple[str, float]] = {}  # key -> its value, and since when
+        turn = 0
+        while not ended.wait(every_secs):
+            turn += 1
+            try:
+                store.key_value_set(key, str(turn), allow_overwrite=True)
+                said = store.key_value_dir_get(_TOPIC)
+            except Exception as error:  # whatever it is, the job cannot be coordinated
+                if not ended.is_set():
+                    lost(f"the first process of the job does not answer: {error}")
+                return
+            now = time.monotonic()
+            for name, value in said:
+                if heard.get(name, ("", 0.0))[0] != value:
+                    heard[name] = (value, now)
+                value, since = heard[name]
+                if value != _LEFT and now - since > limit_secs:
+                    who = name.removeprefix(_TOPIC)
+                    lost(f"process {who} is silent for {now - since:.0f} s")
+                    return
+
+    thread = threading.Thread(target=watch, name="peers", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        raise
+    ended.set()
+    thread.join(limit_secs)
+    store.key_value_set(key, _LEFT, allow_overwrite=True)

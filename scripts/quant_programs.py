@@ -1,0 +1,152 @@
+"""What compilers make of low precision, for hardware that is not here.
+
+    python scripts/quant_programs.py v6e int8      TPU v6e, 8 chips; needs extra tpu
+    python scripts/quant_programs.py h100 fp8      8 H100; needs extra cuda
+    kinds: bfloat16, fp8, int8, comm (bfloat16 with int8 gathers and reductions)
+
+A feed-forward layer (16 x 512 tokens, width 1024 to 2048 and back, the first half
+rematerialised) with its whole backward pass, split by FSDP over 8. Of the optimised
+program: operand types of every matmul, bytes that each collective gives a device, and
+a TPU compiler's estimate of cycles.
+Results go to scripts/results/quant_programs.json.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant_programs.json"
+ROWS, LENGTH, WIDTH, FFN = 16, 512, 1024, 2048
+_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}  # others: 1
+
+
+def main(argv: list[str]) -> int:
+    target, kind = argv
+    text = program(target, kind)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[f"{target} {kind}"] = found = {
+        "matmuls": matmuls(text),
+        "collective_bytes": traffic(text),
+        "estimated_cycles": cycles(text),
+    }
+    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+def program(target: str, kind: str) -> str:
+    """The optimised program of the layer's gradient."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    import jaxinfra
+    from jaxinfra import precision, sharding
+    from jaxinfra.config import QuantConfig
+    from jaxinfra.ops import seam
+    from jaxinfra.quant import communication, matmul, recipe
+
+    if target == "v6e":
+        ask = {"platform": "tpu", "topology_name": "v6e:2x4"}
+    else:
+        ask = {"platform": "cuda", "topology": "1x1x8", "target_config": _H100}
+    devices = list(topologies.get_topology_desc(**ask).devices)
+    mesh = jaxinfra.make_mesh({"fsdp": 8}, devices=devices)
+    policy, rules = precision.policy("bfloat16"), sharding.Rules()
+    einsum, wrap = seam.make_einsum(policy, rules), lambda w: w
+    if kind == "comm":
+        einsum = communication.low_bit_traffic(
+            policy, rules, gather="int8", reduce="int8"
+        )
+    elif kind != "bfloat16":
+        how = recipe.make_recipe(kind, QuantConfig(figures=False))
+        native = recipe.has_units(devices[0], how.forward)
+        einsum = matmul.low_precision_einsum(einsum, how, policy, rules, native=native)
+        wrap = lambda w: matmul.Weight(w, jnp.zeros((3, 3)))
+
+    def loss(x_BTD, up_DF, down_FD, g_BTD):
+        hidden, out = ("batch", "length", "ffn"), ("batch", "length", "width")
+        into = lambda x: jax.nn.silu(einsum("BTD,DF->BTF", x, wrap(up_DF), out=hidden))
+        h_BTF = jax.checkpoint(into)(x_BTD)
+        y_BTD = einsum("BTF,FD->BTD", h_BTF, wrap(down_FD), out=out)
+        return jnp.sum(y_BTD.astype(jnp.float32) * g_BTD)
+
+    def like(shape, dtype, *names):
+        place = jax.NamedSharding(mesh, sharding.spec(rules, *names))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    tokens, names = (ROWS, LENGTH, WIDTH), ("batch", "length", "width")
+    given = (
+        like(tokens, jnp.bfloat16, *names),
+        like((WIDTH, FFN), jnp.float32, "embed", "ffn"),
+        like((FFN, WIDTH), jnp.float32, "ffn", "embed"),
+        like(tokens, jnp.float32, *names),
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given).compile().as_text()
+
+
+def matmuls(text: str) -> dict[str, int]:
+    """'s8 x s8 -> s32' -> how many dots (or convolutions, a TPU's word) are so."""
+    counts = collections.Counter()
+    for computation in text.split("\n\n"):
+        types = dict(re.findall(r"(%[\w.\-]+) = (\w+)\[", computation))
+        dots = r"= (\w+)\[\S* (?:dot|convolution)\((%[\w.\-]+), (%[\w.\-]+)\)"
+        for result, a, b in re.findall(dots, computation):
+            counts[f"{types.get(a)} x {types.get(b)} -> {result}"] += 1
+    return dict(sorted(counts.items()))
+
+
+def traffic(text: str) -> dict[str, int]:
+    """Kind of collective -> bytes of its results (for a reduce-scatter: of what goes
+    in) on one device."""
+    total = collections.Counter()
+    kinds = r"(all-gather|all-to-all|reduce-scatter|all-reduce)"
+    for shapes, kind, suffix in re.findall(rf"= (.*?) {kinds}(-start)?\(", text):
+        sizes = [
+            math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 1)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        ]
+        # An asynchronous one names its inputs and then as many results.
+        if suffix and shapes.startswith("(") and len(sizes) % 2 == 0:
+            half = len(sizes) // 2
+            sizes = sizes[:half] if kind == "reduce-scatter" else sizes[half:]
+        elif kind == "reduce-scatter":
+            sizes = [8 * size for size in sizes]
+        total[kind] += sum(sizes)
+    return dict(sorted(total.items()))
+
+
+def cycles(text: str) -> int:
+    """The TPU compiler's own estimate, all fusions together; a GPU's says nothing."""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+
+
+# XLA's GpuTargetConfigProto of an H100 SXM, by NVIDIA's figures.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  runtime_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
