@@ -103,4 +103,5 @@ def within(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
 
 
 def axes_of(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
