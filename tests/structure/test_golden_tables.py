@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from jaxinfra import options, tracing
+from jaxinfra import options, params, tracing
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.models import transformer
 
