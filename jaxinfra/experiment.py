@@ -272,11 +272,6 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         return code
 
 
-def abstract_state(experiment: Experiment) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what to lower with or restore into."""
-    return experiment.abstract()
-
-
 def abstract_batch(experiment: Experiment, rows: Any) -> Any:
     """Shapes, dtypes and shardings of a batch of which `rows`, arrays or shapes [rows,
     ...], are some."""

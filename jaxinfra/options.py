@@ -62,11 +62,6 @@ class ConfigFile(NamedTuple):
     task_keys: tuple[str, ...] = ()
 
 
-def read_command_line(argv: list[str]) -> Config:
-    """The checked config that `argv`, without the program's name, asks for."""
-    return read_command(argv)[0]
-
-
 def read_command(argv: list[str]) -> tuple[Config, Callable[..., Any] | None]:
     """The checked config that `argv`, without the program's name, asks for, and the
     get_task of its file; None: text.
@@ -233,7 +228,7 @@ def _apply(texts: dict[str, str | None], default: Config) -> Config:
 
 def _option_type(key: str) -> Any:
     options = dict(every_option(Config))
-    for name in (key, f"{_parent(key)}.NAME"):
+    for name in (key, f"{key.rpartition('.')[0]}.NAME"):
         if name in options:
             return options[name]
     inside = [f"--{option}" for option in options if option.startswith(f"{key}.")]
@@ -252,7 +247,7 @@ def _option_hint(key: str) -> str:
         return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
 
     def score(option: str) -> tuple[float, float]:
-        section = like(_parent(key), _parent(option))
+        section = like(key.rpartition(".")[0], option.rpartition(".")[0])
         last = like(key.rpartition(".")[2], option.rpartition(".")[2])
         return max(like(key, option), last), section if section > 0.6 else 0.0
 
@@ -398,10 +393,6 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _is_in(key: str, keys: tuple[str, ...]) -> bool:
     """Whether `key` is one of `keys`, or in a section that is."""
     return any(f"{key}.".startswith(f"{of}.") for of in keys)
-
-
-def _parent(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def type_name(kind: Any) -> str:

@@ -209,10 +209,9 @@ def _has_mu(part: Any) -> bool:
 def _placed(built: Any, first: dict[str, np.ndarray]) -> Any:
     import jax
 
-    from jaxinfra import experiment
     from jaxinfra import params as params_lib
 
-    abstract = experiment.abstract_state(built).params
+    abstract = built.abstract().params
     leaves = []
     for path, like in params_lib.named(abstract):
         x = first[path]

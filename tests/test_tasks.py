@@ -107,7 +107,7 @@ def test_it_goes_on_on_another_mesh_with_its_model_state(quiet, tmp_path, capsys
 
     built = experiment.build(dataclasses.replace(whole, task="own"), get_task=linear)
     with jax.set_mesh(built.layout.mesh):
-        like = experiment.abstract_state(built)
+        like = built.abstract()
         assert jax.tree.map(lambda x: x.shape, like.model_state) == {"rows": ()}
         first = jax.tree.map(jnp.shape, built.init())
     assert first == jax.tree.map(lambda x: x.shape, like)

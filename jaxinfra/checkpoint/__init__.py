@@ -48,6 +48,4 @@ What each of these promises has been put to: `scripts/bench.py faults`, whose ta
 `scripts/results/faults.md`. `scripts/checkpoint.py` lists, verifies, shows, compares
 and prunes steps, and moves them to Orbax or safetensors and back
 (`interop.checkpoints`).
-
-This package imports nothing when imported: take the modules by name.
 """

@@ -48,6 +48,6 @@ every file: it names the bytes. `Stream.identity()` holds it and goes to the che
 `digests.digest` hashes a batch inside the jitted step, so that rows in the wrong place
 show as well as wrong rows.
 
-Only `device` imports jax: preparing and checking data needs numpy alone, and
+Only `device`, `digests` import jax: preparing and checking data needs numpy alone, and
 tokenizers from files the extra hf.
 """

@@ -92,21 +92,6 @@ def checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def start_id(tokenizer: Tokenizer) -> int:
-    """What the first token of a document is scored after: BOS, or EOD where the
-    tokenizer has none."""
-    return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids of a document that begins with `text`: BOS first where the tokenizer has
-    one; an empty one without it begins with EOD."""
-    ids = tokenizer.encode(text).astype(np.int64)
-    if tokenizer.bos_id is not None or not len(ids):
-        return np.concatenate([[start_id(tokenizer)], ids])
-    return ids
-
-
 def from_json(value: Any) -> Tokenizer:
     """The tokenizer that `to_json` described; refuses anything it does not know."""
     match value:

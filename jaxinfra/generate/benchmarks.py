@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.shards import Split
 from jaxinfra.data.tokenizer import Tokenizer
 from jaxinfra.generate import rows
@@ -113,7 +112,7 @@ def perplexity(
     num_bytes: of all the text in UTF-8. The first token of a document is scored after
     BOS, or EOD where there is none; windows are those of `rows.windows`.
     """
-    start = tokenizers.start_id(tokenizer)
+    start = rows.start_id(tokenizer)
     all_rows = [
         row
         for ids_N, counts_N in texts
@@ -169,7 +168,7 @@ def exact_match(
 ) -> Figures:
     """How often the text that `complete` writes after a prompt, up to its stop strings,
     is one of the answers."""
-    prompts = [tokenizers.prompt_ids(tokenizer, item.prompt) for item in items]
+    prompts = [rows.prompt_ids(tokenizer, item.prompt) for item in items]
     texts = complete(prompts, [item.until for item in items])
     is_right = [
         text.strip() in {answer.strip() for answer in item.answers}

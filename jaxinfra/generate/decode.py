@@ -17,9 +17,8 @@ import numpy as np
 
 from jaxinfra import sharding
 from jaxinfra.config import ConfigError, DataError, ModelConfig, SampleConfig
-from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.tokenizer import Tokenizer
-from jaxinfra.generate import cache, sample
+from jaxinfra.generate import cache, rows, sample
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, seam
 from jaxinfra.ops.seam import Context, Ops
@@ -221,7 +220,7 @@ def continue_prompts(
 
 def _ids(tokenizer: Tokenizer, prompt: str | np.ndarray) -> np.ndarray:
     if isinstance(prompt, str):
-        return tokenizers.prompt_ids(tokenizer, prompt)
+        return rows.prompt_ids(tokenizer, prompt)
     return prompt
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxinfra.config import DataError
-from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.tokenizer import Tokenizer
 
 
@@ -38,6 +37,21 @@ class Score(Protocol):
     def __call__(self, rows: Sequence[Row], /) -> list[Scored]:
         """The scores of every row, in order."""
         ...
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+    """What the first token of a document is scored after: BOS, or EOD where the
+    tokenizer has none."""
+    return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a document that begins with `text`: BOS first where the tokenizer has
+    one; an empty one without it begins with EOD."""
+    ids = tokenizer.encode(text).astype(np.int64)
+    if tokenizer.bos_id is not None or not len(ids):
+        return np.concatenate([[start_id(tokenizer)], ids])
+    return ids
 
 
 def continuation(
@@ -104,7 +118,7 @@ def encode_pair(
     own ids end; spaces that end the context are read with what follows."""
     kept = context.rstrip()
     following = context[len(kept) :] + following
-    context_ids = tokenizers.prompt_ids(tokenizer, kept)
+    context_ids = prompt_ids(tokenizer, kept)
     whole = tokenizer.encode(kept + following).astype(np.int64)
     if tokenizer.bos_id is not None or not kept:
         whole = np.concatenate([context_ids[:1], whole])

@@ -4,7 +4,7 @@
 |---|---|
 | `exitcodes` | the codes that a run ends with, and what to do about each |
 | `ownership` | one run folder, one live run: owner records and fencing numbers |
-| `preemption` | a request to stop (signals, train.max_secs), the loss of a peer |
+| `preemption`, `peers` | a request to stop, the loss of another process |
 
 None of these imports jax.
 """

@@ -4,11 +4,11 @@
 |---|---|
 | `objective` | the contract (sums of loss and weights), next-token loss, gradients |
 | `optim` | optax by name and by kind, schedules, an average, rounding of updates |
-| `state` | `TrainState`, where each part of it lives, its way to and from checkpoints |
+| `state`, `saving` | `TrainState`, where each part lives, its way to checkpoints |
 | `step` | (state, batch) -> (state, metrics): one division, one update |
 | `loop` | dispatches step n before it reads n - 1; evaluation, saves, reasons to stop |
 | `journal` | figures on their way from the device to disk and screen |
-| `evaluate` | the loss, and its own metrics, on held-out sets; bits a byte of text |
+| `feeding`, `evaluate` | batches of training; the loss, and more, on held-out sets |
 | `facts` | headline, bytes at rest, FLOPs and peak, profile |
 
 Why the loss is a sum: microbatches, devices and documents have unequal numbers of

@@ -94,7 +94,7 @@ def _is_bitwise(words: list[str], steps: pathlib.Path, step: int) -> dict[str, A
     launcher.prepare_process(config)
     [data] = tasks.open_sets(config).values()
     built = experiment.build(experiment.resolve(config, data.tokenizer.vocab_size))
-    abstract = experiment.abstract_state(built)
+    abstract = built.abstract()
     named = dict(params.named(abstract))
     shapes = states.logical_shapes(abstract, built.task.specs, built.layout)
     there = restore.restore(steps, step, named, logical_shapes=shapes).arrays

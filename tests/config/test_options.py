@@ -217,7 +217,7 @@ def test_five_typos_of_every_option_are_refused_with_a_hint():
 
 def test_help_names_every_option_and_exits_0(capsys):
     with pytest.raises(SystemExit) as stop:
-        options.read_command_line(["--config", "tiny", "--help"])
+        options.read_command(["--config", "tiny", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for key, _ in options.every_option(Config):

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]  # where paths in the table begin
 def test_a_wrong_command_line_is_refused_with_a_hint(argv, parts, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
-        options.read_command_line(argv)
+        options.read_command(argv)
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)

@@ -38,7 +38,7 @@ def losses(run_dir, key):
 
 def build(settings, run_dir):
     argv = command.arguments(settings | {"run.dir": run_dir})
-    config = experiment.resolve(options.read_command_line(argv), 257)
+    config = experiment.resolve(options.read_command(argv)[0], 257)
     checks.check(config)
     return experiment.build(config, jax.devices()[:1])
 
@@ -56,7 +56,7 @@ def test_training_does_not_see_it_and_evaluation_does(settings, averaged, tmp_pa
 
 def saved(built, run_dir, step, part):
     """That part of a checkpoint, as a tree like the parameters."""
-    abstract = experiment.abstract_state(built).params
+    abstract = built.abstract().params
     wanted = {
         f"{part}/{path}": leaf.update(dtype=np.float32)
         for path, leaf in params_lib.named(abstract)

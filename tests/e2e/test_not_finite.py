@@ -31,7 +31,7 @@ def _loss(params, model_state, batch, key):
 def _build(optimizer: str):
     """(jitted step, first state) of a small model on one device."""
     argv = command.arguments({"optimizer.name": optimizer, "optimizer.ema_decay": 0.5})
-    config = experiment.resolve(options.read_command_line(argv), 257)
+    config = experiment.resolve(options.read_command(argv)[0], 257)
     checks.check(config)
     built = experiment.build(config, jax.devices()[:1])
     step = steps.make_train_step(

@@ -31,7 +31,7 @@ EVALUATED = {"eval/held_out/loss": float, "eval/loss": float}
 
 def test_config_json_is_the_config_with_the_vocabulary(quiet, cache):
     found = options.from_json(command.strict_json((quiet / "config.json").read_text()))
-    asked = options.read_command_line(command.arguments(cache | {"run.dir": quiet}))
+    asked, _ = options.read_command(command.arguments(cache | {"run.dir": quiet}))
     model = dataclasses.replace(asked.model, vocab_size=found.model.vocab_size)
     assert found == dataclasses.replace(asked, model=model)
     assert found.model.vocab_size > 255

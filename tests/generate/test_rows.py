@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data import tokenizer as tokenizers
 from jaxinfra.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxinfra.generate import rows
 
@@ -69,11 +68,11 @@ def test_a_document_begins_as_the_tokenizer_has_it():
         bos_id = 7
 
     plain = ByteTokenizer()
-    assert tokenizers.prompt_ids(plain, "a").tolist() == [97]
-    assert tokenizers.prompt_ids(plain, "").tolist() == [256]
-    assert tokenizers.prompt_ids(WithBos(), "a").tolist() == [7, 97]
-    assert tokenizers.prompt_ids(WithBos(), "").tolist() == [7]
-    assert tokenizers.start_id(plain) == 256
+    assert rows.prompt_ids(plain, "a").tolist() == [97]
+    assert rows.prompt_ids(plain, "").tolist() == [256]
+    assert rows.prompt_ids(WithBos(), "a").tolist() == [7, 97]
+    assert rows.prompt_ids(WithBos(), "").tolist() == [7]
+    assert rows.start_id(plain) == 256
     for tokenizer, before in ((plain, 256), (WithBos(), 7)):
         context, following = rows.encode_pair(tokenizer, "", "ab")
         assert (context.tolist(), following.tolist()) == ([before], [97, 98])

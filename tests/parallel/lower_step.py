@@ -35,7 +35,7 @@ def main(name):
     vocab_size = 0 if config.model.vocab_size else ByteTokenizer().vocab_size
     built = experiment.build(experiment.resolve(config, vocab_size))
     with jax.set_mesh(built.layout.mesh):
-        state = experiment.abstract_state(built)
+        state = built.abstract()
         row = np.zeros((1, config.train.length + 1), np.uint32)
         rows = packing.Batch(row, row[:, :4].astype(np.uint16))
         batch = experiment.abstract_batch(built, rows)

@@ -119,7 +119,7 @@ def placed(built: experiments.Experiment, weights: Any) -> Any:
         pad = [(0, big - small) for big, small in zip(like.shape, x.shape, strict=True)]
         return jax.device_put(np.pad(x, pad).astype(like.dtype), like.sharding)
 
-    return jax.tree.map(place, weights, experiments.abstract_state(built).params)
+    return jax.tree.map(place, weights, built.abstract().params)
 
 
 def gradients(config: Config, weights: Any = None) -> tuple[Any, Any, Any]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from parallel import tiny_runs
 
-from jaxinfra import experiment
 from jaxinfra.data import batches
 from jaxinfra.train import facts
 
@@ -135,7 +134,7 @@ def bytes_by_hand(config, vocab_size, sizes, zero):
 
 def bytes_told(built):
     """What the start of a run tells."""
-    state = experiment.abstract_state(built)
+    state = built.abstract()
     return facts.bytes_at_rest(state, built.model.specs, built.layout, built.policy)
 
 

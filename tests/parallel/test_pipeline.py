@@ -163,7 +163,7 @@ def test_1f1b_keeps_as_much_for_any_number_of_microbatches_and_gpipe_more():
         tokens, segments = of(np.int32, *shape), of(np.int32, *shape)
         batch = objective.Rows(tokens, segments, of(np.uint32, shape[0]))
         with jax.set_mesh(built.layout.mesh):
-            weights = experiment.abstract_state(built).params
+            weights = built.abstract().params
             lowered = jax.jit(built.task.grad_fn).lower(weights, (), batch, None)
             program = lowered.compile(pipelines.QUICK)
         # What is the same for all: the batch's own tokens, targets, positions.
@@ -179,7 +179,7 @@ def test_1f1b_keeps_as_much_for_any_number_of_microbatches_and_gpipe_more():
 def test_padded_layers_of_an_uneven_stack_stay_zero():
     config = pipelines.config({"pipeline": 2}, model={"repeats": 3})
     built = pipelines.build(config)
-    state = experiment.abstract_state(built)
+    state = built.abstract()
     stored = [w for path, w in params.named(state.params) if path.startswith("pattern")]
     assert {w.shape[0] for w in stored} == {4}
     assert {w.sharding.spec[0] for w in stored} == {"pipeline"}

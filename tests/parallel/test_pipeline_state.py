@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from parallel import pipelines
 
-from jaxinfra import experiment, params
+from jaxinfra import params
 from jaxinfra.checkpoint import lifecycle, restore
 from jaxinfra.train import state as states
 
@@ -44,7 +44,7 @@ def save(folder, built, state):
 
 
 def restored(folder, built):
-    abstract = experiment.abstract_state(built)
+    abstract = built.abstract()
     found = restore.restore_latest(
         folder,
         dict(params.named(abstract)),

@@ -135,7 +135,7 @@ def run(
 
 def _state(built: experiment.Experiment, first: Any) -> states.TrainState:
     """The first state with these parameters: compiling `init` takes longer."""
-    abstract = experiment.abstract_state(built)
+    abstract = built.abstract()
 
     def place(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
         pad = [(0, big - small) for big, small in zip(like.shape, x.shape, strict=True)]

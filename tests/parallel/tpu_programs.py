@@ -57,7 +57,7 @@ def main(kind):
     ).devices
     built = experiment.build(config, list(devices))
     with jax.set_mesh(built.layout.mesh):
-        state = experiment.abstract_state(built)
+        state = built.abstract()
         row = np.zeros((1, config.train.length + 1), np.uint16)
         batch = experiment.abstract_batch(built, packing.Batch(row, row[:, :4]))
         compiled = built.train_step.lower(state, batch).compile()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from parallel import tiny_runs
 
-from jaxinfra import experiment, mesh, precision, sharding
+from jaxinfra import mesh, precision, sharding
 from jaxinfra.config import MeshConfig
 from jaxinfra.ops import seam
 from jaxinfra.sharding import Rules
@@ -40,7 +40,7 @@ def small(
 def test_the_state_is_float32_and_so_is_every_moment(tmp_path):
     data = tiny_runs.write_documents(tmp_path / "set")
     built = tiny_runs.build(tiny_runs.tiny(precision="bfloat16"), data)
-    state = experiment.abstract_state(built)
+    state = built.abstract()
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         assert leaf.dtype in (jnp.float32, jnp.int32)
     assert built.policy.compute == jnp.bfloat16
@@ -79,7 +79,7 @@ def test_a_weight_gradient_is_not_rounded_before_it_is_summed_over_devices():
 def test_parameters_are_bfloat16_and_moments_and_average_float32(tmp_path, optimizer):
     data = tiny_runs.write_documents(tmp_path / "set")
     built = tiny_runs.build(small(optimizer=optimizer, ema_decay=0.9), data)
-    state = experiment.abstract_state(built)
+    state = built.abstract()
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
     for leaf in jax.tree.leaves(state.opt_state):
         assert leaf.dtype in (jnp.float32, jnp.int32)

@@ -159,7 +159,7 @@ def test_the_state_that_is_made_is_the_one_restored_into(data, mesh):
     built = tiny_runs.build(config("float16", mesh=mesh), data)
     with jax.set_mesh(built.layout.mesh):
         state = built.init()
-    abstract = experiment.abstract_state(built)
+    abstract = built.abstract()
     assert float(state.model_state.scale) == built.policy.loss_scale
     for leaf, like in zip(
         jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True

@@ -19,7 +19,7 @@ TINY = (
 
 def two_steps(*changes):
     """The state after two steps, and their losses."""
-    config = options.read_command_line(["--config", "tiny", *TINY, *changes])
+    config, _ = options.read_command(["--config", "tiny", *TINY, *changes])
     built = experiment.build(config, jax.devices()[:4])
     tokens = np.random.default_rng(0).integers(1, 257, (4, 9)).astype(np.uint16)
     batch = packing.Batch(tokens, np.full((4, 4), 9, np.uint16))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from parallel import tiny_runs
 
-from jaxinfra import experiment, params
+from jaxinfra import params
 from jaxinfra.config import MeshConfig
 
 LOSS = 1e-5  # float32 sums in another order, carried through six updates
@@ -53,7 +53,7 @@ def test_six_steps_are_those_of_one_device(data, optimizer, zero):
 @pytest.mark.parametrize("optimizer", RATES)
 def test_moments_and_the_average_lie_as_their_parameters(data, optimizer):
     built = tiny_runs.build(config(optimizer, FOUR, 3), data)
-    state = experiment.abstract_state(built)
+    state = built.abstract()
     places = {path: leaf.sharding for path, leaf in params.named(state.params)}
     leaves = dict(params.named(state.opt_state))
     for path, place in places.items():
