@@ -98,7 +98,7 @@ def test_what_is_kept_is_read_from_manifests_and_a_damaged_one_is_no_candidate(
     (tmp_path / "1/manifest.json").write_text("{}")
     reads = []
     load = checking.load
-    monkeypatch.setattr(integrity, "load", lambda p: reads.append(p) or load(p))
+    monkeypatch.setattr(checking, "load", lambda p: reads.append(p) or load(p))
     retain = make_retain(CheckpointConfig(keep_best=1))
     for _ in range(2):
         assert retain(commits.step_folders(tmp_path)) == {2}

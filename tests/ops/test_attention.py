@@ -131,7 +131,7 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
         return attend(*arrays, **settings, interpret=True)
 
     attend = fused_attention.splash
-    monkeypatch.setattr(attention, "splash", interpreted)
+    monkeypatch.setattr(fused_attention, "splash", interpreted)
     attend_on(
         four_devices,
         kernel="splash",
