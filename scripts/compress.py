@@ -151,7 +151,7 @@ def model_of(cfg: ModelConfig, policy: Any, layout: Any) -> Any:
     from jaxinfra.ops import attention, seam
     from jaxinfra.parallel import expert
 
-    rules = dataclasses.replace(layout.params, length=())
+    rules = dataclasses.replace(layout.params, length=(), residual=())
     ops = seam.Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),

@@ -98,7 +98,7 @@ def make_generate(
             "of learned positions; ask for fewer tokens or shorten the prompt"
         )
     # A row's one new token cannot be split by length.
-    rules = dataclasses.replace(layout.params, length=())
+    rules = dataclasses.replace(layout.params, length=(), residual=())
     make_ops = functools.partial(
         Ops,
         seam.make_einsum(policy, rules),

@@ -130,7 +130,7 @@ def _forward(
     cfg: ModelConfig, policy: Policy, layout: Layout, unroll: bool
 ) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Rules]:
     """((params, ids_BT) -> (h_BTD, head_VD), the rules that they follow)."""
-    rules = dataclasses.replace(layout.params, length=())
+    rules = dataclasses.replace(layout.params, length=(), residual=())
     ops = Ops(
         seam.make_einsum(policy, rules),
         attention.make_attend(rules),

@@ -70,7 +70,7 @@ def test_a_cache_is_split_by_rows_and_key_heads():
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_prompt_and_what_follows_attend_as_one_text(window):
     where, settings = layout(fsdp=2, tensor=2), {"window": window, "softcap": 3.0}
-    rules = dataclasses.replace(where.params, length=())
+    rules = dataclasses.replace(where.params, length=(), residual=())
     xla = attention.make_attend(rules, kernel="xla")
     prefill_attend = cache.make_prefill_attend(xla, rules)
     cached_attend = cache.make_cached_attend(rules)
@@ -97,7 +97,7 @@ def test_a_prompt_and_what_follows_attend_as_one_text(window):
 
 def test_padding_is_never_written():
     where, lengths_B = layout(fsdp=2, tensor=2), np.array([2, 4])
-    rules = dataclasses.replace(where.params, length=())
+    rules = dataclasses.replace(where.params, length=(), residual=())
     positions_BT = places(where)
     context = Context(positions_BT, (positions_BT < lengths_B[:, None]).astype(int))
     q, k, v = queries_keys_values(where)

@@ -32,7 +32,7 @@ def compressed(how_of, sizes, cfg=small.MODEL):
     batches = list(rng.integers(0, cfg.vocab_size, (2, 8, 16)))
     asked_BT = rng.integers(0, cfg.vocab_size, (8, 16))
     with small.mesh_of(sizes) as layout:
-        rules = dataclasses.replace(layout.params, length=())
+        rules = dataclasses.replace(layout.params, length=(), residual=())
         ops = seam.Ops(
             seam.make_einsum(small.POLICY, rules),
             attention.make_attend(rules),
