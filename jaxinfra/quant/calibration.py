@@ -7,7 +7,6 @@ contract as they are and note the sums of their inputs. No model knows of it.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -221,13 +220,18 @@ def _in_few_bits(
     return q, jnp.mean(error)
 
 
+def _taken(r: int, w: jax.Array) -> jax.Array:
+    """Layer `r` of a stack, which stages of a pipeline may share."""
+    return jax.reshard(w, sharding.gathered(jax.typeof(w).sharding.spec, "pipeline"))[r]
+
+
 def _layers(cfg: ModelConfig, weights: Tree, specs: Tree) -> Iterator[_Layer]:
     """Every layer in the order in which tokens meet it."""
     for i, layer in enumerate(cfg.prefix):
         yield _Layer("prefix", i, layer, weights["prefix"][i], specs["prefix"][i])
     for r in range(cfg.repeats):
         for i, layer in enumerate(cfg.pattern):
-            own = jax.tree.map(operator.itemgetter(r), weights["pattern"][i])
+            own = jax.tree.map(functools.partial(_taken, r), weights["pattern"][i])
             one = jax.tree.map(_unstacked, specs["pattern"][i])
             yield _Layer("pattern", i, layer, own, one)
     for i, layer in enumerate(cfg.suffix):
