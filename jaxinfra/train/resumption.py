@@ -42,7 +42,8 @@ def newest_state(
             raise
         stored = restore.newest_shapes(folder)
         other, convert = jaxinfra.other_moments(abstract, stored)
-        of_other = {name: stored[name] for name in other if name in stored}
+        # Only what is converted may have the shape that it was saved in.
+        of_other = {name: shapes.get(name, stored.get(name)) for name in other}
         found = read(other, logical_shapes=of_other)
         found = found and dataclasses.replace(found, arrays=convert(found.arrays))
     if found is not None and not accept_changes:

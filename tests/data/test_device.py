@@ -90,7 +90,7 @@ def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
     token, segment = tokens.copy(), segments.copy()
     token[2, 3] ^= 1
     segment[2, 3] ^= 1
-    digests = {
+    found = {
         int(jax.jit(digests.digest)((t, s)))
         for t, s in [
             (tokens, segments),
@@ -100,7 +100,7 @@ def test_the_digest_sees_rows_columns_tokens_and_segments_change(stream):
             (tokens, segment),
         ]
     }
-    assert len(digests) == 5
+    assert len(found) == 5
 
 
 class Images(NamedTuple):
