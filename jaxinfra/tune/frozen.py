@@ -142,7 +142,7 @@ def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) ->
 
 def digest(weights: Tree, layout: Layout) -> jax.Array:
     """uint32 [2] of all bits and their places, the same on every mesh: zeros, such as
-    the vocabulary's padding, add nothing. One number that changes always changes it."""
+    the vocabulary's padding, add nothing."""
 
     def both(weights: Tree) -> jax.Array:
         totals = jnp.zeros(2, jnp.uint32)
@@ -153,9 +153,9 @@ def digest(weights: Tree, layout: Layout) -> jax.Array:
                 for dim in range(bits.ndim):
                     place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
                     hashes = _mix(hashes + place)
-                # To multiply by an odd number is a bijection of uint32.
-                total = jnp.sum(bits * (hashes | 1), dtype=jnp.uint32)
-                totals = totals.at[i].add(total)
+                # Not linear in the bits: signs that all turn would cancel out.
+                hashes = jnp.where(bits == 0, 0, _mix(hashes + bits))
+                totals = totals.at[i].add(jnp.sum(hashes, dtype=jnp.uint32))
         return totals
 
     place = jax.NamedSharding(layout.mesh, jax.P())
