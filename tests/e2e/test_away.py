@@ -62,6 +62,7 @@ def start(settings):
     )
 
 
+@pytest.mark.slow
 def test_a_stop_is_met_while_data_are_waited_for(server, quiet, tmp_path):
     settings = options(tmp_path / "run", f"{server.url}/set", tmp_path / "cache")
     server.fault = lambda request: 503 if AWAY in request else None

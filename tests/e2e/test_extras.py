@@ -18,6 +18,7 @@ def test_check_prints_the_parameters_and_writes_no_run_folder(cache, tmp_path):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_profile_a_further_set_and_a_sample(cache, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 60)

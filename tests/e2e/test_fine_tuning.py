@@ -118,6 +118,7 @@ def test_answers_are_learned_and_all_tools_agree_on_how_well(tuned, tmp_path):
     assert figures["nats_per_token"] == pytest.approx(expected, rel=CUT)
 
 
+@pytest.mark.slow
 def test_it_goes_out_and_comes_back_with_its_tokenizer(tuned, published, tmp_path):
     run_dir, data, _ = tuned
     out, again = tmp_path / "out", tmp_path / "again"

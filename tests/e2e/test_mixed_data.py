@@ -60,6 +60,7 @@ def test_weights_and_batches_change_at_their_steps(quiet_mixed):
     assert last["eval/loss"] == pytest.approx(mean, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_killed_mixture_goes_on_to_the_bit(quiet_mixed, sets, cache, tmp_path):
     run_dir = tmp_path / "run"
     settings = cache | sets | {"run.dir": run_dir}

@@ -69,6 +69,7 @@ def test_a_spoilt_batch_leaves_every_leaf_bitwise_as_it_was(optimizer):
             assert np.isfinite(float(metrics["param_norm"])), name
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_with_11_and_tells_each_step(cache, tmp_path):
     run_dir = tmp_path / "run"
     done = command.train(

@@ -49,6 +49,7 @@ def test_digits_are_learned_and_metrics_are_those_of_images(quiet):
     assert not {"perf/mfu", "eval/held_out/bits_per_byte"} & names
 
 
+@pytest.mark.slow
 def test_a_restarted_run_of_digits_is_bit_equal_to_a_quiet_one(quiet, cache, tmp_path):
     run_dir = command.copy_as_of(4, quiet, tmp_path / "run")
     done = train(cache | SMALL | {"run.dir": run_dir})

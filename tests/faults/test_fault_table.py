@@ -96,6 +96,7 @@ commits.os.fsync = blind""",
 
 
 @pytest.mark.parametrize("row", BROKEN)
+@pytest.mark.slow
 def test_a_row_fails_where_the_code_is_broken(row, cache, tmp_path):
     code = f"from jaxinfra.checkpoint import commits\n{BROKEN[row]}\n"
     (tmp_path / "sitecustomize.py").write_text(code)
@@ -170,6 +171,7 @@ def test_the_table_counts_checks_and_tells_failures(tmp_path):
     assert "| 100 (1000) | 99 | fell back 42 | fail |" in table.markdown([told])
 
 
+@pytest.mark.slow
 def test_a_trial_of_the_ledger_is_not_made_again(cache, tmp_path):
     ledger = tmp_path / "ledger.jsonl"
     made = [faults(ledger, "28", "--trials", n, cache=cache).stdout for n in "112"]

@@ -49,6 +49,7 @@ def test_elsewhere_activations_are_whole(config):
     assert rules_of(config).residual == ("context",)
 
 
+@pytest.mark.slow
 def test_the_stack_saves_half_a_length_a_device_where_tensor_is_2():
     """Of the compiled program: with remat full, each layer's input is what is kept."""
 

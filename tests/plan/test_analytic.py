@@ -49,6 +49,7 @@ def compiled_arguments(config):
     ],
     ids=["fsdp4-tensor2", "zero1-bfloat16", "float16", "zero2-muon"],
 )
+@pytest.mark.slow
 def test_what_is_at_rest_is_exactly_the_programs_arguments(config):
     found = analytic.memory(config, 8, GIB)
     assert found.arguments_bytes == compiled_arguments(config)

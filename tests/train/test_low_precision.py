@@ -127,6 +127,7 @@ def compute_float32(monkeypatch):
     ],
 )
 @pytest.mark.usefixtures("compute_float32")
+@pytest.mark.slow
 def test_a_mesh_of_eight_trains_alike(data, precision):
     one, figures, _ = steps_of(tiny(precision), data)
     many, *_ = steps_of(tiny(precision, mesh="data 2 x fsdp 2 x tensor 2"), data)
@@ -141,6 +142,7 @@ def test_a_mesh_of_eight_trains_alike(data, precision):
 
 
 @pytest.mark.usefixtures("compute_float32")
+@pytest.mark.slow
 def test_delayed_scales_are_the_same_for_any_microbatches(data):
     cfg = QuantConfig(scaling="delayed", history=4)
     once, _, whole = steps_of(tiny("fp8", cfg), data)

@@ -33,6 +33,7 @@ def two_steps(*changes):
     return state, losses
 
 
+@pytest.mark.slow
 def test_the_optimizers_state_rests_on_the_host_and_the_numbers_are_the_same():
     state, losses = two_steps("--optimizer.offload", "true")
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)}

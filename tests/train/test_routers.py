@@ -103,6 +103,7 @@ def trained():
         )
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_are_by_the_biases_that_it_was_trained_with(trained):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 19, (1, 13)).astype(np.uint16)

@@ -90,6 +90,7 @@ def built_loss(cfg):
     ],
     ids=["lora", "nf4", "freeze"],
 )
+@pytest.mark.slow
 def test_what_is_frozen_does_not_change_and_what_is_trained_does(settings):
     cfg = small.config(**settings)
     _, state, first = trained(cfg)
