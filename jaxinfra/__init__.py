@@ -87,7 +87,7 @@ _HOMES = {
     "interop.pretrained": ("Source", "open_source"),
     "tasks": ("Task",),
     "experiment": ("Experiment", "build", "train"),
-    "tracing": ("trace",),
+    "dry_run": ("trace",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra import dry_run, precision, sharding
 from jaxinfra import mesh as mesh_lib
 from jaxinfra import params as params_lib
-from jaxinfra import precision, sharding, tracing
 from jaxinfra.config import ModelConfig
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
@@ -210,7 +210,7 @@ def test_the_table_of_a_small_model_is_this():
     cfg = ModelConfig(
         vocab_size=10, width=8, ffn_width=12, num_heads=4, num_kv_heads=2, repeats=3
     )
-    assert tracing.table(transformer.param_specs(cfg)) == TABLE
+    assert dry_run.table(transformer.param_specs(cfg)) == TABLE
 
 
 def test_count_leaves_out_what_multiplies_no_activation():

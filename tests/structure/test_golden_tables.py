@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from jaxinfra import options, params, tracing
+from jaxinfra import dry_run, options, params
 from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.models import transformer
 
@@ -28,7 +28,7 @@ def model_of(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_parameter_changes_unseen(name):
-    text = tracing.table(transformer.param_specs(model_of(name))) + "\n"
+    text = dry_run.table(transformer.param_specs(model_of(name))) + "\n"
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get(UPDATE):
         golden.parent.mkdir(exist_ok=True)
