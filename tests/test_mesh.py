@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfra import mesh as mesh_lib
+from jaxinfra import slices
 from jaxinfra.config import AXES
 
 
@@ -59,7 +60,7 @@ def test_the_slow_network_is_crossed_along_one_axis_alone(slow, processes_a_node
     each = 4 // processes_a_node
     devices = [Device(i, i // each) for i in range(8)]
     sizes = dict.fromkeys(AXES, 1) | {slow: 2, "fsdp": 2, "tensor": 2}
-    array = mesh_lib._across_slices(sizes, devices[::-1], 2)
+    array = slices.across_slices(sizes, devices[::-1], 2)
     assert array.shape == tuple(sizes.values())
     node = np.vectorize(lambda device: device.process_index // processes_a_node)(array)
     for axis, name in enumerate(AXES):
@@ -70,7 +71,7 @@ def test_the_slow_network_is_crossed_along_one_axis_alone(slow, processes_a_node
 def test_the_slow_axis_is_outermost_of_a_longer_one():
     devices = [Device(i, i // 4) for i in range(8)]
     sizes = dict.fromkeys(AXES, 1) | {"data": 4, "tensor": 2}
-    array = mesh_lib._across_slices(sizes, devices, 2)
+    array = slices.across_slices(sizes, devices, 2)
     node = np.vectorize(lambda device: device.process_index)(array)
     assert node[:, 0, 0, 0, 0, 0].tolist() == [0, 0, 1, 1]
 
@@ -91,4 +92,4 @@ def test_slices_that_are_not_there_are_refused():
     with pytest.raises(
         ValueError, match=r"are in 1 slices of .2.; set mesh.slices to 1"
     ):
-        mesh_lib._across_slices(sizes, devices, 2)
+        slices.across_slices(sizes, devices, 2)
