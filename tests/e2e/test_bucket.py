@@ -44,9 +44,8 @@ SERVERS = {
 @pytest.fixture(scope="module", params=sorted(SERVERS))
 def bucket(request, folder, tmp_path_factory):
     """(server, environment, URL of the data set)."""
-    scheme = request.param
-    fsspec = pytest.importorskip("fsspec", reason="needs the extra remote")
-    root, environment = "bucket", {}
+    scheme, root, environment = request.param, "bucket", {}
+    reason = "needs the extra remote"
     with SERVERS[scheme](tmp_path_factory.mktemp(scheme)) as server:
         match scheme:
             case "s3":
@@ -56,22 +55,26 @@ def bucket(request, folder, tmp_path_factory):
                     "AWS_ENDPOINT_URL": server.url,
                     "AWS_DEFAULT_REGION": "us-east-1",
                 }
-                options = {
-                    "key": object_stores.KEY,
-                    "secret": object_stores.SECRET,
-                    "endpoint_url": server.url,
-                }
+                fs = pytest.importorskip("s3fs", reason=reason).S3FileSystem(
+                    key=object_stores.KEY,
+                    secret=object_stores.SECRET,
+                    endpoint_url=server.url,
+                )
             case "gs":
                 host = server.url.removesuffix("/storage/v1/b")
                 environment = {"STORAGE_EMULATOR_HOST": host}
-                options = {"token": "anon", "project": "test", "endpoint_url": host}
+                gcsfs = pytest.importorskip("gcsfs.core", reason=reason)
+                fs = gcsfs.GCSFileSystem(
+                    token="anon", project="test", endpoint_url=host
+                )
             case "webhdfs":
-                root, name = f"{server.host}/bucket", server.host.split(":")
-                options = {"host": name[0], "port": int(name[1]), "user": "test"}
-        fs = fsspec.filesystem(scheme, **options)
-        fs.mkdir("/bucket" if scheme == "webhdfs" else "bucket")
+                root, (name, port) = f"{server.host}/bucket", server.host.split(":")
+                fsspec = pytest.importorskip("fsspec", reason=reason)
+                fs = fsspec.filesystem(scheme, host=name, port=int(port), user="test")
+        top = "/bucket" if scheme == "webhdfs" else "bucket"
+        fs.mkdir(top)
         for path in folder.iterdir():
-            fs.pipe_file(f"/bucket/sets/{path.name}", path.read_bytes())
+            fs.pipe_file(f"{top}/sets/{path.name}", path.read_bytes())
         yield server, environment, f"{scheme}://{root}/sets"
 
 
