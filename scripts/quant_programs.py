@@ -14,10 +14,11 @@ Results go to scripts/results/quant_programs.json.
 import collections
 import json
 import math
-import os
 import pathlib
 import re
 import sys
+
+from jaxinfra.plan import compilers, targets
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant_programs.json"
 ROWS, LENGTH, WIDTH, FFN = 16, 512, 1024, 2048
@@ -40,11 +41,10 @@ def main(argv: list[str]) -> int:
 
 def program(target: str, kind: str) -> str:
     """The optimised program of the layer's gradient."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    place = targets.parse({"v6e": "v6e:2x4", "h100": "h100:1x8"}[target])
+    compilers.prepare_process(place)
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     import jaxinfra
     from jaxinfra import precision, sharding
@@ -52,11 +52,7 @@ def program(target: str, kind: str) -> str:
     from jaxinfra.ops import seam
     from jaxinfra.quant import communication, matmul, recipe
 
-    if target == "v6e":
-        ask = {"platform": "tpu", "topology_name": "v6e:2x4"}
-    else:
-        ask = {"platform": "cuda", "topology": "1x1x8", "target_config": _H100}
-    devices = list(topologies.get_topology_desc(**ask).devices)
+    devices = compilers.devices(place)
     mesh = jaxinfra.make_mesh({"fsdp": 8}, devices=devices)
     policy, rules = precision.policy("bfloat16"), sharding.Rules()
     einsum, wrap = seam.make_einsum(policy, rules), lambda w: w
@@ -127,26 +123,6 @@ def traffic(text: str) -> dict[str, int]:
 def cycles(text: str) -> int:
     """The TPU compiler's own estimate, all fusions together; a GPU's says nothing."""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
-
-
-# XLA's GpuTargetConfigProto of an H100 SXM, by NVIDIA's figures.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  runtime_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 if __name__ == "__main__":
