@@ -35,6 +35,7 @@ _HOMES = {
     "data.prepare": ("prepare", "prepared"),
     "data.tokenizer_files": ("load_tokenizer",),
     "data.shards": ("open_dataset",),
+    "data.char_tokenizer": ("CharTokenizer",),
     "data.tokenizer_json": ("HfTokenizer",),
     "data.batches": ("make_evaluation", "make_stream"),
     "data.mixture": ("Mixture",),
