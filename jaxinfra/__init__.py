@@ -47,6 +47,7 @@ _HOMES = {
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
     "train.adafactor": ("adafactor",),
+    "train.averaging": ("averaging",),
     "train.muon": ("orthogonalised_momentum",),
     "train.offload": ("offloaded",),
     "train.routers": ("Routers",),

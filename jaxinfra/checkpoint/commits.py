@@ -36,8 +36,9 @@ import jaxinfra
 MANIFEST = "manifest.json"
 THREADS = 4  # They wait for the disk; more gained nothing on 2 cores.
 
-# On the way to a disk that is written directly: much at a time, at aligned addresses.
-_BLOCK_BYTES, _ALIGNED = 8 << 20, 4096
+# To the disk: what the cores' caches hold, at aligned addresses.
+_BLOCK_BYTES, _ALIGNED = 2 << 20, 4096
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(\.replaced)?")
 _BEGUN = ".begun"
@@ -186,28 +187,43 @@ def write_synced(path: Any, pieces: Iterable[Any]) -> None:
     """Writes a file, its bytes given in pieces, down to the disk; its name needs
     `sync_folders`.
 
-    Past the page cache where the file system can: what nobody will read soon then
-    costs neither memory nor the time to find some.
+    Past the page cache, where the file system can: what nobody reads soon then costs
+    neither memory nor the time to find some.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = _open_direct(path)
+    try:
+        block, num_bytes = memoryview(mmap.mmap(-1, _BLOCK_BYTES)), 0
+        for size in _filled(block, pieces):
+            num_bytes += size
+            rest = block[: -(-size // _ALIGNED) * _ALIGNED]
+            while rest:
+                rest = rest[_write_some(file, rest) :]
+        os.truncate(file, num_bytes)  # the last block was written whole
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _open_direct(path: pathlib.Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with mmap.mmap(-1, _BLOCK_BYTES) as memory, memoryview(memory) as block:
-        file = _open_direct(path, flags)
-        try:
-            num_bytes = 0
-            for size in _filled(block, pieces):
-                num_bytes += size
-                _write_all(file, block[: -(-size // _ALIGNED) * _ALIGNED])
-            os.truncate(file, num_bytes)  # the last block was written whole
-            os.fsync(file)
-        finally:
-            os.close(file)
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
 
 
-def _open_direct(path: pathlib.Path, flags: int) -> int:
-    with contextlib.suppress(OSError):  # a file system without it, or a real error
-        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
-    return os.open(path, flags, 0o666)
+def _write_some(file: int, data: memoryview) -> int:
+    try:
+        return os.write(file, data)
+    except OSError as error:
+        status = fcntl.fcntl(file, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not status & _DIRECT:
+            raise
+        fcntl.fcntl(file, fcntl.F_SETFL, status & ~_DIRECT)  # stricter than most
+        return os.write(file, data)
 
 
 def _filled(block: memoryview, pieces: Iterable[Any]) -> Iterator[int]:
@@ -225,18 +241,6 @@ def _filled(block: memoryview, pieces: Iterable[Any]) -> Iterator[int]:
                 size = 0
     if size:
         yield size
-
-
-def _write_all(file: int, rest: memoryview) -> None:
-    while rest:
-        try:
-            rest = rest[os.write(file, rest) :]
-        except OSError as error:
-            direct = getattr(os, "O_DIRECT", 0)
-            status = fcntl.fcntl(file, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not status & direct:
-                raise
-            fcntl.fcntl(file, fcntl.F_SETFL, status & ~direct)  # stricter than most
 
 
 def sync_folders(root: pathlib.Path) -> None:

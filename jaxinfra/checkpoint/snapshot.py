@@ -10,6 +10,7 @@ alone, unless host memory is bounded or the copy deferred: see `staging`.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import queue
@@ -22,6 +23,7 @@ import numpy as np
 
 import jaxinfra
 
+COPIERS = 2  # Threads that copy: one would get less of the cores than those that write.
 CHUNK_BYTES = 64 << 20  # At most, where the shard's shape can be divided so.
 
 Box = tuple[tuple[int, int], ...]  # First and last + 1, of every dim.
@@ -85,12 +87,17 @@ class Snapshot:
         self._ready.put(error)
 
     def _copy(self) -> Exception | None:
+        def one(source: Source) -> None:
+            values = host_copy(source, is_whole=self.is_whole)
+            self._ready.put(Chunk(source.name, source.box, values))
+
         try:
-            while self._sources and self._has_room(self._sources[0]):
-                source = self._sources.popleft()
-                values = host_copy(source, is_whole=self.is_whole)
-                self._ready.put(Chunk(source.name, source.box, values))
-                del values
+            with concurrent.futures.ThreadPoolExecutor(COPIERS) as pool:
+                jobs = []
+                while self._sources and self._has_room(self._sources[0]):
+                    jobs.append(pool.submit(one, self._sources.popleft()))
+                for job in jobs:
+                    job.result()
         except Exception as error:
             return error
         return None
