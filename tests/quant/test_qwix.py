@@ -17,7 +17,7 @@ from quant import test_matmul as ours
 from jaxinfra.quant import arrays
 
 pytest.importorskip("qwix", reason="pip install --no-deps qwix==0.1.8")
-from qwix._src.core import dot_general_qt, numerics, qarray  # noqa: E402
+from qwix._src.core import dot_general_qt, numerics, qarray
 
 pytestmark = pytest.mark.slow
 
