@@ -46,13 +46,15 @@ def make_pipelined(
     remat: str = "none",
     unroll: bool = False,
     order_T: np.ndarray | None = None,
+    staged: Callable[..., Model] | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
-    where each row's tokens stand, of `context.row_order`.
+    where each row's tokens stand, of `context.row_order`. staged(model, is_random=has a
+    key): the model that is trained, if its parameters come in another form.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
@@ -64,7 +66,7 @@ def make_pipelined(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
-    def run(table, params, batch, key, scale=1.0):
+    def run(table, params, batch, key, scale=1.0, model=stack.model):
         targets = objective.make_targets(
             batch.tokens_BT1,
             batch.segments_BT1,
@@ -82,7 +84,7 @@ def make_pipelined(
         )
         grads, sums = pipeline.run(
             table,
-            stack._replace(loss=sharp if key is None else smooth),
+            stack._replace(model=model, loss=sharp if key is None else smooth),
             params,
             objective.split(parts, table.microbatches),
             layout=layout,
@@ -94,10 +96,13 @@ def make_pipelined(
         return grads, sums.nll, aux
 
     def grad_fn(params, model_state, batch, key):
+        model = stack.model
+        if staged is not None:
+            model = staged(model, is_random=key is not None)
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, batch, key))
+            return Gradients(*run(whole, params, batch, key, model=model))
         scale = model_state.scale
-        grads, loss_sum, aux = run(whole, params, batch, key, scale)
+        grads, loss_sum, aux = run(whole, params, batch, key, scale, model)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):
