@@ -156,6 +156,7 @@ def text(
             unroll=train.unroll,
             order_T=order_T,
             staged=low and low.staged,
+            comm=config.comm,
         )
         grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
         notes += f"\n{piped.drawing}"

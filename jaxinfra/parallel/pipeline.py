@@ -20,6 +20,7 @@ gradients are summed over the axes of rows once, at the end.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,9 @@ from jaxinfra.parallel import placement, schedules
 from jaxinfra.parallel.chunks import GROUPS, Left, Stack, make_chunks, zeros_like
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout, Rules
+
+# (a device's part of a layer's array, its spec) -> it whole, or summed, over fsdp.
+Meet = Callable[[jax.Array, jax.sharding.PartitionSpec], jax.Array]
 
 # Axes whose devices the executor tells apart: `pipeline`, and those over which a step
 # sums gradients once at its end. The others are left to the types of arrays.
@@ -69,10 +73,13 @@ def run(
     layout: Layout,
     key: jax.Array | None,
     scale: jax.Array | float = 1.0,
+    gather: Meet = sharding.all_gather,
+    reduce: Meet | None = None,
 ) -> tuple[Tree | None, loss.CrossEntropy]:
     """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says;
     the loss's sums over all microbatches). No gradients where `schedule` has no
-    backward pass. `params` are those of stack.model, as they are at rest.
+    backward pass. `params` are those of stack.model, as they are at rest. gather,
+    reduce: of what layers have; None: in `policy.reduce`, as everything else.
     """
     cfg = stack.cfg
     placed = placement.place(
@@ -90,7 +97,7 @@ def run(
     manual = functools.partial(sharding.among, axes=MANUAL)
 
     def body(params, batch, key, scale):
-        params = _each_device(sharding.all_gather, params, params_at_rest)
+        params = _each_device(sharding.all_gather, params, params_at_rest, gather)
         to_chunks = functools.partial(_to_chunks, placed=placed)
         params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
         grads, sums = _walk(schedule, stack, placed, params, batch, key, scale)
@@ -103,8 +110,8 @@ def run(
             grads |= {name: jax.lax.psum(grads[name], "pipeline")}
 
         grads = jax.tree.map(lambda g: g.astype(stack.loss.policy.reduce), grads)
-        reduce = functools.partial(sharding.all_reduce, axes=ROW_AXES)
-        grads = _each_device(reduce, grads, grads_at_rest)
+        plain = functools.partial(sharding.all_reduce, axes=ROW_AXES)
+        grads = _each_device(plain, grads, grads_at_rest, reduce or plain)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     has_grads = schedules.has_backward(schedule)
@@ -295,15 +302,20 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     return carry.grads, carry.sums
 
 
-def _each_device(function, tree: Tree, specs: Tree) -> Tree:
-    """function(part, spec) of every leaf, where a device's part is a plain array: jax
-    0.10 does not lower psum_scatter of one that is split over Explicit axes."""
+def _each_device(function: Meet, tree: Tree, specs: Tree, of_layers: Meet) -> Tree:
+    """function(part, spec) of every leaf, `of_layers` in the groups of layers, where a
+    device's part is a plain array: jax 0.10 does not lower psum_scatter of one that is
+    split over Explicit axes."""
     explicit = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+    def body(tree: Tree) -> Tree:
+        meet = lambda name: of_layers if name in GROUPS else function
+        return {
+            name: jax.tree.map(meet(name), tree[name], specs[name]) for name in tree
+        }
+
     return jax.shard_map(
-        lambda tree: jax.tree.map(function, tree, specs),
-        in_specs=(explicit,),
-        out_specs=explicit,
-        check_vma=False,
+        body, in_specs=(explicit,), out_specs=explicit, check_vma=False
     )(tree)
 
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import CommConfig, ModelConfig
 from jaxinfra.models.transformer import Model
 from jaxinfra.ops.loss import LossConfig
 from jaxinfra.parallel import pipeline, schedules
 from jaxinfra.parallel.chunks import Stack
+from jaxinfra.quant import communication
 from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, LossFn
@@ -47,6 +48,7 @@ def make_pipelined(
     unroll: bool = False,
     order_T: np.ndarray | None = None,
     staged: Callable[..., Model] | None = None,
+    comm: CommConfig | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
@@ -54,12 +56,16 @@ def make_pipelined(
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
     where each row's tokens stand, of `context.row_order`. staged(model, is_random=has a
-    key): the model that is trained, if its parameters come in another form.
+    key): the model that is trained, if its parameters come in another form. comm: in
+    how many bits the layers' weights and gradients cross the fsdp axis.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
+    gather, reduce = sharding.all_gather, None
+    if comm not in (None, CommConfig()):
+        gather, reduce = communication.in_pipeline(comm, loss_config.policy)
     stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
 
     whole = schedules.make(
@@ -90,6 +96,8 @@ def make_pipelined(
             layout=layout,
             key=key,
             scale=scale,
+            gather=gather,
+            reduce=reduce,
         )
         metrics = {"log_z_squared": sums.z}
         aux = objective.Aux(jnp.sum(targets.weights_BT), metrics)
