@@ -30,7 +30,15 @@ from jaxinfra import mesh, sharding
 from jaxinfra.ops import loss
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import placement, schedules
-from jaxinfra.parallel.chunks import GROUPS, Left, Stack, make_chunks, zeros_like
+from jaxinfra.parallel.chunks import (
+    GROUPS,
+    Left,
+    Stack,
+    apart,
+    joined,
+    make_chunks,
+    zeros_like,
+)
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout, Rules
 
@@ -76,10 +84,11 @@ def run(
     gather: Meet = sharding.all_gather,
     reduce: Meet | None = None,
 ) -> tuple[Tree | None, loss.CrossEntropy]:
-    """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says;
-    the loss's sums over all microbatches). No gradients where `schedule` has no
-    backward pass. `params` are those of stack.model, as they are at rest. gather,
-    reduce: of what layers have; None: in `policy.reduce`, as everything else.
+    """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says,
+    None where `stack.is_trained` is false; the loss's sums over all microbatches). No
+    gradients where `schedule` has no backward pass. `params` are those of stack.model,
+    as they are at rest. gather, reduce: of what layers have; None: in `policy.reduce`,
+    as everything else.
     """
     cfg = stack.cfg
     placed = placement.place(
@@ -93,7 +102,8 @@ def run(
     at_rest = lambda rules: jax.tree.map(
         lambda of: sharding.spec(rules, *of.axes), stack.model.specs
     )
-    params_at_rest, grads_at_rest = at_rest(layout.params), at_rest(layout.grads)
+    params_at_rest = at_rest(layout.params)
+    grads_at_rest, _ = apart(at_rest(layout.grads), stack.is_trained)
     manual = functools.partial(sharding.among, axes=MANUAL)
 
     def body(params, batch, key, scale):
@@ -150,7 +160,9 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     program, slots = schedules.lower(schedule)
     has_grads, is_split = schedules.has_backward(schedule), schedule.weight is not None
     stage = jax.lax.axis_index("pipeline")
-    ends = {name: w for name, w in params.items() if name not in GROUPS}
+    of_ends = lambda tree: {name: tree[name] for name in params if name not in GROUPS}
+    ends = of_ends(params)
+    trained_ends, rest = apart(ends, stack.is_trained and of_ends(stack.is_trained))
 
     def of(microbatch) -> tuple[Microbatches, Context]:
         one = jax.tree.map(lambda x: _take(x, microbatch), batch)
@@ -176,7 +188,8 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
         """The loss of what the last chunk made, by all stages together."""
         one, _ = of(microbatch)
         y_BTD = _to_all(y_BTD, stage == last)
-        (h_BTD, head_VD), pull = jax.vjp(model.unembed, ends, y_BTD)
+        unembed = lambda trained, y_BTD: model.unembed(joined(trained, rest), y_BTD)
+        (h_BTD, head_VD), pull = jax.vjp(unembed, trained_ends, y_BTD)
         tokens = (one.targets_MBT, one.weights_MBT, stack.loss)
         if not has_grads:
             return loss.cross_entropy(h_BTD, head_VD, *tokens), y_BTD, grads
@@ -187,7 +200,8 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     def go_back(microbatch, dx_BTD, grads):
         """The gradient of the embedding, by all stages together."""
         dx_BTD = _to_all(dx_BTD, stage == 0)
-        _, pull = jax.vjp(functools.partial(enter, microbatch), ends)
+        embed = lambda trained: enter(microbatch, joined(trained, rest))
+        _, pull = jax.vjp(embed, trained_ends)
         return _add(grads, pull(dx_BTD)[0])
 
     def forward(microbatch, virtual, x_BTD):
@@ -284,7 +298,8 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     no_grads, no_left = None, Left((), (), ())
     if has_grads:
         no_grads = jax.tree.map(
-            lambda w: zeros_like(w).astype(stack.loss.policy.accumulate), params
+            lambda w: zeros_like(w).astype(stack.loss.policy.accumulate),
+            apart(params, stack.is_trained)[0],
         )
         if is_split:
             args = (jnp.int32(0), jnp.int32(0), no_x_BTD, no_x_BTD, no_grads)

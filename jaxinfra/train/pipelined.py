@@ -19,6 +19,7 @@ from jaxinfra.models.transformer import Model
 from jaxinfra.ops.loss import LossConfig
 from jaxinfra.parallel import pipeline, schedules
 from jaxinfra.parallel.chunks import Stack
+from jaxinfra.params import Tree
 from jaxinfra.quant import communication
 from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import objective
@@ -49,6 +50,7 @@ def make_pipelined(
     order_T: np.ndarray | None = None,
     staged: Callable[..., Model] | None = None,
     comm: CommConfig | None = None,
+    tuned: tuple[Tree, Tree] | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
@@ -57,7 +59,8 @@ def make_pipelined(
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
     where each row's tokens stand, of `context.row_order`. staged(model, is_random=has a
     key): the model that is trained, if its parameters come in another form. comm: in
-    how many bits the layers' weights and gradients cross the fsdp axis.
+    how many bits the layers' weights and gradients cross the fsdp axis. tuned: (specs
+    of the parameters, whether each is trained), where some are not.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
@@ -66,7 +69,11 @@ def make_pipelined(
     gather, reduce = sharding.all_gather, None
     if comm not in (None, CommConfig()):
         gather, reduce = communication.in_pipeline(comm, loss_config.policy)
-    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
+    model, is_trained = model_of(rules), None
+    if tuned is not None:
+        specs, is_trained = tuned
+        model = model._replace(specs=specs)
+    stack = Stack(model, cfg, sharp, remat, unroll, order_T, is_trained)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
