@@ -127,7 +127,7 @@ _NOT_CARRIED = "what layers tell the loss is not carried from stage to stage"
 APART = (
     *(
         Pair("pipeline", other, _NOT_CARRIED, "set mesh.pipeline to 1")
-        for other in ("dropless", "bounded", "dense experts", "quantized")
+        for other in ("dropless", "bounded", "dense experts")
     ),
     Pair(
         "pipeline",
@@ -140,13 +140,6 @@ APART = (
         "own task",
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
-    ),
-    *(
-        Pair(part, "pipeline", "its stages take what is trained alone", fix)
-        for part, fix in (
-            ("adapters", "set mesh.pipeline to 1"),
-            ("freeze", "set mesh.pipeline to 1"),
-        )
     ),
     Pair(
         "aware",

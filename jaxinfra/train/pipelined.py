@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import CommConfig, ModelConfig
 from jaxinfra.models.transformer import Model
 from jaxinfra.ops.loss import LossConfig
 from jaxinfra.parallel import pipeline, schedules
 from jaxinfra.parallel.chunks import Stack
+from jaxinfra.params import Tree
+from jaxinfra.quant import communication
 from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, LossFn
@@ -46,25 +48,38 @@ def make_pipelined(
     remat: str = "none",
     unroll: bool = False,
     order_T: np.ndarray | None = None,
+    staged: Callable[..., Model] | None = None,
+    comm: CommConfig | None = None,
+    tuned: tuple[Tree, Tree] | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
-    where each row's tokens stand, of `context.row_order`.
+    where each row's tokens stand, of `context.row_order`. staged(model, is_random=has a
+    key): the model that is trained, if its parameters come in another form. comm: in
+    how many bits the layers' weights and gradients cross the fsdp axis. tuned: (specs
+    of the parameters, whether each is trained), where some are not.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
-    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
+    gather, reduce = sharding.all_gather, None
+    if comm not in (None, CommConfig()):
+        gather, reduce = communication.in_pipeline(comm, loss_config.policy)
+    model, is_trained = model_of(rules), None
+    if tuned is not None:
+        specs, is_trained = tuned
+        model = model._replace(specs=specs)
+    stack = Stack(model, cfg, sharp, remat, unroll, order_T, is_trained)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
-    def run(table, params, batch, key, scale=1.0):
+    def run(table, params, batch, key, scale=1.0, model=stack.model):
         targets = objective.make_targets(
             batch.tokens_BT1,
             batch.segments_BT1,
@@ -82,22 +97,27 @@ def make_pipelined(
         )
         grads, sums = pipeline.run(
             table,
-            stack._replace(loss=sharp if key is None else smooth),
+            stack._replace(model=model, loss=sharp if key is None else smooth),
             params,
             objective.split(parts, table.microbatches),
             layout=layout,
             key=key,
             scale=scale,
+            gather=gather,
+            reduce=reduce,
         )
         metrics = {"log_z_squared": sums.z}
         aux = objective.Aux(jnp.sum(targets.weights_BT), metrics)
         return grads, sums.nll, aux
 
     def grad_fn(params, model_state, batch, key):
+        model = stack.model
+        if staged is not None:
+            model = staged(model, is_random=key is not None)
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, batch, key))
+            return Gradients(*run(whole, params, batch, key, model=model))
         scale = model_state.scale
-        grads, loss_sum, aux = run(whole, params, batch, key, scale)
+        grads, loss_sum, aux = run(whole, params, batch, key, scale, model)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):

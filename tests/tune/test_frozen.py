@@ -8,7 +8,7 @@ import pytest
 from tune import small
 
 from jaxinfra import experiment, params
-from jaxinfra.config import ConfigError, LoraConfig
+from jaxinfra.config import ConfigError, LoraConfig, ParallelConfig
 from jaxinfra.data import packing
 from jaxinfra.models.specs import param_specs
 from jaxinfra.train import state as states
@@ -61,6 +61,33 @@ def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     losses, _, _ = trained(cfg)
     np.testing.assert_allclose(losses, expected, atol=OTHER_MESH)
     assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "mesh", "schedule"),
+    [
+        ({"lora": NF4}, {"fsdp": 2, "tensor": 2, "pipeline": 2}, "1f1b"),
+        ({"train": {"freeze": "ffn embedding"}}, {"pipeline": 2}, "zero_bubble"),
+    ],
+)
+def test_a_pipeline_trains_the_same_parts(settings, mesh, schedule):
+    """Its stages take no gradient of what is frozen, which may have none."""
+    train = settings.get("train", {})
+    expected, state, _ = trained(small.config(**settings))
+    cfg = small.config(
+        **settings | {"train": train | {"microbatches": 2}},
+        mesh=mesh,
+        zero=3,
+        parallel=ParallelConfig(schedule=schedule),
+    )
+    losses, piped, base = trained(cfg)
+    np.testing.assert_allclose(losses, expected, rtol=OTHER_MESH)
+    assert losses[-1] < losses[0]
+    paths = {path for path, _ in params.named(state.params)}
+    assert {path for path, _ in params.named(piped.params)} == paths
+    for a, b in zip(*map(jax.tree.leaves, (base, piped.model_state.base)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
