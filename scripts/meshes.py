@@ -184,7 +184,8 @@ def trained(config: Any, first: Any = None) -> Run:
 
     with jax.set_mesh(built.layout.mesh):
         weights = None if first is None else _placed(built, first)
-        state, losses, moments, step = built.init(weights=weights), [], [], None
+        begun = None if weights is None else (weights, None)
+        state, losses, moments, step = built.init(begun=begun), [], [], None
         start = on_host(state.params) if first is None else first
         for k in range(STEPS):
             batch = device.to_device(

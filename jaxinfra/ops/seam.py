@@ -176,6 +176,9 @@ def opened(einsum: Einsum) -> Einsum:
 
 def gather(w: jax.Array, policy: Policy) -> jax.Array:
     """`w` in compute dtype, whole over `fsdp`; cast first, so half the bytes travel."""
+    if w.dtype != policy.compute:
+        # Else a TPU's compiler casts all layers before their loop, and keeps that.
+        w = jax.lax.optimization_barrier(w)
     return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
 
 
