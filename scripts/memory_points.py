@@ -148,7 +148,7 @@ def measured(words: list[str], target_name: str) -> dict[str, Any]:
         found, _ = step.plan_step(config, target)
         peak, fits = found["memory"]["peak_bytes"], True
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        used = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(error))
         if used is None:
             return {"failed": str(error)[:300]}
         peak = float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]]

@@ -187,7 +187,7 @@ def trained(config: Any, first: Any = None) -> Run:
         begun = None if weights is None else (weights, None)
         state, losses, moments, step = built.init(begun=begun), [], [], None
         start = on_host(state.params) if first is None else first
-        for k in range(STEPS):
+        for k in range(config.train.steps):
             batch = device.to_device(
                 stream.batch, k, batch_size=config.train.batch_size, sharding=rows
             )
@@ -195,7 +195,7 @@ def trained(config: Any, first: Any = None) -> Run:
                 step = built.train_step.lower(state, batch).compile(
                     {"xla_backend_optimization_level": 0}
                 )
-            if k == STEPS - 1:
+            if k == config.train.steps - 1:
                 moments.append(moment(state))
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

@@ -51,7 +51,8 @@ class Context(NamedTuple):
     the step; both feed dropout, which is off where key is None. weights_BT: 1 where a
     token has a target; None where no loss is computed. router_bias_LE: what balances
     the experts of each layer; None: nothing. order_T: the token of the row in each
-    place, where `context` splits the rows; None: as they are.
+    place, where `context` splits the rows; None: as they are. told_scale: what a layer
+    multiplies gradients of its own loss by, where a pipeline takes them.
     """
 
     positions_BT: jax.Array
@@ -62,6 +63,7 @@ class Context(NamedTuple):
     weights_BT: jax.Array | None = None
     router_bias_LE: jax.Array | None = None
     order_T: Any = None
+    told_scale: Any = None
 
 
 class Attend(Protocol):
@@ -176,9 +178,6 @@ def opened(einsum: Einsum) -> Einsum:
 
 def gather(w: jax.Array, policy: Policy) -> jax.Array:
     """`w` in compute dtype, whole over `fsdp`; cast first, so half the bytes travel."""
-    if w.dtype != policy.compute:
-        # Else a TPU's compiler casts all layers before their loop, and keeps that.
-        w = jax.lax.optimization_barrier(w)
     return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
 
 

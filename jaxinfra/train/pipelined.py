@@ -7,7 +7,7 @@ microbatches.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,25 +46,27 @@ def make_pipelined(
     remat: str = "none",
     unroll: bool = False,
     order_T: np.ndarray | None = None,
+    routers: Any = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
-    where each row's tokens stand, of `context.row_order`.
+    where each row's tokens stand, of `context.row_order`. routers: of a model with
+    experts.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
-    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T)
+    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T, routers)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
-    def run(table, params, batch, key, scale=1.0):
+    def run(table, params, model_state, batch, key, scale=1.0):
         targets = objective.make_targets(
             batch.tokens_BT1,
             batch.segments_BT1,
@@ -88,27 +90,30 @@ def make_pipelined(
             layout=layout,
             key=key,
             scale=scale,
+            router_bias_LE=model_state["router_bias"] if model_state else None,
         )
-        metrics = {"log_z_squared": sums.z}
-        aux = objective.Aux(jnp.sum(targets.weights_BT), metrics)
-        return grads, sums.nll, aux
+        metrics, weight = {"log_z_squared": sums.loss.z}, jnp.sum(targets.weights_BT)
+        total, told = sums.loss.nll, sums.told
+        if routers is None:
+            return grads, total, objective.Aux(weight, metrics)
+        total = total if key is None else total + told.loss
+        return grads, total, objective.Aux(weight, metrics | told.metrics, told.stats)
 
     def grad_fn(params, model_state, batch, key):
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, batch, key))
-        scale = model_state.scale
-        grads, loss_sum, aux = run(whole, params, batch, key, scale)
+            return Gradients(*run(whole, params, model_state, batch, key))
+        scale, inner = model_state.scale, model_state.inner
+        grads, loss_sum, aux = run(whole, params, inner, batch, key, scale)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):
-        del model_state  # of a transformer there is none
         parts = sharding.axis_product(layout.mesh, layout.params.batch)
         table = schedules.forward_only(
             stages=stages,
             virtual=virtual_stages,
             microbatches=math.gcd(len(batch.tokens_BT1) // parts, microbatches),
         )
-        _, loss_sum, aux = run(table, params, batch, key)
+        _, loss_sum, aux = run(table, params, model_state, batch, key)
         return loss_sum, aux
 
     return Pipelined(grad_fn, loss_fn, schedules.draw(whole))
