@@ -26,9 +26,9 @@ from jaxinfra.plan import compilers, targets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
-TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2")
+TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1")
 REMATS = ("full", "full", "dots", "none", "save:attention", "save:query+ffn_in")
-MOST_LAYERS = 160
+MOST_LAYERS = 400
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _draw(rng: np.random.Generator) -> tuple[list[str], str] | None:
     """A point; None where no number of layers gives it the memory that was drawn."""
     pick = lambda values: values[rng.integers(len(values))]
     target = targets.parse(pick(TOPOLOGIES))
-    width = int(pick((1024, 2048, 3072, 4096, 5120)))
+    width = int(pick((512, 1024, 1536, 2048)))
     heads = width // 128
     keys = pick([k for k in (heads // 4, heads // 2, heads) if heads % k == 0])
     ways = {

@@ -28,8 +28,9 @@ _V5P8 = f"{_8B} --target v5p:2x2x2"
 # Name -> what scripts/plan.py is asked, in the order of their worth.
 ROWS = {
     "8B, v5p 8, full": _V5P8,
-    "8B, v5p 8, attention saved": f"{_V5P8} --train.remat save:attention",
-    "8B, v5p 8, dots": f"{_V5P8} --train.remat dots",
+    "8B, v5p 8, keys and values saved": f"{_V5P8} --train.remat save:key+value",
+    "8B, v5p 8, most saved": f"{_V5P8}"
+    " --train.remat save:query+key+value+attention_out+ffn_in",
     "8B, v6e 16, full": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
     " --mesh.fsdp 16",
     "8B, v6e 16, tensor 2": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
@@ -37,10 +38,10 @@ ROWS = {
     "70B, v5p 64, full": "--config llama3_70b --target v5p:4x4x4"
     " --train.batch_size 128 --mesh.fsdp 64 --mesh.tensor 1",
     "Mixtral 8x7B, v5p 16": "--config mixtral_8x7b --target v5p:2x2x4"
-    " --train.batch_size 32 --mesh.fsdp 2 --mesh.expert 8",
+    " --train.batch_size 32 --mesh.fsdp 4 --mesh.expert 4",
     "70B, v5p 64, pipeline 8": "--config llama3_70b --target v5p:4x4x4"
-    " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 8"
-    " --mesh.tensor 1 --parallel.schedule 1f1b",
+    " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4"
+    " --mesh.tensor 2 --parallel.schedule 1f1b",
     "8B, 128k tokens, v5p 16": "--config llama3_8b --target v5p:2x2x4"
     " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
     " --parallel.context ring",
