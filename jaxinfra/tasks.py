@@ -106,7 +106,7 @@ def text(
     """The next token of packed text, by a transformer; `config` is resolved. Without
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = activation_rules(config, layout), config.train
-    einsum, low = _in_precision(config, layout, policy)
+    einsum_of, low = _in_precision(config, layout, policy)
     has_experts = any(x.feed_forward == "experts" for x in config.model.layers)
     # By their public names, which load them: most models need none of these.
     routers = jaxinfra.Routers(config) if has_experts else None
@@ -114,7 +114,7 @@ def text(
     if (parts := layout.mesh.shape["context"]) > 1:
         order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
 
-    def model_of(rules: Rules, einsum: seam.Einsum) -> transformer.Model:
+    def model_of(rules: Rules) -> transformer.Model:
         attend, dispatch = attention.make_attend(rules), None
         if has_experts:
             dispatch = jaxinfra.make_dispatch(
@@ -124,14 +124,14 @@ def text(
             attend = jaxinfra.make_split_attend(rules, way=way)
         return transformer.make_model(
             config.model,
-            ops=seam.Ops(einsum, attend, dispatch),
+            ops=seam.Ops(einsum_of(rules), attend, dispatch),
             policy=policy,
             rules=rules,
             remat=train.remat,
             unroll=train.unroll,
         )
 
-    model, grad_fn, notes = model_of(rules, einsum), None, attention.table()
+    model, grad_fn, notes = model_of(rules), None, attention.table()
     loss_config = loss.LossConfig(
         vocab_size=config.model.vocab_size,
         policy=policy,
@@ -144,7 +144,7 @@ def text(
     document_mask = config.model.document_mask
     if layout.mesh.shape["pipeline"] > 1:
         piped = jaxinfra.make_pipelined(
-            lambda rules: model_of(rules, seam.make_einsum(policy, rules)),
+            model_of,
             config.model,
             loss_config,
             layout=layout,
@@ -156,6 +156,7 @@ def text(
             unroll=train.unroll,
             order_T=order_T,
             routers=routers,
+            staged=low and low.staged,
         )
         grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
         notes += f"\n{piped.drawing}"
@@ -196,7 +197,7 @@ def text(
             update_state=routers.update_state,
             whole=lambda params, state: params | routers.biases(state),
         )
-    task = low(task, per_token)
+    task = low.trained(task, per_token) if low else task
     if config.lora.rank or config.train.freeze:
         # Likewise.
         task = jaxinfra.partly_frozen(task, config, layout, policy)
@@ -227,18 +228,17 @@ def text(
 
 
 def _in_precision(config: Config, layout: Layout, policy: Policy):
-    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
-    it. What is for low precision is loaded, by its public name, where that is asked."""
-    comm = config.comm
-    if (comm.gather, comm.reduce) == ("compute", "compute"):
-        einsum = seam.make_einsum(policy, activation_rules(config, layout))
-    else:
-        einsum = jaxinfra.low_bit_traffic(
-            policy, layout.params, gather=comm.gather, reduce=comm.reduce
-        )
+    """(rules -> the einsum of config.precision, its `low_precision.LowPrecision` or
+    None). What is for low precision is loaded, by its public name, where it is asked.
+    """
+    how = {"gather": config.comm.gather, "reduce": config.comm.reduce}
+    plain_of = lambda rules: seam.make_einsum(policy, rules)
+    if set(how.values()) != {"compute"}:
+        plain_of = lambda rules: jaxinfra.low_bit_traffic(policy, rules, **how)
     if config.precision not in LOW_PRECISION:
-        return einsum, lambda task, per_token: task
-    return jaxinfra.low_precision_training(config, layout, policy, einsum)
+        return plain_of, None
+    low = jaxinfra.low_precision_training(config, layout, policy, plain_of)
+    return low.einsum_of, low
 
 
 def activation_rules(config: Config, layout: Layout) -> sharding.Rules:

@@ -16,7 +16,9 @@ The rest of the policy is bfloat16's: float32 masters, head, embedding, norms an
 routers in the compute dtype. Gradients in int8 are rounded by chance, keyed by step,
 layer, parameter and global row, so no mesh changes a result but for the order of sums;
 scales are of whole tensors or channels across all devices. Current scales are those of
-a microbatch; delayed ones (`--quant.scaling delayed`) are the same for any number.
+a microbatch; delayed ones (`--quant.scaling delayed`) are the same for any number. In
+a pipeline weights come to the stages wrapped, and their rows by turns; figures are
+means over microbatches, and scales cannot be delayed.
 
 When a run in low precision fails, its metrics say where: `quant/<operand>_underflow`
 (what became zero), `_saturation` (what was beyond the scale), each with its `_worst`

@@ -41,6 +41,9 @@ from jaxinfra.sharding import Rules
 # Of an operand: largest magnitude; parts that were beyond the format, and became zero.
 FIGURES = ("largest", "saturation", "underflow")
 OPERANDS = ("input", "weight", "grad")
+# Over which a step's rows are split. In a pipeline each device has its own of them, and
+# what is said of a whole tensor is gathered here.
+ROW_AXES = ("data", "fsdp")
 # int32 holds the sum of so many products of int8.
 _MOST_TERMS = (2**31 - 1) // 127**2
 
@@ -232,7 +235,10 @@ def _encode(
         is_tensor = recipe.groups == "tensor"
         shared = tuple(i for i, d in enumerate(dims) if is_tensor or d not in kept)
         magnitudes = jnp.abs(a).astype(jnp.float32)
-        scale = scale_for(jnp.max(magnitudes, axis=shared, keepdims=True), form)
+        largest = jnp.max(magnitudes, axis=shared, keepdims=True)
+        if operand != 1 and 0 in shared:
+            largest = _over_rows(largest)
+        scale = scale_for(largest, form)
     bits = None
     if is_grad and recipe.by_chance and w.seed is not None:
         rows = w.rows if _are_rows(w.rows, a, dims) else None
@@ -243,7 +249,6 @@ def _encode(
 
 
 def _are_rows(rows: jax.Array | None, a: jax.Array, dims: str) -> bool:
-    """In a pipeline the rows that come with a weight are not those of its turn."""
     return rows is not None and dims[0] == "B" and rows.shape == a.shape[:1]
 
 
@@ -263,7 +268,14 @@ def _figures(a, scale, codes, recipe: Recipe, form: FormatName) -> jax.Array:
 
 
 def _largest(a: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(a)).astype(jnp.float32)
+    return _over_rows(jnp.max(jnp.abs(a)).astype(jnp.float32))
+
+
+def _over_rows(largest: jax.Array) -> jax.Array:
+    """The maximum over devices that have rows of their own."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for axis in ROW_AXES if axis in manual)
+    return jax.lax.pmax(largest, axes) if axes else largest
 
 
 def _dot(equation, a, b, spec, *, policy: Policy, native: bool) -> jax.Array:

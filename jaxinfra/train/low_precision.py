@@ -10,8 +10,10 @@ Parameters, optimizer and checkpoints are those of bfloat16; evaluation and samp
 multiply in the compute dtype, as whoever uses the weights will.
 """
 
+import dataclasses
 import functools
 import logging
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.config import Config
-from jaxinfra.ops.seam import Einsum
-from jaxinfra.params import Tree, named, unflatten
+from jaxinfra.models.transformer import Model
+from jaxinfra.ops.seam import Context, Einsum
+from jaxinfra.params import ParamSpec, Tree, named, unflatten
 from jaxinfra.precision import Policy
 from jaxinfra.quant.formats import FORMATS, scale_for
-from jaxinfra.quant.matmul import OPERANDS, Weight, low_precision_einsum
+from jaxinfra.quant.matmul import OPERANDS, ROW_AXES, Weight, low_precision_einsum
 from jaxinfra.quant.random_bits import mix
 from jaxinfra.quant.recipe import (
     Recipe,
@@ -34,7 +37,7 @@ from jaxinfra.quant.recipe import (
     make_recipe,
     share_of_flops,
 )
-from jaxinfra.sharding import Layout
+from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, LossFn, Maxima
 
@@ -52,11 +55,23 @@ class Delayed(NamedTuple):
     largest: dict[str, jax.Array]
 
 
+class LowPrecision(NamedTuple):
+    """What config.precision makes of a text model.
+
+    einsum_of(rules) -> the einsum of a model by these rules. staged(model) -> the model
+    whose layers run in a pipeline's stages. trained(task, FLOPs a token) -> the task.
+    """
+
+    einsum_of: Callable[[Rules], Einsum]
+    staged: Callable[[Model], Model]
+    trained: Callable[[Any, float], Any]
+
+
 def low_precision_training(
-    config: Config, layout: Layout, policy: Policy, plain: Einsum
-) -> tuple[Einsum, Callable[[Any, float], Any]]:
-    """The einsum of config.precision, and (task, FLOPs a token) -> the task trained by
-    it, on the devices of `layout`."""
+    config: Config, layout: Layout, policy: Policy, plain_of: Callable[[Rules], Einsum]
+) -> LowPrecision:
+    """The recipe of config.precision on the devices of `layout`; plain_of(rules) is the
+    einsum of what it leaves out."""
     recipe = make_recipe(config.precision, config.quant)
     device = layout.mesh.devices.flat[0]
     native = has_units(device, recipe.forward)
@@ -67,8 +82,14 @@ def low_precision_training(
             config.precision,
             device.device_kind,
         )
-    einsum = low_precision_einsum(plain, recipe, policy, layout.params, native=native)
-    model = config.model
+    model, sizes = config.model, layout.mesh.shape
+    turns = 0
+    if sizes["pipeline"] > 1:
+        turns = config.train.microbatches * math.prod(sizes[a] for a in ROW_AXES)
+
+    def einsum_of(rules: Rules) -> Einsum:
+        plain = plain_of(rules)
+        return low_precision_einsum(plain, recipe, policy, rules, native=native)
 
     def trained(task: Any, flops_per_token: float) -> Any:
         used = model.experts_per_token / model.num_experts if model.num_experts else 1.0
@@ -76,16 +97,20 @@ def low_precision_training(
             task.specs, recipe, flops_per_token=flops_per_token, experts_used=used
         )
         notes = f"precision {config.precision}: {share:.1%} of FLOPs outside the head"
-        return in_low_precision(task, recipe, notes=notes)
+        return in_low_precision(task, recipe, notes=notes, turns=turns)
 
-    return einsum, trained
+    staged = functools.partial(in_stages, recipe=recipe)
+    return LowPrecision(einsum_of, staged, trained)
 
 
-def in_low_precision(task: Any, recipe: Recipe, *, notes: str = "") -> Any:
-    """`task`, a `tasks.Task` whose model has `low_precision_einsum`, trained so."""
-    grad_fn = objective.grad_of(task.loss_fn)
+def in_low_precision(
+    task: Any, recipe: Recipe, *, notes: str = "", turns: int = 0
+) -> Any:
+    """`task`, a `tasks.Task` whose model has `low_precision_einsum`, trained so. turns:
+    as of `low_precision`, if its own `grad_fn` is that of a model `in_stages`."""
+    grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
     return task._replace(
-        grad_fn=low_precision(grad_fn, task.specs, recipe),
+        grad_fn=low_precision(grad_fn, task.specs, recipe, turns=turns),
         loss_fn=inner_loss(task.loss_fn),
         model_state=lambda: first_state(task.specs, recipe, task.model_state()),
         update_state=functools.partial(next_state, task.update_state),
@@ -100,7 +125,7 @@ def first_state(specs: Tree, recipe: Recipe, inner: Any = ()) -> Any:
     names, empty = chosen(specs, recipe), {}
     for path, spec in named(specs):
         if path in names:
-            shape = (*_stack(spec), len(OPERANDS), recipe.history)
+            shape = (*_stack(spec, spec), len(OPERANDS), recipe.history)
             empty[path] = np.zeros(shape, np.float32)
     return Delayed(inner, empty)
 
@@ -131,9 +156,43 @@ def delayed_scales(history: jax.Array, recipe: Recipe) -> jax.Array:
     return jnp.where(largest > 0, jnp.stack(scales, axis=-1), 1.0)
 
 
-def low_precision(grad_fn: GradFn, specs: Tree, recipe: Recipe) -> GradFn:
+def in_stages(model: Model, recipe: Recipe, *, is_random: bool) -> Model:
+    """`model` for the stages of a pipeline, whose parameters come wrapped as
+    `low_precision` does with `turns`: its specs are of those, and each layer gives its
+    weights the rows of the microbatch whose turn it is."""
+    names = frozenset(chosen(model.specs, recipe))
+    by_chance = recipe.by_chance and is_random
+
+    def wrapped(path: str, spec: ParamSpec) -> Any:
+        if path not in names:
+            return spec
+        lead = spec.axes[:1] if _stack(spec, spec) else ()
+        like = lambda *axes: dataclasses.replace(spec, axes=(*lead, *axes))
+        seed = like() if by_chance else None
+        return Weight(spec, like(None, None), None, seed, None)
+
+    def block(params, x_BTD, context: Context, layer, number, cache):
+        def with_rows(leaf):
+            if not isinstance(leaf, Weight) or leaf.seed is None:
+                return leaf
+            return dataclasses.replace(leaf, rows=context.rows_B.astype(jnp.float32))
+
+        params = jax.tree.map(with_rows, params, is_leaf=_is_weight)
+        return model.block(params, x_BTD, context, layer, number, cache)
+
+    leaves = [wrapped(path, spec) for path, spec in named(model.specs)]
+    return model._replace(specs=unflatten(model.specs, leaves), block=block)
+
+
+def low_precision(
+    grad_fn: GradFn, specs: Tree, recipe: Recipe, *, turns: int = 0
+) -> GradFn:
     """`grad_fn` with the recipe's weights wrapped on the way in, and their gradients
-    and figures taken apart on the way out."""
+    and figures taken apart on the way out.
+
+    turns: 0, or of a pipeline, how often in a step a weight is used by devices that
+    each have rows of their own; figures are added up over them.
+    """
     names = frozenset(chosen(specs, recipe))
     by_path = dict(named(specs))
 
@@ -144,32 +203,35 @@ def low_precision(grad_fn: GradFn, specs: Tree, recipe: Recipe) -> GradFn:
         def wrap(path: str, array: jax.Array):
             if path not in names:
                 return array
-            stack = _stack(by_path[path])
+            stack = _stack(by_path[path], array)
             scales = (
                 delayed_scales(model_state.largest[path], recipe)
                 if is_delayed
                 else None
             )
-            return Weight(
-                array,
-                jnp.zeros((*stack, len(OPERANDS), 3)),
-                scales,
-                *_chance(key, path, stack, batch, recipe),
-            )
+            probe = _laid_out(jnp.zeros((*stack, len(OPERANDS), 3)), stack, array)
+            seed = _seed(key, path, stack, recipe)
+            if seed is None:
+                return Weight(array, probe, scales)
+            seed = _laid_out(seed, stack, array)
+            # In a pipeline rows come by turns (`in_stages`).
+            rows = None if turns else _rows(batch, stack)
+            return Weight(array, probe, scales, seed, rows)
 
         leaves = [wrap(path, leaf) for path, leaf in named(params)]
         result = grad_fn(unflatten(params, leaves), inner, batch, key)
-        is_weight = lambda leaf: isinstance(leaf, Weight)
-        found = jax.tree.leaves(result.grads, is_leaf=is_weight)
+        found = jax.tree.leaves(result.grads, is_leaf=_is_weight)
         paths = [path for path, _ in named(params)]
         probes = {
-            path: leaf.probe for path, leaf in zip(paths, found) if is_weight(leaf)
+            path: _told(leaf.probe, by_path[path]) / max(turns, 1)
+            for path, leaf in zip(paths, found)
+            if _is_weight(leaf)
         }
-        grads = [leaf.array if is_weight(leaf) else leaf for leaf in found]
+        grads = [leaf.array if _is_weight(leaf) else leaf for leaf in found]
         aux = result.aux
         metrics = aux.metrics
         if recipe.figures:
-            scales = [leaf.scales for leaf in leaves if is_weight(leaf)]
+            scales = [leaf.scales for leaf in leaves if _is_weight(leaf)]
             shown = _metrics(list(probes.values()), scales, recipe)
             # A metric is shown divided by the weight, which it is multiplied by here.
             metrics = metrics | {k: v * aux.weight_sum for k, v in shown.items()}
@@ -196,23 +258,43 @@ def inner_loss(loss_fn: LossFn) -> LossFn:
     return plain
 
 
-def _stack(spec) -> tuple[int, ...]:
-    return spec.shape[:1] if spec.axes[0] == "layers" else ()
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Weight)
 
 
-def _chance(key, path: str, stack, batch, recipe: Recipe):
-    """(seed, rows) of `Weight`: what rounding by chance follows from."""
+def _stack(spec: ParamSpec, array: Any) -> tuple[int, ...]:
+    """The dim of layers of `array`, a parameter of `spec`, which stages may pad."""
+    return array.shape[:1] if spec.axes[0] == "layers" else ()
+
+
+def _laid_out(x: jax.Array, stack: tuple[int, ...], array: jax.Array) -> jax.Array:
+    """`x` with its layers, if any, where those of the parameter are."""
+    first = jax.typeof(array).sharding.spec[:1] if stack else ()
+    return jax.reshard(x, jax.P(*first, *(None,) * (x.ndim - len(first))))
+
+
+def _told(probe: jax.Array, spec: ParamSpec) -> jax.Array:
+    """Of all layers that there are, on every device."""
+    probe = jax.reshard(probe, jax.P(*(None,) * probe.ndim))
+    return probe[: spec.shape[0]] if _stack(spec, probe) else probe
+
+
+def _seed(key, path: str, stack: tuple[int, ...], recipe: Recipe) -> jax.Array | None:
+    """`Weight.seed`, from which rounding by chance follows."""
     if key is None or not recipe.by_chance:
-        return None, None
+        return None
     first, second = jax.random.key_data(key)[:2]
     seed = mix(mix(first + jnp.uint32(zlib.crc32(path.encode()))) + second)
     if stack:
         seed = mix(seed + jnp.arange(stack[0], dtype=jnp.uint32))
-    seed = (seed >> 8).astype(jnp.float32)  # 24 bits: exact
+    return (seed >> 8).astype(jnp.float32)  # 24 bits: exact
+
+
+def _rows(batch: Any, stack: tuple[int, ...]) -> jax.Array | None:
     rows = getattr(batch, "rows_B", None)
-    if rows is not None:
-        rows = jnp.broadcast_to(rows.astype(jnp.float32), (*stack, *rows.shape))
-    return seed, rows
+    if rows is None:
+        return None
+    return jnp.broadcast_to(rows.astype(jnp.float32), (*stack, *rows.shape))
 
 
 def _metrics(probes: list[jax.Array], scales: list, recipe: Recipe) -> dict:

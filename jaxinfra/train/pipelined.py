@@ -47,6 +47,7 @@ def make_pipelined(
     unroll: bool = False,
     order_T: np.ndarray | None = None,
     routers: Any = None,
+    staged: Callable[..., Model] | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
@@ -54,7 +55,8 @@ def make_pipelined(
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
     where each row's tokens stand, of `context.row_order`. routers: of a model with
-    experts.
+    experts. staged(model, is_random=has a key): the model that is trained, if its
+    parameters come in another form.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
@@ -66,7 +68,7 @@ def make_pipelined(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
-    def run(table, params, model_state, batch, key, scale=1.0):
+    def run(table, params, model_state, batch, key, scale=1.0, model=stack.model):
         targets = objective.make_targets(
             batch.tokens_BT1,
             batch.segments_BT1,
@@ -84,7 +86,7 @@ def make_pipelined(
         )
         grads, sums = pipeline.run(
             table,
-            stack._replace(loss=sharp if key is None else smooth),
+            stack._replace(model=model, loss=sharp if key is None else smooth),
             params,
             objective.split(parts, table.microbatches),
             layout=layout,
@@ -100,10 +102,13 @@ def make_pipelined(
         return grads, total, objective.Aux(weight, metrics | told.metrics, told.stats)
 
     def grad_fn(params, model_state, batch, key):
+        model = stack.model
+        if staged is not None:
+            model = staged(model, is_random=key is not None)
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, model_state, batch, key))
+            return Gradients(*run(whole, params, model_state, batch, key, model=model))
         scale, inner = model_state.scale, model_state.inner
-        grads, loss_sum, aux = run(whole, params, inner, batch, key, scale)
+        grads, loss_sum, aux = run(whole, params, inner, batch, key, scale, model)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):

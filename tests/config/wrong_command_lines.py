@@ -126,6 +126,10 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["--precision=fp8", "--quant.scaling=delayed", "--quant.backward=compute"],
         ["keeps scales of gradients", "quant.backward to low"],
     ),
+    (
+        ["--precision=fp8", "--quant.scaling=delayed", "--mesh.pipeline=2"],
+        ["only add up what they find", "quant.scaling to current"],
+    ),
     (["--quant.history", "0"], ["quant.history=0", "at least 1"]),
     (["--optimizer.moments", "8bit", "--optimizer.name", "muon"], ["is for adamw"]),
     (
