@@ -28,8 +28,9 @@ class JsonParts(JsonLines):
 
     def __init__(self, path: ObjectPath):
         self._path, self._lines = path, []
+        self._sent = b""  # a part that may be in the store: sent again until answered
         self._lock, self._syncing = threading.Lock(), threading.Lock()
-        self._number = max(map(_number, parts(path)), default=0)
+        self._number = max(map(_number, parts(path)), default=0) + 1
 
     def write(self, record: Mapping[str, Any]) -> None:
         with self._lock:
@@ -37,15 +38,10 @@ class JsonParts(JsonLines):
 
     def sync(self) -> None:
         with self._syncing:
+            self._send()
             with self._lock:
-                count = len(self._lines)
-            if count:
-                part = _part(self._path, self._number + 1)
-                if not part.create("".join(self._lines[:count]).encode()):
-                    raise PartTaken(f"{part} is there: another run writes here")
-                self._number += 1
-                with self._lock:
-                    del self._lines[:count]
+                self._sent, self._lines = "".join(self._lines).encode(), []
+            self._send()
 
     def close(self) -> None:
         try:
@@ -54,6 +50,13 @@ class JsonParts(JsonLines):
             _LOG.warning("%s", error)
         except DataError as error:  # as of a disk: the run ends as one not saved
             raise OSError(errno.EIO, str(error)) from error
+
+    def _send(self) -> None:
+        if self._sent:
+            part = _part(self._path, self._number)
+            if not part.create(self._sent):
+                raise PartTaken(f"{part} is there: another run writes here")
+            self._sent, self._number = b"", self._number + 1
 
 
 def parts(path: ObjectPath) -> list[ObjectPath]:

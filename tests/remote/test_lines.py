@@ -49,6 +49,27 @@ def test_lines_wait_for_the_next_sync_if_one_fails(bucket, monkeypatch):
     assert steps(path) == [1, 2]
 
 
+def test_a_part_whose_answer_was_lost_is_there_once_and_more_lines_follow(
+    bucket, monkeypatch
+):
+    path = bucket / "metrics.jsonl"
+    journal = lines.JsonParts(path)
+    plain = ObjectPath.create
+
+    def unanswered(self, data):
+        plain(self, data)
+        raise DataError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectPath, "create", unanswered)
+        for step in (1, 2):
+            with pytest.raises(DataError, match="no answer"):
+                write(journal, step)
+    write(journal, 3)
+    write(journal, 4)
+    assert steps(path) == [1, 2, 3, 4]
+
+
 def test_two_runs_cannot_write_the_same_part(bucket):
     path = bucket / "events.jsonl"
     old, new = lines.JsonParts(path), lines.JsonParts(path)
