@@ -75,7 +75,7 @@ def test_gradients_and_figures_are_those_of_one_device(case):
     assert max(far(a, b) for a, b in pairs) < OTHER_CODES
     mean = lambda made, name: made.aux.metrics[name] / made.aux.weight_sum
     assert found.aux.metrics.keys() == expected.aux.metrics.keys()
-    assert mean(found, "quant/input_underflow") > 0
+    assert mean(found, "quant/input_scale") > 0
     for name in found.aux.metrics:
         if name.startswith("quant/") and not name.endswith("worst"):
             here, there = mean(found, name), mean(expected, name)
