@@ -17,8 +17,8 @@ import time
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "qlora.json"
-STEPS, ROWS, LENGTH, PASSAGE = 50, 4, 128, 1000
-EVAL_BATCHES, EVAL_ROWS = 4, 8
+STEPS, ROWS, LENGTH, PASSAGE = 40, 4, 64, 1000
+EVAL_BATCHES, EVAL_ROWS = 6, 8
 _LORA = ["--lora.rank", "8", "--lora.alpha", "16", "--lora.base", "nf4"]
 # Kind -> (settings, peak learning rates).
 KINDS: dict[str, tuple[list[str], tuple[float, ...]]] = {
@@ -99,7 +99,7 @@ def run(source: str, kind: str, rate: float) -> dict[str, Any]:
                     exp.task.stream.batch, k, batch_size=ROWS, sharding=place
                 )
                 state, metrics = exp.train_step(state, batch)
-                if k % 10 == 0:
+                if k % 5 == 0:
                     secs = time.perf_counter() - begin
                     loss = float(metrics["loss"])
                     print(kind, rate, k, loss, f"{secs:.0f} s", flush=True)
