@@ -27,7 +27,8 @@ SHIPPED_TEXT = "shakespeare"
 # Keys whose rules are in `feature_checks` and `compositions`.
 _FEATURES = (
     "precision", "quant", "comm", "optimizer.moments", "lora", "train.freeze",
-    "train.quantize_aware", "train.quantize_group", "parallel",
+    "train.quantize_aware", "train.quantize_group", "parallel", "checkpoint.keep_best",
+    "runtime.num_processes", "runtime.process_id", "runtime.coordinator",
 )  # fmt: skip
 BATCH_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 
@@ -276,18 +277,6 @@ def _check_training(config: Config) -> None:
             f"data.path={data.path!r} and data.sets are both given; name it in"
             " data.sets too, or leave one of them out"
         )
-    checkpoint = config.checkpoint
-    if checkpoint.keep_best and not checkpoint.best_metric.startswith("eval/"):
-        raise ConfigError(
-            f"checkpoint.best_metric={checkpoint.best_metric!r} must be a figure of an"
-            " evaluation, such as eval/loss or eval/held_out/loss"
-        )
-    if checkpoint.keep_best and not config.eval.every:
-        raise ConfigError(
-            f"checkpoint.keep_best={checkpoint.keep_best} keeps steps that were"
-            " evaluated when they were saved, and eval.every=0 evaluates none; set"
-            f" eval.every to train.save_every={config.train.save_every}"
-        )
     if config.optimizer.schedule == "exponential" and not (
         config.optimizer.final_fraction
     ):
@@ -323,29 +312,6 @@ def _check_runtime(config: Config) -> None:
                 " xla_name=value, xla_name= to drop one, or none to drop all, with"
                 " commas between"
             )
-    if runtime.process_id >= runtime.num_processes:
-        raise ConfigError(
-            f"runtime.process_id={runtime.process_id} must be below"
-            f" runtime.num_processes={runtime.num_processes}; processes count from 0"
-        )
-    if runtime.num_processes > 1 and not runtime.coordinator:
-        raise ConfigError(
-            f"runtime.num_processes={runtime.num_processes} must find each other;"
-            " set runtime.coordinator to host:port of process 0"
-        )
-    if runtime.num_processes == 1 and runtime.coordinator:
-        raise ConfigError(
-            f"runtime.coordinator={runtime.coordinator!r} is for several processes;"
-            " set runtime.num_processes too, or leave it out"
-        )
-    form = re.fullmatch(
-        r"(?:\[[\da-fA-F:.]+\]|[^\s:/]+):(\d{1,5})", runtime.coordinator
-    )
-    if runtime.coordinator and not (form and 0 < int(form[1]) < 65536):
-        raise ConfigError(
-            f"runtime.coordinator={runtime.coordinator!r} must be host:port, such as"
-            " 10.0.0.1:1234"
-        )
 
 
 def _check_available(config: Config) -> None:

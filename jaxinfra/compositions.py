@@ -122,13 +122,7 @@ ALTERNATIVES = (
     ("float16", "quantized"),
 )
 
-_NOT_CARRIED = "what layers tell the loss is not carried from stage to stage"
-
 APART = (
-    *(
-        Pair("pipeline", other, _NOT_CARRIED, "set mesh.pipeline to 1")
-        for other in ("dropless", "bounded", "dense experts")
-    ),
     Pair(
         "pipeline",
         "ring",

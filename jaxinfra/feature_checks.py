@@ -1,19 +1,23 @@
-"""Rules of what most runs do not ask for: low precision, adapters, stages, split rows.
+"""Rules of what most runs do not ask for: several processes, low precision, adapters,
+stages, split rows, the best step.
 
 Loaded by `checks` where a config asks for one of them; what two of them cannot do
 together is in `compositions`. Imports no jax.
 """
 
 import math
+import re
 from collections.abc import Mapping
 
-from jaxinfra.config import LOW_PRECISION, Config, ConfigError
+from jaxinfra.config import LOW_PRECISION, Config, ConfigError, RuntimeConfig
 
 Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
 
 
 def check_features(config: Config, sizes: Sizes) -> None:
     """Raises ConfigError at the first broken rule."""
+    _check_processes(config.runtime)
+    _check_best(config)
     if config.task == "text":
         _check_tuning(config)
     _check_quant(config, sizes)
@@ -21,6 +25,47 @@ def check_features(config: Config, sizes: Sizes) -> None:
     _check_pipeline(config, sizes)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
+
+
+def _check_processes(runtime: RuntimeConfig) -> None:
+    if runtime.process_id >= runtime.num_processes:
+        raise ConfigError(
+            f"runtime.process_id={runtime.process_id} must be below"
+            f" runtime.num_processes={runtime.num_processes}; processes count from 0"
+        )
+    if runtime.num_processes > 1 and not runtime.coordinator:
+        raise ConfigError(
+            f"runtime.num_processes={runtime.num_processes} must find each other;"
+            " set runtime.coordinator to host:port of process 0"
+        )
+    if runtime.num_processes == 1 and runtime.coordinator:
+        raise ConfigError(
+            f"runtime.coordinator={runtime.coordinator!r} is for several processes;"
+            " set runtime.num_processes too, or leave it out"
+        )
+    form = re.fullmatch(
+        r"(?:\[[\da-fA-F:.]+\]|[^\s:/]+):(\d{1,5})", runtime.coordinator
+    )
+    if runtime.coordinator and not (form and 0 < int(form[1]) < 65536):
+        raise ConfigError(
+            f"runtime.coordinator={runtime.coordinator!r} must be host:port, such as"
+            " 10.0.0.1:1234"
+        )
+
+
+def _check_best(config: Config) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best and not checkpoint.best_metric.startswith("eval/"):
+        raise ConfigError(
+            f"checkpoint.best_metric={checkpoint.best_metric!r} must be a figure of an"
+            " evaluation, such as eval/loss or eval/held_out/loss"
+        )
+    if checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} keeps steps that were"
+            " evaluated when they were saved, and eval.every=0 evaluates none; set"
+            f" eval.every to train.save_every={config.train.save_every}"
+        )
 
 
 def _check_quant(config: Config, sizes: Sizes) -> None:

@@ -107,19 +107,19 @@ def text(
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = activation_rules(config, layout), config.train
     einsum_of, low = _in_precision(config, layout, policy)
-    dispatch = routers = None
+    has_experts = any(x.feed_forward == "experts" for x in config.model.layers)
     # By their public names, which load them: most models need none of these.
-    if any(layer.feed_forward == "experts" for layer in config.model.layers):
-        routers = jaxinfra.Routers(config)
-        dispatch = jaxinfra.make_dispatch(
-            config.model, policy=policy, rules=rules, way=config.parallel.experts
-        )
+    routers = jaxinfra.Routers(config) if has_experts else None
     way, order_T = config.parallel.context, None
     if (parts := layout.mesh.shape["context"]) > 1:
         order_T = jaxinfra.row_order(train.length, parts=parts, way=way)
 
     def model_of(rules: Rules) -> transformer.Model:
-        attend = attention.make_attend(rules)
+        attend, dispatch = attention.make_attend(rules), None
+        if has_experts:
+            dispatch = jaxinfra.make_dispatch(
+                config.model, policy=policy, rules=rules, way=config.parallel.experts
+            )
         if parts > 1:
             attend = jaxinfra.make_split_attend(rules, way=way)
         return transformer.make_model(
@@ -154,6 +154,7 @@ def text(
             remat=train.remat,
             unroll=train.unroll,
             order_T=order_T,
+            routers=routers,
             staged=low and low.staged,
             comm=config.comm,
             tuned=jaxinfra.tuned_specs(model.specs, config, layout, policy),

@@ -184,9 +184,10 @@ def trained(config: Any, first: Any = None) -> Run:
 
     with jax.set_mesh(built.layout.mesh):
         weights = None if first is None else _placed(built, first)
-        state, losses, moments, step = built.init(weights=weights), [], [], None
+        begun = None if weights is None else (weights, None)
+        state, losses, moments, step = built.init(begun=begun), [], [], None
         start = on_host(state.params) if first is None else first
-        for k in range(STEPS):
+        for k in range(config.train.steps):
             batch = device.to_device(
                 stream.batch, k, batch_size=config.train.batch_size, sharding=rows
             )
@@ -194,7 +195,7 @@ def trained(config: Any, first: Any = None) -> Run:
                 step = built.train_step.lower(state, batch).compile(
                     {"xla_backend_optimization_level": 0}
                 )
-            if k == STEPS - 1:
+            if k == config.train.steps - 1:
                 moments.append(moment(state))
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

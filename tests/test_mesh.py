@@ -1,6 +1,7 @@
 """The mesh: six axes always, and errors that name the key."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -93,3 +94,24 @@ def test_slices_that_are_not_there_are_refused():
         ValueError, match=r"are in 1 slices of .2.; set mesh.slices to 1"
     ):
         slices.across_slices(sizes, devices, 2)
+
+
+def test_axes_may_share_a_ring_of_chips():
+    chips = [
+        types.SimpleNamespace(
+            id=x + 4 * y,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            process_index=0,
+            coords=(x, y, 0),
+            core_on_chip=0,
+        )
+        for y in range(4)
+        for x in range(4)
+    ]
+    found = mesh_lib.within((1, 8, 1, 1, 2, 1), chips)
+    assert sorted(chip.id for chip in found.flat) == list(range(16))
+    # Neighbours along tensor are neighbours on the chips' torus.
+    for one, other in found.reshape(8, 2):
+        steps = [(a - b) % 4 for a, b in zip(one.coords, other.coords, strict=True)]
+        assert sum(min(step, 4 - step) for step in steps) == 1

@@ -100,8 +100,9 @@ class Checkpointer:
         )
         taken.blocked_secs = time.monotonic() - started
         topic = f"jaxinfra/save/{next(_TURN)}"
-        self._pending.append(self._worker.submit(self._write, topic, taken, about))
-        taken.finish()  # What the bound let wait for the writer.
+        save = self._worker.submit(self._write, topic, taken, about, started)
+        self._pending.append(save)
+        taken.finish()
 
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call; costs nothing while one is running.
@@ -131,9 +132,11 @@ class Checkpointer:
         self._worker.shutdown()
         return self.wait()
 
-    def _write(self, topic: str, taken: snapshots.Snapshot, about: About) -> SaveReport:
+    def _write(
+        self, topic: str, taken: snapshots.Snapshot, about: About, started: float
+    ) -> SaveReport:
         """The save's thread, in every process."""
-        started, group, step = time.monotonic(), self._process, about["step"]
+        group, step = self._process, about["step"]
         first, written, writing = group.from_first, [], None
         try:
             writing = self._folder / first(f"{topic}/begin", lambda: self._begin(about))
@@ -142,7 +145,7 @@ class Checkpointer:
             told = lambda: group.collect(topic)
             commit = lambda: self._commit(writing, taken, about, told())
             name, num_bytes = first(f"{topic}/commit", commit)
-            secs = taken.blocked_secs + time.monotonic() - started
+            secs = time.monotonic() - started
             old = first(f"{topic}/old", lambda: self._surplus(step))
             if old:
                 final, layouts = self._folder / name, taken.layouts

@@ -22,6 +22,8 @@ from jaxinfra.checkpoint.commits import IncompatibleCheckpoint
 from jaxinfra.checkpoint.integrity import ArrayRecord, Manifest
 from jaxinfra.checkpoint.snapshot import Box
 
+_ALIGNED = 64  # bytes; as XLA's CPU client wants it
+
 
 def read_arrays(
     folder: Any,
@@ -48,10 +50,10 @@ def read_arrays(
     arrays: dict[str, jax.Array] = {}
     with concurrent.futures.ThreadPoolExecutor(commits.THREADS) as pool:
         for names in _batches(abstract, staging_bytes):
-            # calloc: a block takes no memory before its first chunk lands.
+            is_staged = not math.isinf(staging_bytes)
             blocks = {
                 name: {
-                    box: np.zeros([b - a for a, b in box], manifest.arrays[name].dtype)
+                    box: _block(box, manifest.arrays[name].dtype, is_staged)
                     for box in _own_boxes(abstract[name])
                 }
                 for name in names
@@ -64,9 +66,20 @@ def read_arrays(
             collections.deque(pool.map(_read_chunk, jobs), maxlen=0)
             for name in names:
                 arrays[name] = _place(abstract[name], blocks.pop(name))
-            if not math.isinf(staging_bytes):  # Their host copies may go.
+            if is_staged:  # Their host copies may go.
                 jax.block_until_ready([arrays[name] for name in names])
     return arrays
+
+
+def _block(box: Box, dtype: str, is_staged: bool) -> np.ndarray:
+    """Zeros, which take no memory before their first chunk lands. On the CPU an array
+    at an address like this is taken as it is; not where it is to be copied and freed.
+    """
+    shape = [last - first for first, last in box]
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(num_bytes + 2 * _ALIGNED, np.uint8)
+    start = -memory.ctypes.data % _ALIGNED + is_staged * _ALIGNED // 2
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _batches(

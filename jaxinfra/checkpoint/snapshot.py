@@ -5,13 +5,16 @@ some of its chunks, so replicas share the writing. An array may be physically pa
 vocabulary of 257 over 8 shards of 33 is 264 rows): what lies beyond its logical shape
 is cut here, so a checkpoint does not know the mesh that wrote it.
 
-All is copied at once and written later, so the caller is blocked for the copy alone,
-unless host memory is bounded or the copy deferred: see `staging`.
+Each chunk is written as soon as it is copied, and the caller is blocked for the copies
+alone, unless host memory is bounded or the copy deferred: see `staging`.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
+import queue
+import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ import numpy as np
 
 import jaxinfra
 
+COPIERS = 2  # Threads that copy: one would get less of the cores than those that write.
 CHUNK_BYTES = 64 << 20  # At most, where the shard's shape can be divided so.
 
 Box = tuple[tuple[int, int], ...]  # First and last + 1, of every dim.
@@ -58,37 +62,63 @@ class Source(NamedTuple):
 
 class Snapshot:
     """This process's chunks on the host; iterated over once, by a writer that says of
-    each when it is `written`. `staging.Staged` has them come one by one."""
+    each when it is `written`. `staging.Staged` is one that must wait for room."""
+
+    is_whole = True  # whether a shard comes to the host in one piece
 
     def __init__(self, layouts: dict[str, ArrayLayout], sources: list[Source]):
         self.layouts = layouts
         self.blocked_secs = 0.0
-        self._sources = sources
-        self._ready: collections.deque[Chunk] = collections.deque()
+        self._sources = collections.deque(sources)
+        self._is_abandoned = False
+        self._ready: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
 
-    def copy(self) -> None:
-        """On return the arrays may be donated, if `finish` is called too."""
-        for source in self._sources:  # All transfers start before the first is awaited.
+    def start(self) -> None:
+        """Starts what needs no writer: here all transfers, before one is awaited."""
+        for source in self._sources:
             source.shard.copy_to_host_async()
-        self._ready.extend(
-            Chunk(source.name, source.box, host_copy(source, is_whole=True))
-            for source in self._sources
-        )
-        self._sources = []
 
     def finish(self) -> None:
-        """Copies what could not be before there was a writer: here nothing."""
+        """Copies, while the writer writes what is there; on return the arrays may be
+        donated. An error is the writer's to raise."""
+        started = time.monotonic()
+        error = self._copy()
+        self.blocked_secs += time.monotonic() - started
+        self._ready.put(error)
+
+    def _copy(self) -> Exception | None:
+        def one(source: Source) -> None:
+            values = host_copy(source, is_whole=self.is_whole)
+            self._ready.put(Chunk(source.name, source.box, values))
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(COPIERS) as pool:
+                jobs = []
+                while self._sources and self._has_room(self._sources[0]):
+                    jobs.append(pool.submit(one, self._sources.popleft()))
+                for job in jobs:
+                    job.result()
+        except Exception as error:
+            return error
+        return None
+
+    def _has_room(self, source: Source) -> bool:
+        """False: nobody will write it."""
+        return not self._is_abandoned
 
     def __iter__(self) -> Iterator[Chunk]:
-        while self._ready:
-            yield self._ready.popleft()
+        while (found := self._ready.get()) is not None:
+            if isinstance(found, Exception):
+                raise found
+            held, found = [found], None
+            yield held.pop()  # kept by nobody here
 
     def written(self, chunk: Chunk) -> None:
         """The writer keeps no reference to the chunk's values."""
 
     def abandon(self) -> None:
-        """Nobody will write what is left."""
-        self._ready.clear()
+        """Nobody will write what is left: it is not copied, and what is, is freed."""
+        self._is_abandoned, self._ready = True, queue.SimpleQueue()
 
 
 def take(
@@ -99,8 +129,8 @@ def take(
     is_deferred: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Snapshot:
-    """What this process will write. The arrays may be donated when this has returned,
-    and so has `finish` of what it returns, which may wait for a writer.
+    """What this process will write. The arrays may be donated when `finish` of what is
+    returned has returned, which may wait for a writer.
 
     Raises:
       ValueError: a logical shape that does not lie within the array.
@@ -121,7 +151,7 @@ def take(
         if is_staged
         else Snapshot(layouts, sources)
     )
-    snapshot.copy()
+    snapshot.start()
     return snapshot
 
 

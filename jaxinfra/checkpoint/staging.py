@@ -8,11 +8,9 @@ a thread, overlaps the next steps, bounded or not.
 Limits: what is staged is counted in chunks, so one chunk may exceed the bound.
 """
 
-import collections
 import math
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,60 +31,21 @@ class Staged(snapshot.Snapshot):
         is_deferred: bool,
     ):
         super().__init__(layouts, sources)
-        self._waiting = collections.deque(sources)
+        self.is_whole = math.isinf(staging_bytes)
         self._limit, self._is_deferred = staging_bytes, is_deferred
-        self._staged_bytes, self._is_abandoned = 0, False
-        self._error: BaseException | None = None
+        self._staged_bytes = 0
         self._changed = threading.Condition()
 
-    def copy(self) -> None:
+    def start(self) -> None:
         """Starts to copy, where that is deferred; else there must be a writer first."""
-        self._sources = []
         if self._is_deferred:
-            threading.Thread(target=self._copy, name="snapshot", daemon=True).start()
+            copy = lambda: self._ready.put(self._copy())
+            threading.Thread(target=copy, name="snapshot", daemon=True).start()
 
     def finish(self) -> None:
-        """Waits for room and copies; an error is the writer's to raise."""
+        """As `Snapshot.finish`, waiting for room, unless it is another thread's."""
         if not self._is_deferred:
-            self._copy()
-
-    def _copy(self) -> None:
-        """Copies all to the host, waiting for the writer where the bound is reached."""
-        started = time.monotonic()
-        try:
-            while self._waiting:
-                source = self._waiting[0]
-                size = source.shard.dtype.itemsize * math.prod(
-                    last - first for first, last in source.box
-                )
-                with self._changed:
-                    self._changed.wait_for(lambda n=size: self._has_room(n))
-                    if self._is_abandoned:
-                        break
-                    self._staged_bytes += size
-                values = snapshot.host_copy(source, is_whole=math.isinf(self._limit))
-                with self._changed:
-                    self._waiting.popleft()
-                    self._ready.append(Chunk(source.name, source.box, values))
-                    del values, source
-                    self._changed.notify_all()
-        except Exception as error:
-            self._error = error
-        with self._changed:
-            if not self._is_deferred:
-                self.blocked_secs += time.monotonic() - started
-            self._waiting.clear()
-            self._changed.notify_all()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ready or not self._waiting)
-                if self._error is not None:
-                    raise self._error
-                if not self._ready:
-                    return
-            yield self._ready.popleft()  # kept by nobody here
+            super().finish()
 
     def written(self, chunk: Chunk) -> None:
         """Makes room: the writer keeps no reference to the chunk's values."""
@@ -95,15 +54,24 @@ class Staged(snapshot.Snapshot):
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Nobody will write what is left: `copy` returns and the copies are freed."""
+        """As `Snapshot.abandon`; who waits for room waits no more."""
         with self._changed:
-            self._is_abandoned = True
-            self._ready.clear()
+            super().abandon()
             self._changed.notify_all()
 
-    def _has_room(self, size: int) -> bool:
-        fits = self._staged_bytes + size <= self._limit or not self._staged_bytes
-        return fits or self._is_abandoned
+    def _has_room(self, source: Source) -> bool:
+        size = source.shard.dtype.itemsize * math.prod(
+            last - first for first, last in source.box
+        )
+        fits = lambda: (
+            self._staged_bytes + size <= self._limit
+            or not self._staged_bytes
+            or self._is_abandoned
+        )
+        with self._changed:
+            self._changed.wait_for(fits)
+            self._staged_bytes += size
+        return super()._has_room(source)
 
 
 @jax.jit

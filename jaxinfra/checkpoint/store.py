@@ -25,7 +25,7 @@ from jaxinfra.checkpoint.snapshot import ArrayLayout, Chunk, Snapshot
 
 # Of a chunk, as it goes through the digests and to the file while it is in the cores'
 # caches; crc32c holds Python's lock for so long.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 
 Digests = dict[str, dict[str, str]]  # name -> path of a chunk -> its digest
 

@@ -141,7 +141,7 @@ def prepare(
         _check_some(texts, files)
         pieces = _split(texts, split, held_out=held_out, seed=seed)
         if coder is None:
-            coder = tokenizers.CharTokenizer("".join(set().union(*texts)))
+            coder = jaxinfra.CharTokenizer("".join(set().union(*texts)))
         elif callable(coder):
             coder = coder([piece.text for piece in pieces["train"]])
         contents = {name: _encoded(coder, part) for name, part in pieces.items()}

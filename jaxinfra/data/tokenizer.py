@@ -1,5 +1,5 @@
-"""Text to token ids and back: bytes, or characters of one corpus; those of Hugging Face
-are in `tokenizer_json`.
+"""Text to token ids and back, by bytes; the characters of a corpus are in
+`char_tokenizer`, tokenizers of Hugging Face in `tokenizer_json`.
 
 Every tokenizer keeps one id for the end of a document (EOD), some one for its beginning
 (BOS). `encode` never adds them, `prepare` does, once at each end; and no text is ever
@@ -21,8 +21,6 @@ from jaxinfra.config import DataError
 
 # Whether documents begin with BOS: as the tokenizer's own settings say, or so.
 BosRule = Literal["tokenizer", "always", "never"]
-
-_CODE_POINT = np.dtype("<u4")
 
 
 class Tokenizer(Protocol):
@@ -98,7 +96,8 @@ def from_json(value: Any) -> Tokenizer:
         case {"name": "byte", **rest} if not rest:
             return ByteTokenizer()
         case {"name": "char", "characters": str(characters), **rest} if not rest:
-            tokenizer = CharTokenizer(characters)
+            # By its public name, which loads the module: bytes need none of it.
+            tokenizer = jaxinfra.CharTokenizer(characters)
             if tokenizer.characters != characters:
                 raise DataError(
                     "tokenizer.characters must be distinct and sorted by code point; "
@@ -113,7 +112,6 @@ def from_json(value: Any) -> Tokenizer:
             "bos_id": (int() | None) as bos_id,
             **rest,
         } if not rest:
-            # By its public name, which loads the module: bytes need none of it.
             return jaxinfra.HfTokenizer(text, vocab_size, eod_id, bos_id)
     raise DataError(
         f"tokenizer {json.dumps(value)[:80]} is not known: it must be "
@@ -159,56 +157,3 @@ class ByteTokenizer:
 
     def digest(self) -> str:
         return json_sha256(self.to_json())
-
-
-@dataclasses.dataclass(frozen=True)
-class CharTokenizer:
-    """The given characters in the order of their code points; the last id is EOD."""
-
-    characters: str
-    name = "char"
-    bos_id = None
-
-    def __post_init__(self):
-        if not self.characters:
-            raise DataError("a char tokenizer needs at least one character; got none")
-        object.__setattr__(self, "characters", "".join(sorted(set(self.characters))))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.characters) + 1
-
-    @property
-    def eod_id(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> np.ndarray:
-        table, codes = _code_points(self.characters), _code_points(text)
-        ids = np.searchsorted(table, codes)
-        known = table[np.minimum(ids, len(table) - 1)] == codes
-        if not known.all():
-            position = int(np.argmin(known))
-            raise DataError(
-                f"character {text[position]!r} at position {position} is not one of "
-                f"the tokenizer's {len(table)} characters; remove it, or prepare the "
-                "data with the byte tokenizer"
-            )
-        return ids.astype(id_dtype(self.vocab_size))
-
-    def encode_batch(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, texts)
-
-    def decode(self, ids: np.ndarray) -> str:
-        ids = checked_ids(ids, self.vocab_size)
-        codes = _code_points(self.characters)[ids[ids != self.eod_id]]
-        return codes.tobytes().decode("utf-32-le", "surrogatepass")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "characters": self.characters}
-
-    def digest(self) -> str:
-        return json_sha256(self.to_json())
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), _CODE_POINT)

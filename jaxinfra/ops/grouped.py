@@ -116,7 +116,9 @@ def _grouped_backward(partition, align, policy, residuals, g_RO):
     w_EOI = jnp.swapaxes(_whole(w_EIO, partition, policy), 1, 2)
     dx_RI = _product(g_RO, w_EOI, sizes_E, align, policy)
     dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
-    dw_EIO = sharding.all_reduce(dw_EIO.astype(policy.reduce), partition, ("fsdp",))
+    dw_EIO = dw_EIO.astype(policy.reduce)
+    if "fsdp" in varies_over(dw_EIO):  # else a pipeline sums it, once a step
+        dw_EIO = sharding.all_reduce(dw_EIO, partition, ("fsdp",))
     over = varies_over(dw_EIO) - varies_over(w_EIO)
     return dx_RI, jax.lax.psum(dw_EIO, tuple(over)).astype(w_EIO.dtype), None
 

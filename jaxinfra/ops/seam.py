@@ -51,7 +51,8 @@ class Context(NamedTuple):
     the step; both feed dropout, which is off where key is None. weights_BT: 1 where a
     token has a target; None where no loss is computed. router_bias_LE: what balances
     the experts of each layer; None: nothing. order_T: the token of the row in each
-    place, where `context` splits the rows; None: as they are.
+    place, where `context` splits the rows; None: as they are. told_scale: what a layer
+    multiplies gradients of its own loss by, where a pipeline takes them.
     """
 
     positions_BT: jax.Array
@@ -62,6 +63,7 @@ class Context(NamedTuple):
     weights_BT: jax.Array | None = None
     router_bias_LE: jax.Array | None = None
     order_T: Any = None
+    told_scale: Any = None
 
 
 class Attend(Protocol):

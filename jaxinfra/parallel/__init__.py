@@ -18,13 +18,15 @@ or as a `GradFn`, and no model knows of them.
 program walks any table; `train.pipelined` makes a `GradFn` of it, and a forward-only
 `LossFn` for evaluation. Embedding and head belong to no stage: their vocabulary is
 split over all. Repeats that do not divide are shared out as evenly as can be, prefix
-and suffix counted. It composes with data, fsdp (every zero), tensor and context axes,
-float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables. With
-zero 3 the parameters of a stage are gathered once a step and are whole meanwhile; zero
-is 1 unless it is set. Refused (`compositions`): expert layers and precisions with
-scales of their own, whose statistics the executor does not carry; ring attention, whose
-exchange all devices join while stages take different branches; a task of one's own,
-whose layers are not known. More stages than repeats are refused too.
+and suffix counted. It composes with data, fsdp (every zero), expert, tensor and context
+axes, float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables.
+What layers of experts tell the loss is summed over chunks as they run forward, and its
+gradient joins that of the layer's result. With zero 3 the parameters of a stage are
+gathered once a step and are whole meanwhile; zero is 1 unless it is set. Refused
+(`compositions`): precisions with scales of their own, whose statistics the executor
+does not carry; ring attention, whose exchange all devices join while stages take
+different branches; a task of one's own, whose layers are not known. More stages than
+repeats are refused too.
 Limits: prefix and suffix are held by every stage.
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a

@@ -27,7 +27,8 @@ class Stack(NamedTuple):
     its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
     keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
     order_T: see Context, where it has no place here, since it is not traced.
-    is_trained: bools, a tree like the parameters; None: all are."""
+    is_trained: bools, a tree like the parameters; None: all are. routers: of a model
+    with experts, a `train.routers.Routers`."""
 
     model: Any
     cfg: ModelConfig
@@ -36,11 +37,23 @@ class Stack(NamedTuple):
     unroll: bool = False
     order_T: Any = None
     is_trained: Tree = None
+    routers: Any = None
 
     def layer(self, params, x_BTD, context: Context, layer: LayerConfig, number):
-        """One layer's y_BTD."""
+        """(y_BTD, what the layer told: `routers.Summed`, or () without routers)."""
         context = context._replace(order_T=self.order_T)
-        return self.model.block(params, x_BTD, context, layer, number, None)[0]
+        y_BTD, told = self.model.block(params, x_BTD, context, layer, number, None)
+        if told is None:
+            return y_BTD, self.nothing()
+        told = self.routers.of_layers(told, number)
+        if context.told_scale is not None:
+            scale = context.told_scale
+            y_BTD = self.routers.with_gradient(y_BTD, told.loss, scale)
+        return y_BTD, told
+
+    def nothing(self) -> Tree:
+        """What no layer tells."""
+        return self.routers.nothing() if self.routers else ()
 
 
 class Left(NamedTuple):
@@ -54,14 +67,14 @@ class Left(NamedTuple):
 class Chunks(NamedTuple):
     """What a stage does with its chunks; `virtual` says which, and may be traced.
 
-    forward(virtual, x_BTD, context) -> y_BTD
+    forward(virtual, x_BTD, context) -> (y_BTD, what its layers told, summed)
     back(virtual, x_BTD, dy_BTD, context, grads) -> (dx_BTD, grads, Left)
     weigh(virtual, left, context, grads) -> grads
 
     grads: a tree like those parameters that are trained, float32, to which is added.
     """
 
-    forward: Callable[..., jax.Array]
+    forward: Callable[..., tuple[jax.Array, Tree]]
     back: Callable[..., tuple[jax.Array, Tree, Left]]
     weigh: Callable[..., Tree]
 
@@ -112,16 +125,17 @@ def make_chunks(
     loop = functools.partial(jax.lax.scan, unroll=placed.depth if stack.unroll else 1)
 
     def forward(virtual, x_BTD, context):
-        x_BTD = _unless(is_first(virtual), prefix, params["prefix"], x_BTD, context, 0)
+        begun = (x_BTD, stack.nothing())
+        begun = prefix.forward(is_first(virtual), params["prefix"], begun, context, 0)
 
-        def turn(x_BTD, at):
+        def turn(carry, at):
             row, number, flag = at
             mine = _row(params["pattern"], row)
-            return _unless(there(flag), pattern, mine, x_BTD, context, number), None
+            return pattern.forward(there(flag), mine, carry, context, number), None
 
-        x_BTD, _ = loop(turn, x_BTD, repeats(virtual))
-        last = (suffix, params["suffix"], x_BTD, context, number_of_suffix)
-        return _unless(is_last(virtual), *last)
+        carry, _ = loop(turn, begun, repeats(virtual))
+        last = (params["suffix"], carry, context, number_of_suffix)
+        return suffix.forward(is_last(virtual), *last)
 
     def back(virtual, x_BTD, dy_BTD, context, grads):
         def turn(x_BTD, at):
@@ -197,10 +211,19 @@ class _Group(NamedTuple):
         trained, rest = apart(params[i], self.is_trained[i])
         return trained, (context, number + i, rest)
 
-    def forward(self, params, x_BTD, context, number):
-        for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
-            x_BTD = self.stack.layer(p, x_BTD, context, layer, number + i)
-        return x_BTD
+    def forward(self, flag, params, carry, context, number):
+        """carry: (x_BTD, what layers told so far)."""
+
+        def work(carry):
+            x_BTD, told = carry
+            for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
+                x_BTD, more = self.stack.layer(p, x_BTD, context, layer, number + i)
+                told = jax.tree.map(jnp.add, told, more)
+            return x_BTD, told
+
+        if flag is True or not self.configs:
+            return work(carry)
+        return jax.lax.cond(flag, work, lambda carry: carry, carry)
 
     def keep(self, flag, params, x_BTD, context, number):
         def work(x_BTD):
@@ -254,14 +277,6 @@ def zeros_like(tree: Tree, *leading: int) -> Tree:
     return jax.tree.map(lambda x: zeros(like(x)), tree)
 
 
-def _unless(flag, group: _Group, params, x_BTD, context, number):
-    """The group's forward pass where the flag is true, else x as it is."""
-    work = lambda x_BTD: group.forward(params, x_BTD, context, number)
-    if flag is True or not group.configs:
-        return work(x_BTD)
-    return jax.lax.cond(flag, work, lambda x_BTD: x_BTD, x_BTD)
-
-
 def apart(params: Tree, is_trained: Tree) -> tuple[Tree, Tree]:
     """(what is trained, the rest): each has None where the other has an array."""
     if is_trained is None:
@@ -284,7 +299,7 @@ def joined(trained: Tree, rest: Tree) -> Tree:
 def _cut(stack: Stack, x_BTD, context, layer, params, mask, *, split: bool) -> Phases:
     def block(trained, x_BTD, about):
         context, number, rest = about
-        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)
+        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)[0]
 
     trained, rest = apart(params, mask)
     about = (context, jnp.int32(0), rest)

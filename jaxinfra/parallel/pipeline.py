@@ -62,6 +62,13 @@ class Microbatches(NamedTuple):
     rows_MB: jax.Array
 
 
+class Sums(NamedTuple):
+    """Of the loss, and of what layers told: a `routers.Summed`, or ()."""
+
+    loss: loss.CrossEntropy
+    told: Tree
+
+
 def inside(rules: Rules) -> Rules:
     """The rules of a model that runs in the executor, where a device has its own rows
     and layers, and parameters are whole over `fsdp`."""
@@ -81,14 +88,15 @@ def run(
     layout: Layout,
     key: jax.Array | None,
     scale: jax.Array | float = 1.0,
+    router_bias_LE: jax.Array | None = None,
     gather: Meet = sharding.all_gather,
     reduce: Meet | None = None,
-) -> tuple[Tree | None, loss.CrossEntropy]:
+) -> tuple[Tree | None, Sums]:
     """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says,
-    None where `stack.is_trained` is false; the loss's sums over all microbatches). No
-    gradients where `schedule` has no backward pass. `params` are those of stack.model,
-    as they are at rest. gather, reduce: of what layers have; None: in `policy.reduce`,
-    as everything else.
+    None where `stack.is_trained` is false; sums over all microbatches). No gradients
+    where `schedule` has no backward pass. `params` are those of stack.model, as they
+    are at rest. The loss has what layers told in it where there is a key. gather,
+    reduce: of what layers have; None: in `policy.reduce`, as everything else.
     """
     cfg = stack.cfg
     placed = placement.place(
@@ -106,12 +114,12 @@ def run(
     grads_at_rest, _ = apart(at_rest(layout.grads), stack.is_trained)
     manual = functools.partial(sharding.among, axes=MANUAL)
 
-    def body(params, batch, key, scale):
+    def body(params, batch, *traced):
         params = _each_device(sharding.all_gather, params, params_at_rest, gather)
         to_chunks = functools.partial(_to_chunks, placed=placed)
         params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
-        grads, sums = _walk(schedule, stack, placed, params, batch, key, scale)
-        sums = jax.lax.psum(sums, ROW_AXES)
+        grads, sums = _walk(schedule, stack, placed, params, batch, *traced)
+        sums = Sums(jax.lax.psum(sums.loss, ROW_AXES), jax.lax.psum(sums.told, MANUAL))
         if grads is None:
             return None, sums
         to_rest = functools.partial(_to_rest, placed=placed)
@@ -132,12 +140,13 @@ def run(
             jax.P(None, ROW_AXES),
             jax.P(),
             jax.P(),
+            jax.P(),
         ),
         out_specs=(jax.tree.map(manual, grads_at_rest) if has_grads else None, jax.P()),
         axis_names=set(MANUAL),
         check_vma=False,  # every sum over a manual axis is made here, by hand
     )
-    return mapped(params, batch, key, jnp.float32(scale))
+    return mapped(params, batch, key, jnp.float32(scale), router_bias_LE)
 
 
 class _Carry(NamedTuple):
@@ -150,10 +159,10 @@ class _Carry(NamedTuple):
     dy_stash: jax.Array
     left_stash: Tree
     grads: Tree
-    sums: loss.CrossEntropy
+    sums: Sums
 
 
-def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scale):
+def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias_LE):
     """One device's way through the table: (gradients by its own rows and chunks, sums
     of the loss over its own rows)."""
     model, last = stack.model, schedule.stages - 1
@@ -166,7 +175,15 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
 
     def of(microbatch) -> tuple[Microbatches, Context]:
         one = jax.tree.map(lambda x: _take(x, microbatch), batch)
-        context = Context(one.positions_MBT, one.segments_MBT, one.rows_MB, key)
+        context = Context(
+            one.positions_MBT,
+            one.segments_MBT,
+            one.rows_MB,
+            key,
+            weights_BT=one.weights_MBT if stack.routers else None,
+            router_bias_LE=router_bias_LE,
+            told_scale=scale if stack.routers and key is not None else None,
+        )
         return one, model.prepare(context)
 
     def enter(microbatch, ends):
@@ -213,7 +230,10 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
     def weigh(microbatch, virtual, left, grads):
         return chunks.weigh(virtual, left, of(microbatch)[1], grads)
 
-    no_sums = loss.CrossEntropy(jnp.float32(0), jnp.float32(0))
+    no_sums, no_told = (
+        loss.CrossEntropy(jnp.float32(0), jnp.float32(0)),
+        stack.nothing(),
+    )
 
     def tick(carry: _Carry, row: schedules.Program):
         grads = carry.grads
@@ -230,10 +250,10 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
         with jax.named_scope("forward"):
             # Read outside the branch: inside, the stash would be copied into it.
             x_BTD = jax.lax.optimization_barrier(_take(x_stash, mine.forward_x))
-            y_BTD = jax.lax.cond(
+            y_BTD, told = jax.lax.cond(
                 mine.forward_microbatch >= 0,
                 lambda x: forward(mine.forward_microbatch, mine.forward_virtual, x),
-                lambda x: no_x_BTD,
+                lambda x: (no_x_BTD, no_told),
                 x_BTD,
             )
         with jax.named_scope("leave"):
@@ -247,7 +267,7 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
         new = carry._replace(
             x_BTD=_to_next(y_BTD, schedule.stages),
             x_stash=x_stash,
-            sums=jax.tree.map(jnp.add, carry.sums, sums),
+            sums=jax.tree.map(jnp.add, carry.sums, Sums(sums, told)),
         )
         if not has_grads:
             return new, None
@@ -311,7 +331,7 @@ def _walk(schedule, stack: Stack, placed, params, batch: Microbatches, key, scal
         dy_stash=zeros_like(no_x_BTD, slots.dy),
         left_stash=zeros_like(no_left, slots.left),
         grads=no_grads,
-        sums=no_sums,
+        sums=Sums(no_sums, no_told),
     )
     carry, _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, program))
     return carry.grads, carry.sums

@@ -145,8 +145,10 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
             widths = heads + 2 * keys + model.width + into
         case ("save", _, names):
             widths = sum(named[name] for name in names.split("+"))
-        case _:  # both norms' results, the two halves of a gated product, and the rest
-            widths = sum(named.values()) + 2 * model.width + into + heads + keys
+        case _:  # both norms' results, and in float32 what they are made of; the parts
+            # of a gated product; the kernel's own layouts of queries and keys
+            widths = sum(named.values()) + (2 + 8) * model.width
+            widths += into + ffn + heads + keys
     # What blocks pass on is cut along the length too: parallel.sequence.
     between = model.width // (split if config.parallel.sequence else 1)
     return _token_bytes(config, sizes, between + widths)

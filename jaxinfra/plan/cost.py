@@ -75,10 +75,8 @@ def roofline(peak_flops: float, bytes_per_sec: float) -> Clock:
             return 0.0
         if line.op.endswith(("-start", "-done", "-update")):
             return 0.0
-        moved = sum(s.bytes for s in line.out)
-        for name in line.operands:
-            moved += sum(s.bytes for s in program.shapes_of(where, name))
         flops = matmul_flops(program, where, line)
+        moved = moved_bytes(program, where, line)
         return max(flops / peak_flops, moved / bytes_per_sec)
 
     return secs
@@ -138,6 +136,55 @@ def matmul_flops(program: Program, where: str, line: Instruction) -> float:
     for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
         batch *= int(count)
     return 2.0 * (a * b * out / batch) ** 0.5
+
+
+def moved_bytes(program: Program, where: str, line: Instruction) -> float:
+    """What an instruction reads and writes; of an array from which it takes a slice, or
+    which it updates in place, that slice."""
+    inside = line.called[0] if line.op == "fusion" and line.called else ""
+    if not inside:
+        return _written(program, where, line) + sum(
+            _read(program, where, name, [line]) for name in line.operands
+        )
+    lines = program[inside]
+    given = sorted(
+        (line for line in lines if line.op == "parameter"),
+        key=lambda line: int(line.rest.split(")")[0]),
+    )
+    roots = [line for line in lines if line.is_root]
+    if roots and roots[0].op == "tuple":
+        by_name = program.by_name(inside)
+        roots = [by_name[name] for name in roots[0].operands if name in by_name]
+    return sum(_written(program, inside, root) for root in roots) + sum(
+        _read(program, inside, parameter.name, lines) for parameter in given
+    )
+
+
+def _read(program: Program, where: str, name: str, lines: Sequence[Instruction]):
+    """Bytes of `name` that `lines`, which are in computation `where`, need of it."""
+    whole = sum(shape.bytes for shape in program.shapes_of(where, name))
+    total = 0.0
+    for user in lines:
+        if name not in user.operands:
+            continue
+        is_first = user.operands[0] == name
+        if user.op == "dynamic-slice" and is_first:
+            total += sum(shape.bytes for shape in user.out)
+        elif user.op == "bitcast":
+            total += _read(program, where, user.name, lines)
+        elif not (user.op == "dynamic-update-slice" and is_first):
+            return whole
+    return min(total, whole)
+
+
+def _written(program: Program, where: str, line: Instruction) -> float:
+    by_name = program.by_name(where)
+    while line.op == "bitcast" and line.operands[0] in by_name:
+        line = by_name[line.operands[0]]
+    shapes = line.out
+    if line.op == "dynamic-update-slice":
+        shapes = program.shapes_of(where, line.operands[1])
+    return sum(shape.bytes for shape in shapes)
 
 
 class _Player:

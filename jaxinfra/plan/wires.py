@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxinfra.plan.program import COLLECTIVES, Instruction, Program
 
 Axes = Mapping[str, int]  # mesh axis -> size, in the order of the mesh
@@ -40,16 +42,17 @@ def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
     n = max((len(g) for g in groups), default=_size_of_groups(line))
     if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
         return Wire(kind, "none", 0.0)
-    sizes = [shape.bytes for shape in line.out]
-    whole = (max(sizes) if is_start else sum(sizes)) if sizes else 0.0
+    sizes, count = [shape.bytes for shape in line.out], len(line.operands)
+    if is_start and len(sizes) >= 2 * count > 0:  # operands, results, flags
+        sizes = sizes[count : 2 * count]
+    whole = sum(sizes)
     name = spanned(groups, axes) if axes else "?"
     if "all-reduce-scatter" in where:  # an all-reduce whose fusion keeps one part
         return Wire("reduce-scatter", name, whole * (n - 1) / n)
-    part = min([s for s in sizes if s > 4] or sizes or [0.0]) if is_start else whole
     sent = {
         "all-gather": whole * (n - 1) / n,
         "all-reduce": 2 * whole * (n - 1) / n,
-        "reduce-scatter": part * (n - 1),
+        "reduce-scatter": whole * (n - 1),
         "all-to-all": whole * (n - 1) / n,
     }
     return Wire(kind, name, sent.get(kind, whole))
@@ -120,18 +123,22 @@ def _groups(line: Instruction) -> list[list[int]]:
             for indices in itertools.product(*spans)
         ]
         return [flat[g * size : (g + 1) * size] for g in range(count)]
-    form = r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}"
-    if found := re.search(form, text):  # mesh['data'=2,'fsdp'=4] {'fsdp'}
+    # mesh['data'=2,'fsdp'=4], device_ids=([4,2]T(1,0)) {'fsdp'}
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    form = rf"replica_groups=mesh\[([^\]]*)\]{order}\s*\{{([^}}]*)\}}"
+    if found := re.search(form, text):
         sizes = {a: int(n) for a, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        names = [a for a in re.findall(r"'([^']+)'", found[2]) if a in sizes]
-        spans = [range(n) if a in names else range(1) for a, n in sizes.items()]
-        strides = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
-        return [
-            [
-                sum(i * s for i, s in zip(place, strides, strict=True))
-                for place in itertools.product(*spans)
-            ]
-        ]
+        numbers = np.arange(math.prod(sizes.values()))
+        if found[2]:
+            numbers = numbers.reshape([int(n) for n in found[2].split(",")])
+        if found[3]:
+            numbers = numbers.transpose([int(n) for n in found[3].split(",")])
+        together = re.findall(r"'([^']+)'", found[4])
+        last = [i for i, axis in enumerate(sizes) if axis in together]
+        first = [i for i in range(len(sizes)) if i not in last]
+        numbers = numbers.reshape([*sizes.values()]).transpose(first + last)
+        size = math.prod(sizes[axis] for axis in together)
+        return numbers.reshape(-1, size).tolist()
     return []
 
 

@@ -110,7 +110,7 @@ def make_optimizer(
             assert_never(cfg.name)
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     rule = _in_float32(optax.chain(*clip, rule), moments)
-    return _averaging(rule, cfg.ema_decay) if cfg.ema_decay else rule
+    return jaxinfra.averaging(rule, cfg.ema_decay) if cfg.ema_decay else rule
 
 
 def scale_at_step(
@@ -197,26 +197,5 @@ def _in_float32(tx: optax.GradientTransformationExtraArgs, moments: jnp.dtype):
         wide = [cast(tree, jnp.float32) for tree in (updates, state, params)]
         updates, state = tx.update(*wide, **extra)
         return updates, cast(state, moments)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _averaging(tx: optax.GradientTransformationExtraArgs, decay: float):
-    """`tx` and an exponential moving average of what the parameters become, in float32
-    and before they are rounded; it starts at the first parameters.
-
-    Source: Polyak and Juditsky, 1992; optax.incremental_update.
-    """
-
-    def init(params):
-        # A copy: the state is donated, and may not have one buffer twice.
-        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-        return Averaged(tx.init(params), average)
-
-    def update(updates, state, params=None, **extra):
-        updates, rule = tx.update(updates, state.rule, params, **extra)
-        new = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, params, updates)
-        average = optax.incremental_update(new, state.average, 1 - decay)
-        return updates, Averaged(rule, average)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ microbatches.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ def make_pipelined(
     remat: str = "none",
     unroll: bool = False,
     order_T: np.ndarray | None = None,
+    routers: Any = None,
     staged: Callable[..., Model] | None = None,
     comm: CommConfig | None = None,
     tuned: tuple[Tree, Tree] | None = None,
@@ -57,10 +58,11 @@ def make_pipelined(
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
-    where each row's tokens stand, of `context.row_order`. staged(model, is_random=has a
-    key): the model that is trained, if its parameters come in another form. comm: in
-    how many bits the layers' weights and gradients cross the fsdp axis. tuned: (specs
-    of the parameters, whether each is trained), where some are not.
+    where each row's tokens stand, of `context.row_order`. routers: of a model with
+    experts. staged(model, is_random=has a key): the model that is trained, if its
+    parameters come in another form. comm: in how many bits the layers' weights and
+    gradients cross the fsdp axis. tuned: (specs of the parameters, whether each is
+    trained), where some are not.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
@@ -73,13 +75,13 @@ def make_pipelined(
     if tuned is not None:
         specs, is_trained = tuned
         model = model._replace(specs=specs)
-    stack = Stack(model, cfg, sharp, remat, unroll, order_T, is_trained)
+    stack = Stack(model, cfg, sharp, remat, unroll, order_T, is_trained, routers)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
-    def run(table, params, batch, key, scale=1.0, model=stack.model):
+    def run(table, params, model_state, batch, key, scale=1.0, model=stack.model):
         targets = objective.make_targets(
             batch.tokens_BT1,
             batch.segments_BT1,
@@ -103,32 +105,37 @@ def make_pipelined(
             layout=layout,
             key=key,
             scale=scale,
+            router_bias_LE=model_state["router_bias"]
+            if routers and model_state
+            else None,
             gather=gather,
             reduce=reduce,
         )
-        metrics = {"log_z_squared": sums.z}
-        aux = objective.Aux(jnp.sum(targets.weights_BT), metrics)
-        return grads, sums.nll, aux
+        metrics, weight = {"log_z_squared": sums.loss.z}, jnp.sum(targets.weights_BT)
+        total, told = sums.loss.nll, sums.told
+        if routers is None:
+            return grads, total, objective.Aux(weight, metrics)
+        total = total if key is None else total + told.loss
+        return grads, total, objective.Aux(weight, metrics | told.metrics, told.stats)
 
     def grad_fn(params, model_state, batch, key):
         model = stack.model
         if staged is not None:
             model = staged(model, is_random=key is not None)
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, batch, key, model=model))
-        scale = model_state.scale
-        grads, loss_sum, aux = run(whole, params, batch, key, scale, model)
+            return Gradients(*run(whole, params, model_state, batch, key, model=model))
+        scale, inner = model_state.scale, model_state.inner
+        grads, loss_sum, aux = run(whole, params, inner, batch, key, scale, model)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):
-        del model_state  # of a transformer there is none
         parts = sharding.axis_product(layout.mesh, layout.params.batch)
         table = schedules.forward_only(
             stages=stages,
             virtual=virtual_stages,
             microbatches=math.gcd(len(batch.tokens_BT1) // parts, microbatches),
         )
-        _, loss_sum, aux = run(table, params, batch, key)
+        _, loss_sum, aux = run(table, params, model_state, batch, key)
         return loss_sum, aux
 
     return Pipelined(grad_fn, loss_fn, schedules.draw(whole))

@@ -16,6 +16,7 @@ from jaxinfra.ops import experts
 from jaxinfra.ops.experts import Told
 
 BIAS = "router_bias"
+_FIGURES = ("balance", "z", "entropy", "dropped", "busiest")
 
 
 class Summed(NamedTuple):
@@ -37,20 +38,34 @@ class Routers:
         """The sums over rows, of what `Model.forward` gives without caches; losses are
         summed over layers and metrics are means over them."""
         layers = _by_layer(told, self._model)
-        totals = {
-            name: sum(jnp.sum(getattr(each, f"{name}_B")) for _, each in layers)
-            for name in ("balance", "z", "entropy", "dropped", "busiest")
+        parts = [self.of_layers(each, numbers) for numbers, each in layers]
+        return jax.tree.map(lambda *each: sum(each), *parts)
+
+    def of_layers(self, told: Told, numbers: Any) -> Summed:
+        """The part of layers of these numbers: an array of them, told having a first
+        dim for it, or one number. They may be traced."""
+        sums = {name: jnp.sum(getattr(told, f"{name}_B")) for name in _FIGURES}
+        loss = self._train.balance_loss * sums["balance"]
+        loss += self._train.router_z_loss * sums["z"]
+        kinds = [layer.feed_forward for layer in self._model.layers]
+        metrics = {
+            f"router_{name}": x / kinds.count("experts") for name, x in sums.items()
         }
-        loss = self._train.balance_loss * totals["balance"]
-        loss += self._train.router_z_loss * totals["z"]
-        num_layers = sum(len(numbers) for numbers, _ in layers)
-        metrics = {f"router_{name}": x / num_layers for name, x in totals.items()}
-        if not self._train.router_bias_rate:
-            return Summed(loss, metrics, ())
-        load_LE = jnp.zeros((self._model.num_layers, self._model.num_experts))
-        for numbers, each in layers:
-            load_LE = load_LE.at[numbers].set(jnp.sum(each.load_BE, axis=1))
-        return Summed(loss, metrics, {BIAS: load_LE})
+        load_E = jnp.sum(told.load_BE, axis=-2)
+        stats = jax.tree.map(
+            lambda zero_LE: zero_LE.at[numbers].set(load_E), self.first_state()
+        )
+        return Summed(loss, metrics, stats)
+
+    def nothing(self) -> Summed:
+        """The sums over no layers."""
+        zero = jnp.float32(0)
+        metrics = {f"router_{name}": zero for name in _FIGURES}
+        return Summed(zero, metrics, self.first_state())
+
+    def with_gradient(self, y_BTD: jax.Array, loss: jax.Array, scale: Any) -> jax.Array:
+        """`y_BTD`, to whose pull-back that of `scale` x `loss` is added."""
+        return _with_gradient(y_BTD, loss, scale)
 
     def first_state(self) -> Any:
         """The model state before the first step."""
@@ -73,6 +88,22 @@ class Routers:
             model_state[BIAS], stats[BIAS], rate=self._train.router_bias_rate
         )
         return {BIAS: moved}
+
+
+@jax.custom_vjp
+def _with_gradient(y_BTD, loss, scale):
+    return y_BTD
+
+
+def _with_gradient_forward(y_BTD, loss, scale):
+    return y_BTD, scale
+
+
+def _with_gradient_back(scale, dy_BTD):
+    return dy_BTD, scale, jnp.zeros_like(scale)
+
+
+_with_gradient.defvjp(_with_gradient_forward, _with_gradient_back)
 
 
 def _by_layer(told: Any, cfg: ModelConfig) -> list[tuple[np.ndarray, Told]]:

@@ -119,6 +119,7 @@ def test_replicas_share_the_writing_and_no_chunk_has_two_writers(tmp_path):
     assert sum(by_device.values()) == 2 * 64 * 64 + 2 * 64
     assert len(by_device) == 8
     assert max(by_device.values()) <= 2 * min(by_device.values())
+    taken.finish()
     digests = store.write_arrays(tmp_path, taken)
     assert sum(map(len, digests.values())) == len(boxes)
 

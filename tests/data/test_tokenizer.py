@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from jaxinfra.config import DataError
 from jaxinfra.data import tokenizer as tokenizers
-from jaxinfra.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxinfra.data.char_tokenizer import CharTokenizer
+from jaxinfra.data.tokenizer import ByteTokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxinfra.config import DataError
-from jaxinfra.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxinfra.data.char_tokenizer import CharTokenizer
+from jaxinfra.data.tokenizer import ByteTokenizer
 from jaxinfra.generate import rows
 
 START = 99

@@ -1,9 +1,11 @@
 """The gradient of one batch, on one device and through a pipeline, side by side."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import experiment as experiments
@@ -32,6 +34,24 @@ ODD = {
     "dropout": 0.3,
     "qk_norm": "head",
 }
+# Experts in the repeats alone, and in all groups beside layers without them.
+EXPERTS = {
+    "pattern": (LayerConfig(feed_forward="experts"),),
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_ffn_width": 20,
+}
+ODD_EXPERTS = (
+    ODD
+    | EXPERTS
+    | {
+        "prefix": (LayerConfig(), LayerConfig(feed_forward="experts")),
+        "pattern": (LayerConfig(), LayerConfig(window=4, feed_forward="experts")),
+        "suffix": (LayerConfig(feed_forward="experts"),),
+        "router": "sigmoid",
+        "shared_experts": 1,
+    }
+)
 
 
 def config(
@@ -44,6 +64,7 @@ def config(
     precision_name: str = "float32",
     model: dict[str, Any] | None = None,
     way: str = "ring",
+    experts: str = "dropless",
     **train: Any,
 ) -> Config:
     """A tiny model on this mesh, its vocabulary prime."""
@@ -61,7 +82,9 @@ def config(
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         mesh=MeshConfig(**{"data": 1, **sizes}),
-        parallel=ParallelConfig(schedule=schedule, virtual_stages=virtual, context=way),
+        parallel=ParallelConfig(
+            schedule=schedule, virtual_stages=virtual, context=way, experts=experts
+        ),
         precision=precision_name,
         zero=zero,
     )
@@ -94,7 +117,7 @@ def serial(config: Config) -> Config:
     return dataclasses.replace(
         config,
         mesh=MeshConfig(data=1),
-        parallel=ParallelConfig(),
+        parallel=ParallelConfig(experts=config.parallel.experts),
         train=dataclasses.replace(config.train, microbatches=1),
     )
 
@@ -129,12 +152,16 @@ def gradients(config: Config, weights: Any = None) -> tuple[Any, Any, Any]:
     weights = first_params(built) if weights is None else weights
     task = built.task
     grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
-    is_random = config.model.dropout > 0 or config.train.label_smoothing > 0
+    train = config.train
+    in_training = (train.label_smoothing, train.balance_loss, train.router_z_loss)
+    is_random = config.model.dropout > 0 or any(in_training)
     key = jax.random.key(5) if is_random else None
+    jitted = functools.partial(jax.jit, compiler_options=QUICK)
     with jax.set_mesh(built.layout.mesh):
-        here, batch = placed(built, weights), rows(built)
-        made = jax.jit(grad_fn, compiler_options=QUICK)(here, (), batch, key)
-        held_out = jax.jit(task.loss_fn, compiler_options=QUICK)(here, (), batch, None)
+        here, batch, state = placed(built, weights), rows(built), task.model_state()
+        state = jax.tree.map(lambda x: x + 0.02 * jnp.arange(x.shape[-1]), state)
+        made = jitted(grad_fn)(here, state, batch, key)
+        held_out = jitted(task.loss_fn)(here, state, batch, None)
         made, held_out = jax.device_get((made, held_out))
     cut = lambda g, w: g[tuple(map(slice, w.shape))]
     return (

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from parallel import pipelines, tiny_runs
-from parallel.pipelines import ODD
+from parallel.pipelines import EXPERTS, ODD, ODD_EXPERTS
 
 from jaxinfra import experiment, params
 from jaxinfra.config import MeshConfig, ParallelConfig
@@ -19,13 +19,13 @@ BFLOAT16 = 3e-2  # 8-bit mantissa, and sums over microbatches rounded at other p
 
 QUICK = [
     ({"pipeline": 2, "fsdp": 2, "tensor": 2}, {"model": {"repeats": 3}, "zero": 2}),
+]
+# Pairwise: each mesh meets several schedules, each schedule several stacks and remats.
+MORE = [
     (
         {"pipeline": 2, "data": 2},
         {"schedule": "zero_bubble", "remat": "full", "model": {"tied": False}},
     ),
-]
-# Pairwise: each mesh meets several schedules, each schedule several stacks and remats.
-MORE = [
     ({"pipeline": 2, "data": 2, "tensor": 2}, {"schedule": "gpipe"}),
     ({"pipeline": 4}, {"schedule": "gpipe", "microbatches": 2, "remat": "dots"}),
     (
@@ -71,6 +71,35 @@ MORE = [
         {"model": {"document_mask": False, "logit_softcap": 5.0}, "unroll": True},
     ),
 ]
+# Experts: each way to meet them, and what they tell in the loss.
+TOLD = {"balance_loss": 0.1, "router_z_loss": 0.01}
+WITH_EXPERTS = [
+    ({"pipeline": 2, "expert": 2}, {"model": EXPERTS | {"repeats": 3}, **TOLD}),
+    (
+        {"pipeline": 2, "expert": 2, "tensor": 2},
+        {
+            "schedule": "zero_bubble",
+            "model": ODD_EXPERTS | {"capacity_factor": 1.0},
+            "router_bias_rate": 1e-3,
+            **TOLD,
+        },
+    ),
+    (
+        {"pipeline": 2, "data": 2, "context": 2},
+        {
+            "schedule": "interleaved",
+            "virtual": 2,
+            "way": "all_gather",
+            "model": EXPERTS,
+            "experts": "dense",
+            **TOLD,
+        },
+    ),
+    (
+        {"pipeline": 2, "fsdp": 2, "expert": 2},
+        {"schedule": "gpipe", "model": EXPERTS, "remat": "full", **TOLD},
+    ),
+]
 
 
 def check(sizes, settings):
@@ -80,16 +109,23 @@ def check(sizes, settings):
     assert found.loss_sum == pytest.approx(expected.loss_sum, rel=LOSS)
     assert found_held_out[0] == pytest.approx(held_out[0], rel=LOSS)
     assert found.aux.weight_sum == expected.aux.weight_sum
-    assert found.aux.metrics["log_z_squared"] == pytest.approx(
-        expected.aux.metrics["log_z_squared"], rel=LOSS
-    )
+    told = {name: float(value) for name, value in expected.aux.metrics.items()}
+    assert found.aux.metrics == pytest.approx(told, rel=LOSS, abs=LOSS)
+    for path, load in params.named(expected.aux.stats):
+        np.testing.assert_array_equal(dict(params.named(found.aux.stats))[path], load)
     far = pipelines.distance(found.grads, expected.grads)
     assert max(far.values()) < GRADIENT, far
 
 
 @pytest.mark.parametrize(
     ("sizes", "settings"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+    [
+        *QUICK,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [*MORE, *WITH_EXPERTS]
+        ),
+    ],
 )
 def test_loss_and_gradients_are_those_of_one_device(sizes, settings):
     check(sizes, settings)

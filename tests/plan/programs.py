@@ -62,3 +62,38 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 }}, metadata={op_name="jit(step)/attention/pallas_call"}
 }
 """
+
+# A loop's stack from which a fusion takes a slice, into which one puts a slice, and
+# which one reads whole.
+SLICES = """HloModule slices, is_scheduled=true
+
+%take (p0: f32[100,4,8], p1: s32[]) -> f32[4,8] {
+  %p0 = f32[100,4,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,4,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero)
+  ROOT %out = f32[4,8]{1,0} bitcast(%slice)
+}
+
+%put_in (q0: f32[100,4,8], q1: f32[4,8], q2: s32[]) -> f32[100,4,8] {
+  %q0 = f32[100,4,8]{2,1,0} parameter(0)
+  %q1 = f32[4,8]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,4,8]{2,1,0} bitcast(%q1)
+  ROOT %new = f32[100,4,8]{2,1,0} dynamic-update-slice(%q0, %row, %q2, %zero, %zero)
+}
+
+%twice (r0: f32[100,4,8]) -> f32[100,4,8] {
+  %r0 = f32[100,4,8]{2,1,0} parameter(0)
+  ROOT %sum = f32[100,4,8]{2,1,0} add(%r0, %r0)
+}
+
+ENTRY %main (stack: f32[100,4,8], i: s32[]) -> f32[100,4,8] {
+  %stack = f32[100,4,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %taken = f32[4,8]{1,0} fusion(%stack, %i), kind=kLoop, calls=%take
+  %put = f32[100,4,8]{2,1,0} fusion(%stack, %taken, %i), kind=kLoop, calls=%put_in
+  ROOT %all = f32[100,4,8]{2,1,0} fusion(%put), kind=kLoop, calls=%twice
+}
+"""

@@ -95,6 +95,16 @@ def test_a_roofline_takes_the_longer_of_matmul_and_memory():
     assert clock(read, "main.1", read.by_name("main.1")["x.1"]) == 0.0
 
 
+def test_of_an_array_that_is_sliced_or_updated_in_place_the_slice_alone_moves():
+    read = program.parse(programs.SLICES)
+    moved = lambda name: cost.moved_bytes(read, "main", read.by_name("main")[name])
+    slice_bytes, number = 4 * 8 * 4, 4
+    # What is sliced, its index, and the result; what is put, and where it goes.
+    assert moved("taken") == slice_bytes + number + slice_bytes
+    assert moved("put") == slice_bytes + number + slice_bytes
+    assert moved("all") == 2 * 100 * slice_bytes
+
+
 @pytest.mark.parametrize(
     ("attribute", "axes"),
     [
@@ -104,6 +114,14 @@ def test_a_roofline_takes_the_longer_of_matmul_and_memory():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", "data"),
         ("replica_groups=[1,8]<=[8]", "data+fsdp+tensor"),
         ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", "fsdp"),
+        (
+            "replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a'}",
+            "fsdp",
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+            "data",
+        ),
         ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "tensor"),
         ("replica_groups={}", "?"),
     ],
@@ -119,6 +137,9 @@ def test_groups_of_devices_are_axes_of_the_mesh(attribute, axes):
     ("op", "out", "sent"),
     [
         ("all-gather", "f32[16]", 64 * 3 / 4),
+        ("all-gather-start", "(f32[4], f32[16])", 64 * 3 / 4),
+        ("all-reduce-start", "f32[16]", 64 * 2 * 3 / 4),
+        ("reduce-scatter-start", "(f32[16], f32[4])", 16 * 3),
         ("all-reduce", "f32[16]", 64 * 2 * 3 / 4),
         ("reduce-scatter", "f32[4]", 16 * 3),
         ("all-to-all", "f32[16]", 64 * 3 / 4),
@@ -128,7 +149,8 @@ def test_groups_of_devices_are_axes_of_the_mesh(attribute, axes):
 def test_a_collective_sends_what_its_ring_does(op, out, sent):
     text = (
         f"ENTRY %m (x: f32[16]) -> {out} {{\n"
-        f"  ROOT %r = {out}{{0}} {op}(%x), replica_groups=[1,4]<=[4]\n}}\n"
+        f"  ROOT %r = {out} {op}(%x), replica_groups=[1,4]<=[4]\n}}\n"
     )
     line = program.parse(text)["m"][0]
-    assert wires.of(line, "m", None) == wires.Wire(op, "?", sent)
+    kind = op.removesuffix("-start")
+    assert wires.of(line, "m", None) == wires.Wire(kind, "?", sent)

@@ -147,6 +147,7 @@ def test_the_backward_matmuls_can_stay_in_the_compute_dtype(name):
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "mxfp8"])
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.slow
 def test_a_mesh_changes_no_number(name, sizes):
     x, w, g = operands()
     rows, seed = jnp.arange(B, dtype=jnp.float32), jnp.float32(5)

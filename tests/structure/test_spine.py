@@ -61,6 +61,7 @@ WITHOUT_JAX = (
     "jaxinfra.data.tokenizer_json",
     "jaxinfra.data.chat",
     "jaxinfra.data.chat_template",
+    "jaxinfra.data.char_tokenizer",
     "jaxinfra.data.cleaning",
     "jaxinfra.data.duplicates",
     "jaxinfra.data.block_cache",

@@ -53,6 +53,7 @@ def trained(cfg, steps=4):
 @pytest.mark.parametrize(
     "lora", [NF4, pytest.param(RANK, marks=pytest.mark.slow)], ids=["nf4", "plain"]
 )
+@pytest.mark.slow
 def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     on_many = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
     cfg = small.config(lora=lora, train={"microbatches": 2}, **on_many)
@@ -89,6 +90,7 @@ def test_a_pipeline_trains_the_same_parts(settings, mesh, schedule):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_source():
     losses = [
         built_loss(small.config(**settings))
@@ -151,6 +153,7 @@ def test_a_trained_part_moves_as_it_does_when_all_is_trained():
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_on_every_mesh_and_tells_any_change():
     found = []
     for sizes in ({}, {"fsdp": 4, "tensor": 2}):
