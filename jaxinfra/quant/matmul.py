@@ -236,7 +236,7 @@ def _encode(
         shared = tuple(i for i, d in enumerate(dims) if is_tensor or d not in kept)
         magnitudes = jnp.abs(a).astype(jnp.float32)
         largest = jnp.max(magnitudes, axis=shared, keepdims=True)
-        if operand != 1 and 0 in shared:
+        if operand != 1 and (is_tensor or turn == 1):  # rows are among what shares it
             largest = _over_rows(largest)
         scale = scale_for(largest, form)
     bits = None
