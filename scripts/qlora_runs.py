@@ -74,14 +74,12 @@ def run(
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     command = [sys.executable, ROOT / "scripts" / "train.py", *words, *KINDS[kind][0]]
     subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    events = (folder / "events.jsonl").read_text().splitlines()
-    start = next(e for e in map(json.loads, events) if e["event"] == "start")
-    found = {
-        "held_out_nats": json.loads(lines[-1])["eval/loss"],
-        "trained_and_moments_bytes": sum(
-            start[f"memory/{part}_bytes"] for part in ("params", "opt")
-        ),
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    sizes = [lines[0][f"memory/{part}_bytes"] for part in ("params", "opt")]
+    found: dict[str, Any] = {
+        "held_out_nats": lines[-1]["eval/loss"],
+        "trained_and_moments_bytes": sum(sizes),
     }
     if kind == "qlora":
         found["merged"] = _merged(source, str(folder))
