@@ -80,7 +80,7 @@ _HOMES = {
     "generate.score": ("make_logits", "make_score"),
     "generate.until": ("make_complete",),
     "quant.aware": ("quantize_aware",),
-    "tune.frozen": ("partly_frozen",),
+    "tune.frozen": ("partly_frozen", "tuned_specs"),
     "interop.tuned_runs": ("read_tuned",),
     "interop.checkpoints": ("export_orbax", "export_safetensors",
                             "import_checkpoint"),

@@ -135,13 +135,6 @@ APART = (
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
     ),
-    *(
-        Pair(part, "pipeline", "its stages take what is trained alone", fix)
-        for part, fix in (
-            ("adapters", "set mesh.pipeline to 1"),
-            ("freeze", "set mesh.pipeline to 1"),
-        )
-    ),
     Pair(
         "aware",
         "pipeline",

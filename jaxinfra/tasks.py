@@ -141,7 +141,6 @@ def text(
         z_loss=train.z_loss,
         label_smoothing=train.label_smoothing,
     )
-    document_mask = config.model.document_mask
     if layout.mesh.shape["pipeline"] > 1:
         piped = jaxinfra.make_pipelined(
             model_of,
@@ -151,12 +150,14 @@ def text(
             schedule=config.parallel.schedule,
             virtual_stages=config.parallel.virtual_stages,
             microbatches=train.microbatches,
-            document_mask=document_mask,
+            document_mask=config.model.document_mask,
             remat=train.remat,
             unroll=train.unroll,
             order_T=order_T,
             routers=routers,
             staged=low and low.staged,
+            comm=config.comm,
+            tuned=jaxinfra.tuned_specs(model.specs, config, layout, policy),
         )
         grad_fn, loss_fn = piped.grad_fn, piped.loss_fn
         notes += f"\n{piped.drawing}"
@@ -164,7 +165,7 @@ def text(
         loss_fn = objective.next_token_loss(
             model,
             loss_config,
-            document_mask=document_mask,
+            document_mask=config.model.document_mask,
             routers=routers,
             order_T=order_T,
         )
@@ -228,9 +229,8 @@ def text(
 
 
 def _in_precision(config: Config, layout: Layout, policy: Policy):
-    """(rules -> the einsum of config.precision, its `low_precision.LowPrecision` or
-    None). What is for low precision is loaded, by its public name, where it is asked.
-    """
+    """(rules -> the einsum of config.precision, its `LowPrecision` or None). What is
+    for low precision is loaded, by its public name, where that is asked."""
     how = {"gather": config.comm.gather, "reduce": config.comm.reduce}
     plain_of = lambda rules: seam.make_einsum(policy, rules)
     if set(how.values()) != {"compute"}:

@@ -16,6 +16,10 @@
     python scripts/bench.py quant              tiny in fp8, int8, mxfp8, with adamw in 8
                                                bits, with int8 traffic: 300 steps, three
                                                seeds; goes on where it was ended
+    python scripts/bench.py compress --model SOURCE   a published model's perplexity by
+                                               format and method; goes on likewise
+    python scripts/bench.py qlora --model SOURCE   full fine-tuning and adapters over
+                                               nf4, three rates each; goes on likewise
     python scripts/bench.py device             the accelerator that is here, or the CPU:
                                                kernels against float32, a step's MFU,
                                                offload, bandwidths
@@ -66,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     verbs |= {"meshes": meshes, "pipeline": pipeline}
     verbs |= {"rounding": rounding, "sft": sft, "data": data, "faults": faults}
     verbs |= {"checkpoint": checkpoint, "device": device, "experts": experts}
-    verbs |= {"quant": quant}
+    verbs |= {"quant": quant, "compress": compress, "qlora": qlora}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--peers", action="store_true", help="measure peers too")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
     parser.add_argument("--fashion", help="the folder of Fashion-MNIST, for images")
-    parser.add_argument("--model", help="folder or .gguf file, for sft, published")
+    parser.add_argument("--model", help="folder or .gguf file, of a model")
     parser.add_argument("--full", action="store_true", help="faults, meshes: all")
     parser.add_argument("--rows", default="", help="faults: these rows, as in 1,6,loop")
     parser.add_argument(
@@ -260,8 +264,10 @@ def checkpoint(args) -> dict:
             command = [sys.executable, script, *words]
             return json.loads(_run(command, env=environment))
 
-        orbax = ["orbax"] if args.peers else []
-        result = measure("rates", folder, str(args.repeats), size, *orbax)
+        result = measure("rates", folder, str(args.repeats), size)
+        if args.peers:  # in a process of its own, whose memory Orbax may crowd
+            found = measure("rates", folder, "3", size, "orbax")
+            result |= {key: value for key, value in found.items() if "orbax" in key}
         for staging in ("0", "256"):
             found = measure("memory", folder, staging, size)
             result |= {f"staging_{staging}_mb": found}
@@ -342,17 +348,40 @@ def quant(args) -> dict:
     written when it ends (scripts/quant_runs.py)."""
     import quant_runs  # pyright: ignore[reportMissingImports]
 
-    runs = str(ROOT / "scripts" / "quant_runs.py")
     for kind in quant_runs.KINDS:  # each in a process of its own: devices differ
-        _run([sys.executable, runs, kind])
+        _run([*_script("quant_runs"), kind])
     return quant_runs.summary()
+
+
+def compress(args) -> dict:
+    """A published model's matrices in few bits, by every format and method; each is
+    written when it is known (scripts/compression_table.py)."""
+    out = args.out or RESULTS / "compress.json"
+    _run([*_script("compression_table"), _model(args), str(out)])
+    return json.loads(out.read_text())
+
+
+def qlora(args) -> dict:
+    """A published model in a new domain: full fine-tuning, and adapters over nf4, on
+    the same tokens (scripts/qlora_runs.py)."""
+    import qlora_runs  # pyright: ignore[reportMissingImports]
+
+    for kind, (_, rates) in qlora_runs.KINDS.items():
+        for rate in rates:  # each in a process of its own: memory is given back
+            _run([*_script("qlora_runs"), _model(args), kind, str(rate)])
+    return qlora_runs.summary()
+
+
+def _model(args) -> str:
+    if not args.model:
+        raise SystemExit(f"bench.py {args.verb} needs --model SOURCE")
+    return args.model
 
 
 def sft(args) -> dict:
     """Held-out nats an answer token before and while a published model learns to answer
     speeches of the shipped plays."""
-    if not args.model:
-        raise SystemExit("bench.py sft needs --model SOURCE")
+    _model(args)
     text = (ROOT / "jaxinfra" / "data" / "corpus" / "shakespeare.txt").read_text()
     speeches = re.findall(r"\n\n([A-Z][A-Za-z ]{2,20})\.\n((?:[^\n]+\n)+)", text)
     asked = [
@@ -439,8 +468,7 @@ _PROMPTS = [
 def published(args) -> dict:
     """Perplexity of 100 kB and 50 greedy tokens after 10 prompts, by the commands that
     a user has, and by transformers on the same weights."""
-    if not args.model:
-        raise SystemExit("bench.py published needs --model SOURCE")
+    _model(args)
     packages = ["torch==2.13.*", "transformers==5.*"]
     peer = [_peer_environment("published", packages), str(PEERS / "published.py")]
     length, tokens, source = 1024, 50, args.model

@@ -114,5 +114,5 @@ def table(
 
 if __name__ == "__main__":
     name, out, *numbers = sys.argv[1:]
-    tokens, rows, length = map(int, numbers or (16384, 32, 256))
+    tokens, rows, length = map(int, numbers or (4096, 16, 128))
     table(name, pathlib.Path(out), tokens, rows, length)

@@ -2,12 +2,13 @@
 
     python scripts/quant_programs.py v6e int8      TPU v6e, 8 chips; needs extra tpu
     python scripts/quant_programs.py h100 fp8      8 H100; needs extra cuda
+    python scripts/quant_programs.py v6e int8 wide
     kinds: bfloat16, fp8, int8, comm (bfloat16 with int8 gathers and reductions)
 
-A feed-forward layer (16 x 512 tokens, width 1024 to 2048 and back, the first half
-rematerialised) with its whole backward pass, split by FSDP over 8. Of the optimised
-program: operand types of every matmul, bytes that each collective gives a device, and
-a TPU compiler's estimate of cycles.
+A feed-forward layer (16 x 512 tokens, width 1024 to 2048 and back; wide: 64 x 1024
+tokens, 4096 to 14336; the first half rematerialised) with its whole backward pass,
+split by FSDP over 8. Of the optimised program: operand types of every matmul, bytes
+that each collective gives a device, and a TPU compiler's estimate of cycles.
 Results go to scripts/results/quant_programs.json.
 """
 
@@ -21,15 +22,16 @@ import sys
 from jaxinfra.plan import compilers, targets
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant_programs.json"
-ROWS, LENGTH, WIDTH, FFN = 16, 512, 1024, 2048
+# Rows, length, width, ffn.
+SIZES = {"": (16, 512, 1024, 2048), "wide": (64, 1024, 4096, 14336)}
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}  # others: 1
 
 
 def main(argv: list[str]) -> int:
-    target, kind = argv
-    text = program(target, kind)
+    target, kind, *size = argv
+    text = program(target, kind, *size)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[f"{target} {kind}"] = found = {
+    results[" ".join(argv)] = found = {
         "matmuls": matmuls(text),
         "collective_bytes": traffic(text),
         "estimated_cycles": cycles(text),
@@ -39,8 +41,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def program(target: str, kind: str) -> str:
+def program(target: str, kind: str, size: str = "") -> str:
     """The optimised program of the layer's gradient."""
+    rows, length, width, ffn = SIZES[size]
     place = targets.parse({"v6e": "v6e:2x4", "h100": "h100:1x8"}[target])
     compilers.prepare_process(place)
     import jax
@@ -77,11 +80,11 @@ def program(target: str, kind: str) -> str:
         place = jax.NamedSharding(mesh, sharding.spec(rules, *names))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    tokens, names = (ROWS, LENGTH, WIDTH), ("batch", "length", "width")
+    tokens, names = (rows, length, width), ("batch", "length", "width")
     given = (
         like(tokens, jnp.bfloat16, *names),
-        like((WIDTH, FFN), jnp.float32, "embed", "ffn"),
-        like((FFN, WIDTH), jnp.float32, "ffn", "embed"),
+        like((width, ffn), jnp.float32, "embed", "ffn"),
+        like((ffn, width), jnp.float32, "ffn", "embed"),
         like(tokens, jnp.float32, *names),
     )
     with jax.set_mesh(mesh):

@@ -88,6 +88,7 @@ def test_logits_are_those_of_torch(tmp_path, mesh):
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 
 
+@pytest.mark.slow
 def test_text_data_and_tasks_are_measured_and_written_down(run_dir, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     lines = [{"text": TEXT}, {"text": "é!"}]
@@ -126,6 +127,7 @@ def test_text_data_and_tasks_are_measured_and_written_down(run_dir, tmp_path, ca
     assert f"perplexity  {tmp_path / 'a.txt'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_by_a_run(run_dir, capsys):
     words = (run_dir, "--tokens", 5, "--prompt", "To be", "--prompt", "")
     greedy = ("--sample.temperature", 0)

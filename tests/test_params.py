@@ -166,6 +166,7 @@ def random_params(specs, layout):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.slow
 def test_padding_the_vocabulary_changes_neither_loss_nor_gradient(tied):
     cfg = dataclasses.replace(CFG, tied=tied)
     tokens_BT1 = np.random.default_rng(0).integers(0, V, (2, 10)).astype(np.uint16)

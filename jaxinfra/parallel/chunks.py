@@ -27,7 +27,8 @@ class Stack(NamedTuple):
     its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
     keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
     order_T: see Context, where it has no place here, since it is not traced.
-    routers: of a model with experts, a `train.routers.Routers`."""
+    routers: of a model with experts, a `train.routers.Routers`. is_trained: bools, a
+    tree like the parameters; None: all are."""
 
     model: Any
     cfg: ModelConfig
@@ -36,6 +37,7 @@ class Stack(NamedTuple):
     unroll: bool = False
     order_T: Any = None
     routers: Any = None
+    is_trained: Tree = None
 
     def layer(self, params, x_BTD, context: Context, layer: LayerConfig, number):
         """(y_BTD, what the layer told: `routers.Summed`, or () without routers)."""
@@ -69,7 +71,7 @@ class Chunks(NamedTuple):
     back(virtual, x_BTD, dy_BTD, context, grads) -> (dx_BTD, grads, Left)
     weigh(virtual, left, context, grads) -> grads
 
-    grads: a tree like the parameters, float32, to which is added.
+    grads: a tree like those parameters that are trained, float32, to which is added.
     """
 
     forward: Callable[..., tuple[jax.Array, Tree]]
@@ -99,7 +101,9 @@ def make_chunks(
         one = _row(params[name], 0) if name == "pattern" else params[name]
         phases = functools.partial(_cut, stack, x_BTD, context, split=split)
         configs = getattr(cfg, name)
-        return _Group(stack, configs, list(map(phases, configs, one)))
+        masks = stack.is_trained and stack.is_trained[name]
+        masks = masks or [None] * len(configs)
+        return _Group(stack, configs, list(map(phases, configs, one, masks)), masks)
 
     prefix, pattern, suffix = map(group, GROUPS)
 
@@ -200,6 +204,12 @@ class _Group(NamedTuple):
     stack: Stack
     configs: Sequence[LayerConfig]
     phases: Sequence[Phases]
+    is_trained: Sequence[Tree]
+
+    def parts(self, params, i, context, number):
+        """Of layer i: what is trained, and what is not, as a part of the context."""
+        trained, rest = apart(params[i], self.is_trained[i])
+        return trained, (context, number + i, rest)
 
     def forward(self, flag, params, carry, context, number):
         """carry: (x_BTD, what layers told so far)."""
@@ -218,8 +228,9 @@ class _Group(NamedTuple):
     def keep(self, flag, params, x_BTD, context, number):
         def work(x_BTD):
             kept = []
-            for i, (phase, p) in enumerate(zip(self.phases, params, strict=True)):
-                x_BTD, values = phase.keep(p, x_BTD, (context, number + i))
+            for i, phase in enumerate(self.phases):
+                trained, about = self.parts(params, i, context, number)
+                x_BTD, values = phase.keep(trained, x_BTD, about)
                 kept.append(values)
             return x_BTD, kept
 
@@ -229,9 +240,8 @@ class _Group(NamedTuple):
         def work(dy_BTD):
             made = []
             for i in reversed(range(len(params))):
-                dy_BTD, of_layer = self.phases[i].back(
-                    params[i], (context, number + i), kept[i], dy_BTD
-                )
+                trained, about = self.parts(params, i, context, number)
+                dy_BTD, of_layer = self.phases[i].back(trained, about, kept[i], dy_BTD)
                 made.insert(0, of_layer)
             return dy_BTD, made
 
@@ -242,7 +252,8 @@ class _Group(NamedTuple):
             made = []
             for i, phase in enumerate(self.phases):
                 assert phase.weigh is not None
-                made.append(phase.weigh(params[i], (context, number + i), left[i]))
+                trained, about = self.parts(params, i, context, number)
+                made.append(phase.weigh(trained, about, left[i]))
             return unused, made
 
         return self._where(flag, work, jnp.float32(0))[1]
@@ -266,12 +277,33 @@ def zeros_like(tree: Tree, *leading: int) -> Tree:
     return jax.tree.map(lambda x: zeros(like(x)), tree)
 
 
-def _cut(stack: Stack, x_BTD, context, layer, params, *, split: bool) -> Phases:
-    def block(params, x_BTD, context):
-        return stack.layer(params, x_BTD, context[0], layer, context[1])[0]
+def apart(params: Tree, is_trained: Tree) -> tuple[Tree, Tree]:
+    """(what is trained, the rest): each has None where the other has an array."""
+    if is_trained is None:
+        return params, None
+    part = lambda wanted: jax.tree.map(
+        lambda x, flag: x if flag is wanted else None, params, is_trained
+    )
+    return part(True), part(False)
 
-    about = (context, jnp.int32(0))
-    return cut(block, params, x_BTD, about, remat=stack.remat, split=split)
+
+def joined(trained: Tree, rest: Tree) -> Tree:
+    """The inverse of `apart`."""
+    if rest is None:
+        return trained
+    is_none = lambda x: x is None
+    either = lambda x, other: other if x is None else x
+    return jax.tree.map(either, trained, rest, is_leaf=is_none)
+
+
+def _cut(stack: Stack, x_BTD, context, layer, params, mask, *, split: bool) -> Phases:
+    def block(trained, x_BTD, about):
+        context, number, rest = about
+        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)
+
+    trained, rest = apart(params, mask)
+    about = (context, jnp.int32(0), rest)
+    return cut(block, trained, x_BTD, about, remat=stack.remat, split=split)
 
 
 def _row(tree: Tree, row) -> Tree:

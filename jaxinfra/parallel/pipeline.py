@@ -20,6 +20,7 @@ gradients are summed over the axes of rows once, at the end.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,9 +30,20 @@ from jaxinfra import mesh, sharding
 from jaxinfra.ops import loss
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import placement, schedules
-from jaxinfra.parallel.chunks import GROUPS, Left, Stack, make_chunks, zeros_like
+from jaxinfra.parallel.chunks import (
+    GROUPS,
+    Left,
+    Stack,
+    apart,
+    joined,
+    make_chunks,
+    zeros_like,
+)
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout, Rules
+
+# (a device's part of a layer's array, its spec) -> it whole, or summed, over fsdp.
+Meet = Callable[[jax.Array, jax.sharding.PartitionSpec], jax.Array]
 
 # Axes whose devices the executor tells apart: `pipeline`, and those over which a step
 # sums gradients once at its end. The others are left to the types of arrays.
@@ -76,12 +88,15 @@ def run(
     layout: Layout,
     key: jax.Array | None,
     scale: jax.Array | float = 1.0,
+    gather: Meet = sharding.all_gather,
+    reduce: Meet | None = None,
     router_bias_LE: jax.Array | None = None,
 ) -> tuple[Tree | None, Sums]:
-    """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says;
-    sums over all microbatches). No gradients where `schedule` has no backward pass.
-    `params` are those of stack.model, as they are at rest. The loss has what layers
-    told in it where there is a key.
+    """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says,
+    None where `stack.is_trained` is false; sums over all microbatches). No gradients
+    where `schedule` has no backward pass. `params` are those of stack.model, as they
+    are at rest. gather, reduce: of what layers have; None: in `policy.reduce`, as
+    everything else. The loss has what layers told in it where there is a key.
     """
     cfg = stack.cfg
     placed = placement.place(
@@ -95,11 +110,12 @@ def run(
     at_rest = lambda rules: jax.tree.map(
         lambda of: sharding.spec(rules, *of.axes), stack.model.specs
     )
-    params_at_rest, grads_at_rest = at_rest(layout.params), at_rest(layout.grads)
+    params_at_rest = at_rest(layout.params)
+    grads_at_rest, _ = apart(at_rest(layout.grads), stack.is_trained)
     manual = functools.partial(sharding.among, axes=MANUAL)
 
     def body(params, batch, *traced):
-        params = _each_device(sharding.all_gather, params, params_at_rest)
+        params = _each_device(sharding.all_gather, params, params_at_rest, gather)
         to_chunks = functools.partial(_to_chunks, placed=placed)
         params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
         grads, sums = _walk(schedule, stack, placed, params, batch, *traced)
@@ -112,8 +128,8 @@ def run(
             grads |= {name: jax.lax.psum(grads[name], "pipeline")}
 
         grads = jax.tree.map(lambda g: g.astype(stack.loss.policy.reduce), grads)
-        reduce = functools.partial(sharding.all_reduce, axes=ROW_AXES)
-        grads = _each_device(reduce, grads, grads_at_rest)
+        plain = functools.partial(sharding.all_reduce, axes=ROW_AXES)
+        grads = _each_device(plain, grads, grads_at_rest, reduce or plain)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     has_grads = schedules.has_backward(schedule)
@@ -153,7 +169,9 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     program, slots = schedules.lower(schedule)
     has_grads, is_split = schedules.has_backward(schedule), schedule.weight is not None
     stage = jax.lax.axis_index("pipeline")
-    ends = {name: w for name, w in params.items() if name not in GROUPS}
+    of_ends = lambda tree: {name: tree[name] for name in params if name not in GROUPS}
+    ends = of_ends(params)
+    trained_ends, rest = apart(ends, stack.is_trained and of_ends(stack.is_trained))
 
     def of(microbatch) -> tuple[Microbatches, Context]:
         one = jax.tree.map(lambda x: _take(x, microbatch), batch)
@@ -187,7 +205,8 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         """The loss of what the last chunk made, by all stages together."""
         one, _ = of(microbatch)
         y_BTD = _to_all(y_BTD, stage == last)
-        (h_BTD, head_VD), pull = jax.vjp(model.unembed, ends, y_BTD)
+        unembed = lambda trained, y_BTD: model.unembed(joined(trained, rest), y_BTD)
+        (h_BTD, head_VD), pull = jax.vjp(unembed, trained_ends, y_BTD)
         tokens = (one.targets_MBT, one.weights_MBT, stack.loss)
         if not has_grads:
             return loss.cross_entropy(h_BTD, head_VD, *tokens), y_BTD, grads
@@ -198,7 +217,8 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     def go_back(microbatch, dx_BTD, grads):
         """The gradient of the embedding, by all stages together."""
         dx_BTD = _to_all(dx_BTD, stage == 0)
-        _, pull = jax.vjp(functools.partial(enter, microbatch), ends)
+        embed = lambda trained: enter(microbatch, joined(trained, rest))
+        _, pull = jax.vjp(embed, trained_ends)
         return _add(grads, pull(dx_BTD)[0])
 
     def forward(microbatch, virtual, x_BTD):
@@ -298,7 +318,8 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     no_grads, no_left = None, Left((), (), ())
     if has_grads:
         no_grads = jax.tree.map(
-            lambda w: zeros_like(w).astype(stack.loss.policy.accumulate), params
+            lambda w: zeros_like(w).astype(stack.loss.policy.accumulate),
+            apart(params, stack.is_trained)[0],
         )
         if is_split:
             args = (jnp.int32(0), jnp.int32(0), no_x_BTD, no_x_BTD, no_grads)
@@ -316,15 +337,20 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     return carry.grads, carry.sums
 
 
-def _each_device(function, tree: Tree, specs: Tree) -> Tree:
-    """function(part, spec) of every leaf, where a device's part is a plain array: jax
-    0.10 does not lower psum_scatter of one that is split over Explicit axes."""
+def _each_device(function: Meet, tree: Tree, specs: Tree, of_layers: Meet) -> Tree:
+    """function(part, spec) of every leaf, `of_layers` in the groups of layers, where a
+    device's part is a plain array: jax 0.10 does not lower psum_scatter of one that is
+    split over Explicit axes."""
     explicit = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+    def body(tree: Tree) -> Tree:
+        meet = lambda name: of_layers if name in GROUPS else function
+        return {
+            name: jax.tree.map(meet(name), tree[name], specs[name]) for name in tree
+        }
+
     return jax.shard_map(
-        lambda tree: jax.tree.map(function, tree, specs),
-        in_specs=(explicit,),
-        out_specs=explicit,
-        check_vma=False,
+        body, in_specs=(explicit,), out_specs=explicit, check_vma=False
     )(tree)
 
 

@@ -9,6 +9,8 @@ parts meet by an all-to-all and are summed in float32, so that no sum is of code
 Against bfloat16, 1.03 bytes travel for 2; against the float32 in which gradients are
 summed otherwise, for 4. Source: ZeRO++, arXiv:2306.10209 sections 3.1 and 3.3.
 
+In a pipeline, which gathers once a step and reduces once, the layers' weights go so.
+
 Limits: weights that `fsdp` splits, so zero 3; not the embedding and the head, which do
 not pass through the seam. Blocks are those of a shard: another mesh rounds otherwise.
 """
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import sharding
+from jaxinfra.config import CommConfig
 from jaxinfra.ops import seam
 from jaxinfra.ops.seam import Einsum, Names
 from jaxinfra.precision import Policy
@@ -92,15 +95,35 @@ def low_bit_traffic(
 def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:
     """`w`, split over fsdp, whole over it in `dtype`: its codes and scales travel."""
     spec = _spec_of(w)
-
-    def body(local: jax.Array) -> jax.Array:
-        q = _quantized(local, form)
-        parts = _sent(q, lambda x: sharding.all_gather(x, spec))
-        return arrays.dequantize(parts, dtype)
-
+    body = functools.partial(_gathered_low, spec=spec, form=form, dtype=dtype)
     return jax.shard_map(
         body, in_specs=spec, out_specs=sharding.gathered(spec), check_vma=False
     )(w)
+
+
+def in_pipeline(comm: CommConfig, policy: Policy) -> tuple[Any, Any]:
+    """(gather, reduce) of `pipeline.run` as `comm` says; what `fsdp` does not split
+    goes as it does without."""
+    into, back = _FORMATS[comm.gather], _FORMATS[comm.reduce]
+
+    def gather(local: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+        if into is None or not _is_split(spec):
+            return sharding.all_gather(local, spec)
+        return _gathered_low(local, spec=spec, form=into, dtype=local.dtype)
+
+    def reduce(local: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+        if back is None or not _is_split(spec):
+            return sharding.all_reduce(local, spec, axes=("data", "fsdp"))
+        shard = reduce_scatter_low(local, _split_dim(spec), back)
+        return jax.lax.psum(shard.astype(policy.reduce), "data")
+
+    return gather, reduce
+
+
+def _gathered_low(local: jax.Array, *, spec, form: FormatName, dtype: jnp.dtype):
+    """Inside a shard_map: `gather_low` of a weight laid out as `spec`."""
+    parts = _sent(_quantized(local, form), lambda x: sharding.all_gather(x, spec))
+    return arrays.dequantize(parts, dtype)
 
 
 def reduce_scatter_low(
@@ -120,7 +143,7 @@ def _reduced(equation, x, g, w_spec, form: FormatName, policy: Policy) -> jax.Ar
     """The weight's gradient, laid out as `w_spec`: multiplied where the activations
     are, reduced over fsdp in `form`, over other axes in `policy.reduce`."""
     x_spec, g_spec = _spec_of(x), _spec_of(g)
-    dim = next(i for i, entry in enumerate(w_spec) if "fsdp" in _axes(entry))
+    dim = _split_dim(w_spec)
     inputs, w_dims = equation.split("->")
     summed = {
         axis
@@ -169,6 +192,10 @@ def _sent(q: arrays.QuantizedArray, send) -> arrays.QuantizedArray:
 def _is_split(spec: jax.sharding.PartitionSpec) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape["fsdp"] > 1 and any("fsdp" in _axes(entry) for entry in spec)
+
+
+def _split_dim(spec: jax.sharding.PartitionSpec) -> int:
+    return next(i for i, entry in enumerate(spec) if "fsdp" in _axes(entry))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra import sharding
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import CommConfig, ModelConfig
 from jaxinfra.models.transformer import Model
 from jaxinfra.ops.loss import LossConfig
 from jaxinfra.parallel import pipeline, schedules
 from jaxinfra.parallel.chunks import Stack
+from jaxinfra.params import Tree
+from jaxinfra.quant import communication
 from jaxinfra.sharding import Layout, Rules
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, LossFn
@@ -48,6 +50,8 @@ def make_pipelined(
     order_T: np.ndarray | None = None,
     routers: Any = None,
     staged: Callable[..., Model] | None = None,
+    comm: CommConfig | None = None,
+    tuned: tuple[Tree, Tree] | None = None,
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
@@ -56,13 +60,22 @@ def make_pipelined(
     again in the backward pass keeps of that, for one microbatch at a time. order_T:
     where each row's tokens stand, of `context.row_order`. routers: of a model with
     experts. staged(model, is_random=has a key): the model that is trained, if its
-    parameters come in another form.
+    parameters come in another form. comm: in how many bits the layers' weights and
+    gradients cross the fsdp axis. tuned: (specs of the parameters, whether each is
+    trained), where some are not.
     """
     rules = pipeline.inside(layout.params)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
-    stack = Stack(model_of(rules), cfg, sharp, remat, unroll, order_T, routers)
+    gather, reduce = sharding.all_gather, None
+    if comm not in (None, CommConfig()):
+        gather, reduce = communication.in_pipeline(comm, loss_config.policy)
+    model, is_trained = model_of(rules), None
+    if tuned is not None:
+        specs, is_trained = tuned
+        model = model._replace(specs=specs)
+    stack = Stack(model, cfg, sharp, remat, unroll, order_T, routers, is_trained)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
@@ -93,6 +106,8 @@ def make_pipelined(
             key=key,
             scale=scale,
             router_bias_LE=model_state["router_bias"] if model_state else None,
+            gather=gather,
+            reduce=reduce,
         )
         metrics, weight = {"log_z_squared": sums.loss.z}, jnp.sum(targets.weights_BT)
         total, told = sums.loss.nll, sums.told

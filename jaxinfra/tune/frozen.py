@@ -3,6 +3,7 @@
 `partly_frozen` makes one of any task whose loss takes parameters as its specs say.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
 from jaxinfra.sharding import Layout
 from jaxinfra.tasks import Task
+from jaxinfra.train import objective
 from jaxinfra.train.objective import Frozen
 from jaxinfra.tune import lora, roles
 
@@ -109,13 +111,25 @@ def make_parts(
 
 def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) -> Task:
     """`task` with the parts of `config`: its specs are those of what is trained, its
-    model state is a `Frozen`. Raises as `make_parts`."""
-    assert task.grad_fn is None, "checks refuses what brings its own gradients"
+    model state is a `Frozen`. A `grad_fn` of its own is of parameters as `tuned_specs`
+    says. Raises as `make_parts`."""
     parts = make_parts(task.specs, config, layout, policy, task.model_state)
 
     def loss_fn(trained, model_state, batch, key):
         whole = parts.whole(trained, model_state)
         return task.loss_fn(whole, model_state.inner, batch, key)
+
+    def grad_fn(trained, model_state, batch, key):
+        """By the task's own, which has None for what is not trained."""
+        assert task.grad_fn is not None
+        frozen = objective.unscaled(model_state)
+        inner = frozen.inner
+        if isinstance(model_state, objective.Scaled):
+            inner = model_state._replace(inner=inner)
+        made = task.grad_fn(parts.whole(trained, frozen), inner, batch, key)
+        is_pair = lambda leaf: isinstance(leaf, lora.LowRank)
+        own = lambda leaf: {"a": leaf.a, "b": leaf.b} if is_pair(leaf) else leaf
+        return made._replace(grads=jax.tree.map(own, made.grads, is_leaf=is_pair))
 
     def first(key: Any) -> Any:
         raise ConfigError(
@@ -131,6 +145,7 @@ def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) ->
     return task._replace(
         specs=parts.specs,
         loss_fn=loss_fn,
+        grad_fn=task.grad_fn and grad_fn,
         first=first,
         update_state=update_state,
         adopt=parts.adopt,
@@ -138,6 +153,27 @@ def partly_frozen(task: Task, config: Config, layout: Layout, policy: Policy) ->
         whole=lambda *state: task.whole(parts.whole(*state), state[1].inner),
         notes="\n".join(filter(None, (told, task.notes))),
     )
+
+
+def tuned_specs(
+    specs: Tree, config: Config, layout: Layout, policy: Policy
+) -> tuple[Tree, Tree] | None:
+    """Of the parameters that `Parts.whole` gives: specs, which say where each array of
+    them lies, and whether it is trained. None where all are, as they are."""
+    if not config.lora.rank and not config.train.freeze:
+        return None
+    parts = make_parts(specs, config, layout, policy)
+
+    def lies(spec: ParamSpec, base: Any) -> Any:
+        shared = lambda x: zip(x.shape, spec.axes, strict=True)
+        axes = lambda x: tuple(name if size > 1 else None for size, name in shared(x))
+        return jax.tree.map(lambda x: dataclasses.replace(spec, axes=axes(x)), base)
+
+    base = jax.tree.map(lies, specs, parts.frozen)
+    all_of = lambda tree, flag: jax.tree.map(lambda x: flag, tree)
+    frozen = lambda tree: Frozen((), tree, jnp.zeros(2, jnp.uint32))
+    is_trained = parts.whole(all_of(parts.specs, True), frozen(all_of(base, False)))
+    return parts.whole(parts.specs, frozen(base)), is_trained
 
 
 def digest(weights: Tree, layout: Layout) -> jax.Array:

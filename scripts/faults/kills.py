@@ -97,6 +97,8 @@ def _chain(
                 (x["step"] for x in rigs.lines(run_dir / "metrics.jsonl")), default=0
             )
             lost.append(max(0, done - made))
+            # A save that was begun may be cut; the one before it stood by then.
+            out.check(lost[-1] < 2 * SAVE_EVERY, f"{lost[-1]} steps are lost")
             cut += any(run_dir.glob("checkpoints/*.writing"))
             begun = rigs.events(run_dir, "start")[events:]
             out.check(not begun or begun[0]["step"] == committed, "went on elsewhere")
@@ -105,7 +107,7 @@ def _chain(
     repeats = max((starts.count(step) for step in starts), default=0)
     out.figures = {
         "lost_steps": lost,
-        # More than an interval: the save was begun, and the kill came before its end.
+        # More than an interval: a save was under way when the kill came.
         "lost_over_interval": sum(n > SAVE_EVERY for n in lost),
         "saves_cut": cut,
         "resume_secs": resumed,

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import time
@@ -93,6 +94,11 @@ def trial_2(rig: Rig, number: int) -> Outcome:
             save(steps, 20)
 
         code = rigs.forked(killed).code
+        while code == 0 and k > calls - 10:
+            # The order of threads that make folders changes the calls by a few.
+            shutil.rmtree(steps / "20")
+            k -= 1
+            code = rigs.forked(killed).code
         out.check(code == -signal.SIGKILL, f"call {k} of {calls} did not come: {code}")
         newest = _check_after_kill(out, steps, f"call {k}")
     out.figures = {"calls": calls, "newest": int(newest == 20)}

@@ -41,7 +41,7 @@ class Row:
 
 ROWS = [
     Row(number="1", what="kill -9 at random points", file="kills", trials=30, each=10,
-        sample=2, target="bit-exact, no committed save lost",
+        sample=2, target="bit-exact, one interval lost, and the save under way",
         figures={"lost_steps": "max", "lost_over_interval": "sum", "saves_cut": "sum",
                  "resume_secs": "median"}),
     Row(number="2", what="kill at every k-th I/O call of a save", file="saves",

@@ -148,6 +148,7 @@ def test_prune_leaves_a_run_that_lives_alone(run_dir):
     assert len(list((run_dir / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_export_and_import_give_the_same_step(run_dir, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     done = call("export", f"{run_dir}@9", "--to", out, "--format", "safetensors")

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 
 import pytest
@@ -17,7 +18,7 @@ DIRECT = pytest.mark.skipif(not commits._DIRECT, reason="no O_DIRECT here")
 def test_a_file_is_its_pieces(tmp_path, size, cut):
     data = os.urandom(size)
     cuts = sorted({0, min(cut, size), size})
-    pieces = [data[a:b] for a, b in zip(cuts, cuts[1:])]
+    pieces = [data[a:b] for a, b in itertools.pairwise(cuts)]
     commits.write_synced(tmp_path / "below" / "file", pieces)
     assert (tmp_path / "below" / "file").read_bytes() == data
 

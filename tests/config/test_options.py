@@ -197,6 +197,7 @@ def test_every_key_that_may_change_on_resume_exists():
 NAMED = ("eval.sets.", "data.sets.", "data.weights.")
 
 
+@pytest.mark.slow
 def test_five_typos_of_every_option_are_refused_with_a_hint():
     for key, _ in options.every_option(Config):
         section, dot, name = key.rpartition(".")

@@ -157,6 +157,7 @@ def simulate(folder: pathlib.Path, source: pathlib.Path, count: int) -> None:
     (folder / shards.MANIFEST).write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_many_shards_are_opened_when_they_are_read(folder, tmp_path):
     many = tmp_path / "many"
     simulate(many, folder, 100_000)

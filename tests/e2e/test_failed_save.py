@@ -19,6 +19,7 @@ def _limit_files(num_bytes: int):
     return limit
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_every_save_ends_with_15_and_loses_no_save(
     cache, quiet, tmp_path
 ):

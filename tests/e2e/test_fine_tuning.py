@@ -105,6 +105,7 @@ def tuned(cache, published, tmp_path_factory):
     return folder / "run", folder / "data", settings
 
 
+@pytest.mark.slow
 def test_answers_are_learned_and_all_tools_agree_on_how_well(tuned, tmp_path):
     run_dir, data, _ = tuned
     told = [line for line in command.metrics(run_dir) if "eval/loss" in line]
@@ -180,6 +181,7 @@ def test_data_of_another_tokenizer_is_refused(tuned, published, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_model_is_refused(published, tmp_path):
     damaged = tmp_path / "model"
     shutil.copytree(published, damaged)

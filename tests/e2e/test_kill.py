@@ -26,6 +26,7 @@ def _moments(run_dir):
     }
 
 
+@pytest.mark.slow
 def test_a_run_killed_five_times_equals_a_quiet_one(cache, quiet, tmp_path):
     run_dir = tmp_path / "run"
     settings = cache | {"run.dir": run_dir}

@@ -45,6 +45,7 @@ def quiet_mixed(sets, cache, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_weights_and_batches_change_at_their_steps(quiet_mixed):
     metrics = command.metrics(quiet_mixed)
     tokens = [line["train/tokens"] for line in metrics]
@@ -147,6 +148,7 @@ def test_sets_of_two_vocabularies_are_refused(sets, cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_damaged_data_ends_the_run_or_is_logged(sets, cache, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("to be or not to be. " * 2_000)

@@ -51,7 +51,13 @@ def _bytes(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("muon", "adafactor")),
+    ],
+)
 def test_a_spoilt_batch_leaves_every_leaf_bitwise_as_it_was(optimizer):
     mesh, step, init, seen = _build(optimizer)
     with jax.set_mesh(mesh):

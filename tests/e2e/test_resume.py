@@ -33,6 +33,7 @@ def test_a_changed_learning_rate_is_refused_with_a_diff(cache, quiet, tmp_path):
     assert [line[3] for line in ours] == [line[3] for line in theirs]
 
 
+@pytest.mark.slow
 def test_accepted_changes_that_alter_the_arrays_are_refused(cache, quiet, tmp_path):
     run_dir = command.copy_as_of(15, quiet, tmp_path / "run")
     done = command.train(

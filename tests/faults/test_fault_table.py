@@ -61,6 +61,7 @@ def slow(cache, tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", QUICK)
+@pytest.mark.slow
 def test_a_quick_row_holds(row, quick):
     count, failures = quick[row]
     assert count >= QUICK[row]

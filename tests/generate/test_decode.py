@@ -142,17 +142,20 @@ def test_cached_tokens_are_those_of_whole_forward_passes(cfg):
     np.testing.assert_array_equal(generated.lengths_B, [NEW] * 3)
 
 
+@pytest.mark.slow
 def test_layers_run_as_a_loop_or_flat_say_the_same():
     flat = setting(LLAMA).generate(prompts(29), LENGTHS, unroll=True)
     np.testing.assert_array_equal(flat.tokens_BN, uncached(LLAMA))
 
 
+@pytest.mark.slow
 def test_a_mesh_says_what_one_device_says():
     sizes = {"fsdp": 2, "tensor": 2, "context": 2}
     split = setting(LLAMA, **sizes).generate(garbled(prompts(29)), LENGTHS)
     np.testing.assert_array_equal(split.tokens_BN, uncached(LLAMA))
 
 
+@pytest.mark.slow
 def test_what_is_drawn_depends_on_no_mesh_neighbour_or_padding():
     generate = setting(LLAMA).generate
     drawn = generate(prompts(29), LENGTHS, **DRAW)

@@ -87,6 +87,7 @@ def check(found, b, first, last, start=0):
 
 
 @pytest.mark.parametrize("sizes", [ONE, MESH], ids=str)
+@pytest.mark.slow
 def test_scores_are_log_softmax_of_the_logits(sizes):
     spans = [(0, 1, 40), (1, 5, 9), (2, 3, 4), (3, 30, 31), (4, 1, 2)]
     asked = [rows.continuation(ids()[b, :m], ids()[b, m:n]) for b, m, n in spans]
@@ -95,6 +96,7 @@ def test_scores_are_log_softmax_of_the_logits(sizes):
     assert sum(f.is_greedy_Q.sum() for f in setting(**sizes).scores_of(*asked)) > 0
 
 
+@pytest.mark.slow
 def test_logits_are_the_same_on_a_mesh_in_a_given_array_and_without_padding():
     whole_BTV = setting(**ONE).logits_of(ids())
     assert np.abs(whole_BTV).max() <= CFG.logit_softcap

@@ -75,6 +75,7 @@ def complete(
 @pytest.mark.parametrize(
     "drawn", [{}, pytest.param(DRAWN, marks=pytest.mark.slow)], ids=["greedy", "drawn"]
 )
+@pytest.mark.slow
 def test_pieces_give_what_one_call_gives_up_to_the_stop(drawn):
     texts = [to_text(row) for row in whole(**drawn)]
     stops = [[texts[0][19:21]], [texts[1][2]], [], ["", texts[3][20:23], texts[3][18]]]
@@ -95,6 +96,7 @@ def test_a_stop_id_ends_a_text_and_is_no_part_of_it():
         assert text == to_text(row[: ends[0] if len(ends) else NEW])
 
 
+@pytest.mark.slow
 def test_a_prompt_too_long_loses_its_beginning():
     long = np.concatenate([np.full(50, 3), PROMPTS[2]])
     short = complete([[]], prompts=[long[-30:]], max_new_tokens=10)

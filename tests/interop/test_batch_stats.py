@@ -104,6 +104,7 @@ def test_training_with_batch_norm_is_plain_flax_and_optax(kind):
 @pytest.mark.parametrize(
     ("kind", "norm"), [("linen", "batch"), ("nnx", "batch"), ("linen", "running")]
 )
+@pytest.mark.slow
 def test_four_devices_train_as_one(kind, norm):
     one, one_last, _ = train(kind, norm=norm)
     four, four_last, _ = train(kind, norm=norm, mesh="four")
@@ -118,6 +119,7 @@ def losses(*args, **settings):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_microbatches_do_not_change_a_running_norm(kind):
     close(losses(kind, norm="running", micro=3), losses(kind, norm="running"))
 
@@ -144,6 +146,7 @@ def test_batch_norm_moves_once_a_step_by_the_mean_over_microbatches():
     close(last.model_state, mean)
 
 
+@pytest.mark.slow
 def test_microbatches_draw_different_dropout_masks():
     bridge = bridged("linen", rate=0.5)
     with jax.set_mesh(mesh_lib.make_mesh({}, devices=jax.devices()[:1])):
@@ -157,6 +160,7 @@ def test_microbatches_draw_different_dropout_masks():
 
 
 @pytest.mark.parametrize("norm", ["batch", "running"])
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_the_statistics(norm):
     metrics, last, _ = train("linen", norm=norm, spoilt=(0, 1, 2, 3, 4))
     assert not any(m["is_finite"] for m in metrics)
@@ -168,6 +172,7 @@ def test_a_step_that_is_not_finite_leaves_the_statistics(norm):
 
 @pytest.mark.parametrize("norm", ["batch", "running"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_evaluation_uses_running_values_and_no_other_row(kind, norm):
     bridge = bridged(kind, norm=norm, rate=0.4)
     _, last, _ = train(kind, norm=norm)

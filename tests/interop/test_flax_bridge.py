@@ -117,6 +117,7 @@ def one_device():
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.slow
 def test_a_flax_mlp_trains_the_same_on_four_devices_as_on_one(kind):
     bridged = make_bridged(kind)
     one, one_params, _ = train(bridged, {})
@@ -181,6 +182,7 @@ def test_gradients_are_flax_own(kind):
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.slow
 def test_dropout_is_the_same_on_every_mesh_and_for_any_number_of_microbatches(kind):
     bridged = make_bridged(kind, rate=0.5)
     one, _, _ = train(bridged, {}, steps=3)
@@ -189,6 +191,7 @@ def test_dropout_is_the_same_on_every_mesh_and_for_any_number_of_microbatches(ki
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.slow
 def test_dropout_masks_differ_by_row_by_key_and_are_off_without_a_key(kind, one_device):
     bridged = make_bridged(kind, rate=0.5)
     batch = jax.tree.map(jnp.asarray, make_batch())

@@ -43,6 +43,7 @@ def test_logits_are_those_of_torch(family, sizes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_every_tensor_matters(family):
     """Each layer's part of each of our arrays, changed alone, changes the logits."""
     published, layout = hf.open_folder(GOLDEN / family), layout_of()

@@ -256,6 +256,7 @@ def test_padding_does_not_change_the_gradient():
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.slow
 def test_unrolled_layers_give_the_gradients_of_the_loop(remat):
     params = random_params(SMALL)
     looped = grads_of(SMALL, params, remat=remat)
@@ -264,6 +265,7 @@ def test_unrolled_layers_give_the_gradients_of_the_loop(remat):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "save:query+attention_out+ffn_in"])
+@pytest.mark.slow
 def test_rematerialisation_does_not_change_the_gradients(remat):
     params = random_params(SMALL)
     plain = grads_of(SMALL, params, remat="none")
@@ -328,6 +330,7 @@ def test_a_model_of_prefix_layers_alone_runs(unroll):
     )
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_four_devices_and_unrolled():
     cfg = dataclasses.replace(SMALL, num_kv_heads=2, dropout=0.3)
     params = random_params(cfg)

@@ -150,6 +150,7 @@ def test_every_figure_is_a_mean_over_the_targets_of_a_row(one_device):
             np.testing.assert_allclose(getattr(told, name)[b], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_experts_used_alike_have_a_balance_of_one(one_device):
     x_BTD = np.tile(np.eye(E, dtype=np.float32), (1, 1, 1))
     cfg = dataclasses.replace(MIXTRAL, experts_per_token=1)

@@ -19,13 +19,13 @@ BFLOAT16 = 3e-2  # 8-bit mantissa, and sums over microbatches rounded at other p
 
 QUICK = [
     ({"pipeline": 2, "fsdp": 2, "tensor": 2}, {"model": {"repeats": 3}, "zero": 2}),
+]
+# Pairwise: each mesh meets several schedules, each schedule several stacks and remats.
+MORE = [
     (
         {"pipeline": 2, "data": 2},
         {"schedule": "zero_bubble", "remat": "full", "model": {"tied": False}},
     ),
-]
-# Pairwise: each mesh meets several schedules, each schedule several stacks and remats.
-MORE = [
     ({"pipeline": 2, "data": 2, "tensor": 2}, {"schedule": "gpipe"}),
     ({"pipeline": 4}, {"schedule": "gpipe", "microbatches": 2, "remat": "dots"}),
     (

@@ -129,6 +129,7 @@ def test_four_bits_are_stored_in_four_bits():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_loop_over_layers_takes_one_layer_at_a_time(name):
     w_LDF = normal((3, 32, 6))
     spec = params.ParamSpec(
@@ -158,6 +159,7 @@ def test_a_parameter_has_scales_by_tensor_or_by_channel_of_its_spec():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_split_array_is_quantized_where_it_lies_to_the_same_bits(name):
     x = normal((2, 64, 8))
     whole = arrays.quantize(x, name, dims=(1,), block=16)

@@ -30,6 +30,7 @@ def in_few_bits(specs, weights):
     return jax.tree.map(one, specs, weights)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_those_at_the_rounded_matrices():
     aware, plain = built(small.config(train=AWARE)), built(small.config())
     with jax.set_mesh(plain.layout.mesh):

@@ -80,6 +80,7 @@ def off(logits):
         pytest.param("int8", "gptq", 0, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_every_mesh_makes_the_same_model_which_runs_as_it_is_kept(form, method, group):
     alone, errors = compressed(of(form, method, group), {})
     many, _ = compressed(of(form, method, group), MESH)

@@ -147,6 +147,7 @@ def test_the_backward_matmuls_can_stay_in_the_compute_dtype(name):
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "mxfp8"])
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.slow
 def test_a_mesh_changes_no_number(name, sizes):
     x, w, g = operands()
     rows, seed = jnp.arange(B, dtype=jnp.float32), jnp.float32(5)
@@ -154,6 +155,39 @@ def test_a_mesh_changes_no_number(name, sizes):
     one = run(recipe_of(name), x, low, g)
     many = run(recipe_of(name), x, low, g, jaxinfra.make_mesh(sizes))
     for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a, b, **SUMMED)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "mxfp8"])
+def test_devices_with_rows_of_their_own_have_the_scales_of_all_rows(name):
+    """As the stages of a pipeline, where each device adds up its own part of dw."""
+    x, w, g = operands()
+    rows, seed = jnp.arange(B, dtype=jnp.float32), jnp.float32(5)
+    one = run(recipe_of(name), x, weight(w, seed=seed, rows=rows), g)
+    rules = dataclasses.replace(RULES, batch=(), rows=(), embed=())
+    plain = seam.make_einsum(POLICY, rules)
+    einsum = matmul.low_precision_einsum(
+        plain, recipe_of(name), POLICY, rules, native=False
+    )
+
+    def body(x, w, g, rows):
+        low = weight(w, seed=seed, rows=rows)
+        product = lambda x, low: einsum(EQUATION, x, low, out=OUT)
+        y, pull = jax.vjp(product, x, low)
+        dx, dlow = pull(jax.reshard(g, jax.typeof(y).sharding.spec))
+        return y, dx, jax.lax.psum(dlow.array, "data"), dlow.probe[:, 0]
+
+    with jax.set_mesh(jaxinfra.make_mesh({"data": 4, "tensor": 2})):
+        split, whole = jax.P("data"), jax.P()
+        mapped = jax.shard_map(
+            body,
+            in_specs=(split, whole, split, split),
+            out_specs=(split, split, whole, whole),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        found = jax.jit(mapped)(x, w, g, rows)
+    for a, b in zip(found, (*one[:3], one[3][:, 0]), strict=True):
         np.testing.assert_allclose(a, b, **SUMMED)
 
 

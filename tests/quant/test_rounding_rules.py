@@ -63,6 +63,7 @@ def test_awq_is_that_of_the_paper(matrix, form, group):
 
 
 @pytest.mark.parametrize(("form", "group"), CASES)
+@pytest.mark.slow
 def test_what_is_calibrated_gives_better_outputs(matrix, form, group):
     w, hessian, magnitude = in_float32(*matrix)
     near = rounding_rules.nearest(w, form, group)

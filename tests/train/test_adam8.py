@@ -59,6 +59,7 @@ def dynamic_code(x, *, signed):
     return (table[np.searchsorted(middles, unit)] * largest).reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_an_update_from_8_bits_is_nearer_than_from_the_published_code():
     """The direction m / sqrt(v) is what a code is chosen by; its error is against that
     of float32 moments, root mean square."""
@@ -118,6 +119,7 @@ def test_ten_updates_are_adams():
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.slow
 def test_moments_lie_with_their_parameters_and_are_the_same_on_every_mesh(sizes):
     tx = adam8.scale_by_adam8(SPECS, **ADAM)
     layout = sharding.make_layout(jaxinfra.make_mesh(sizes))

@@ -155,6 +155,7 @@ def test_gradients_and_loss_are_unscaled_and_the_loss_sees_its_own_state():
 
 
 @pytest.mark.parametrize("mesh", ["one device", "fsdp 4 x tensor 2"])
+@pytest.mark.slow
 def test_the_state_that_is_made_is_the_one_restored_into(data, mesh):
     built = tiny_runs.build(config("float16", mesh=mesh), data)
     with jax.set_mesh(built.layout.mesh):

@@ -148,6 +148,7 @@ def update(cfg, grads, params):
 
 
 @pytest.mark.parametrize("optimizer", NAMES)
+@pytest.mark.slow
 def test_a_zero_gradient_moves_matrices_alone(optimizer):
     cfg = OptimizerConfig(
         name=optimizer, learning_rate=0.5, weight_decay=0.1, **CONSTANT

@@ -123,6 +123,7 @@ def test_scores_of_a_run_are_by_the_biases_that_it_was_trained_with(trained):
     assert abs(nll(trained.weights) - expected) > 100 * FLOAT32_ROUNDING
 
 
+@pytest.mark.slow
 def test_only_training_adds_the_routers_losses(trained):
     tokens = np.random.default_rng(1).integers(0, 19, (2, 9)).astype(np.uint16)
     batch = (jnp.asarray(tokens), jnp.ones((2, 9), jnp.uint8))

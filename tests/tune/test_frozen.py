@@ -8,7 +8,7 @@ import pytest
 from tune import small
 
 from jaxinfra import experiment, params
-from jaxinfra.config import ConfigError, LoraConfig
+from jaxinfra.config import ConfigError, LoraConfig, ParallelConfig
 from jaxinfra.data import packing
 from jaxinfra.models.specs import param_specs
 from jaxinfra.train import state as states
@@ -53,6 +53,7 @@ def trained(cfg, steps=4):
 @pytest.mark.parametrize(
     "lora", [NF4, pytest.param(RANK, marks=pytest.mark.slow)], ids=["nf4", "plain"]
 )
+@pytest.mark.slow
 def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     on_many = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
     cfg = small.config(lora=lora, train={"microbatches": 2}, **on_many)
@@ -62,6 +63,34 @@ def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     assert len(set(losses)) == len(losses)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "mesh", "schedule"),
+    [
+        ({"lora": NF4}, {"fsdp": 2, "tensor": 2, "pipeline": 2}, "1f1b"),
+        ({"train": {"freeze": "ffn embedding"}}, {"pipeline": 2}, "zero_bubble"),
+    ],
+)
+def test_a_pipeline_trains_the_same_parts(settings, mesh, schedule):
+    """Its stages take no gradient of what is frozen, which may have none."""
+    train = settings.get("train", {})
+    expected, state, _ = trained(small.config(**settings))
+    cfg = small.config(
+        **settings | {"train": train | {"microbatches": 2}},
+        mesh=mesh,
+        zero=3,
+        parallel=ParallelConfig(schedule=schedule),
+    )
+    losses, piped, base = trained(cfg)
+    np.testing.assert_allclose(losses, expected, rtol=OTHER_MESH)
+    assert losses[-1] < losses[0]
+    paths = {path for path, _ in params.named(state.params)}
+    assert {path for path, _ in params.named(piped.params)} == paths
+    for a, b in zip(*map(jax.tree.leaves, (base, piped.model_state.base)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_source():
     losses = [
         built_loss(small.config(**settings))
@@ -124,6 +153,7 @@ def test_a_trained_part_moves_as_it_does_when_all_is_trained():
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_on_every_mesh_and_tells_any_change():
     found = []
     for sizes in ({}, {"fsdp": 4, "tensor": 2}):

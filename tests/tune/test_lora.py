@@ -105,6 +105,7 @@ def test_training_begins_at_the_base():
 
 
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.slow
 def test_each_row_has_the_adapters_that_it_asks_for(mesh):
     """The base, a pair of rank 2 on all matrices, two rows of one of rank 3 on some."""
     specs = param_specs(small.MODEL)
@@ -128,6 +129,7 @@ def test_each_row_has_the_adapters_that_it_asks_for(mesh):
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+@pytest.mark.slow
 def test_over_a_base_in_few_bits_the_pair_is_added_to_what_it_stands_for(form):
     spec = param_specs(small.MODEL)["pattern"][0]["ffn"]["up"]
     with small.mesh_of({}) as layout:
