@@ -299,7 +299,7 @@ def joined(trained: Tree, rest: Tree) -> Tree:
 def _cut(stack: Stack, x_BTD, context, layer, params, mask, *, split: bool) -> Phases:
     def block(trained, x_BTD, about):
         context, number, rest = about
-        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)
+        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)[0]
 
     trained, rest = apart(params, mask)
     about = (context, jnp.int32(0), rest)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxinfra import mesh, sharding
 from jaxinfra.ops import loss
 from jaxinfra.ops.seam import Context
-from jaxinfra.parallel import placement, schedules
+from jaxinfra.parallel import placement, schedules, travel
 from jaxinfra.parallel.chunks import (
     GROUPS,
     Left,
@@ -116,13 +116,13 @@ def run(
 
     def body(params, batch, *traced):
         params = _each_device(sharding.all_gather, params, params_at_rest, gather)
-        to_chunks = functools.partial(_to_chunks, placed=placed)
+        to_chunks = functools.partial(travel.to_chunks, placed=placed)
         params |= {"pattern": jax.tree.map(to_chunks, params["pattern"])}
         grads, sums = _walk(schedule, stack, placed, params, batch, *traced)
         sums = Sums(jax.lax.psum(sums.loss, ROW_AXES), jax.lax.psum(sums.told, MANUAL))
         if grads is None:
             return None, sums
-        to_rest = functools.partial(_to_rest, placed=placed)
+        to_rest = functools.partial(travel.to_rest, placed=placed)
         grads |= {"pattern": jax.tree.map(to_rest, grads["pattern"])}
         for name in ("prefix", "suffix"):  # each is made on one stage
             grads |= {name: jax.lax.psum(grads[name], "pipeline")}
@@ -383,29 +383,3 @@ def _to_next(x: jax.Array, stages: int, *, by: int = 1) -> jax.Array:
     """`x` of the stage before; the last's goes to the first."""
     pairs = [(stage, (stage + by) % stages) for stage in range(stages)]
     return jax.lax.ppermute(x, "pipeline", pairs)
-
-
-def _to_chunks(w: jax.Array, *, placed: placement.Placement) -> jax.Array:
-    """A stage's rows of a stacked parameter, from where they are at rest."""
-    return _travel(w, placed, rows=placed.rows, is_back=False)
-
-
-def _to_rest(g: jax.Array, *, placed: placement.Placement) -> jax.Array:
-    return _travel(g, placed, rows=placed.at_rest, is_back=True)
-
-
-def _travel(w, placed: placement.Placement, *, rows: int, is_back: bool):
-    """By rounds, in each of which a stage sends a block and gets one."""
-    if not placed.rounds:
-        return w
-    stage, block = jax.lax.axis_index("pipeline"), placed.block
-    like = jax.typeof(w)
-    out = zeros_like(like.update(shape=(rows + block, *like.shape[1:])))
-    for pairs, send, put in placed.rounds:
-        if is_back:
-            pairs, send, put = [(b, a) for a, b in pairs], put, send
-        start, end = (jnp.asarray(at)[stage] * block for at in (send, put))
-        own = jax.lax.dynamic_slice_in_dim(w, start, block)
-        came = jax.lax.ppermute(own, "pipeline", pairs)
-        out = jax.lax.dynamic_update_slice_in_dim(out, came, end, axis=0)
-    return out[:rows]
