@@ -45,7 +45,8 @@ MODEL = ji.ModelConfig(
     repeats=10 * STAGES,
     tied=False,
 )
-# Those of the target, but for the wide VMEM, whose search takes most of the time.
+# Those of the target, but for the wide VMEM, and at XLA's optimization level 1: more
+# takes most of a compiler's time, and next to nothing of memory.
 OPTIONS = compiler_options.for_device("TPU v5", "xla_tpu_scoped_vmem_limit_kib=")
 # Name -> (schedule, virtual stages, microbatches, remat), in the order of their worth.
 CASES = {
@@ -138,6 +139,7 @@ def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
             ).grad_fn
         lowered = jax.jit(grad_fn).lower(weights, (), batch, None)
         began = time.monotonic()
+        jax.config.update("jax_optimization_level", "O1")
         program = lowered.compile(compiler_options=OPTIONS)
     memory = program.memory_analysis()
     figures = {
