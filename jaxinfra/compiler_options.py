@@ -23,13 +23,21 @@ _SPARSE_CORE = {
 # place of 34.
 _WIDE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
+# Types stay as they are written. Else the compiler, which sees that a float32 stack of
+# layers is only read as bfloat16, casts all of it before the loop over layers and keeps
+# both: measured on v5p as above, 22.2 GB of arguments and temporaries, 21.1 without.
+_NO_PROPAGATION = {"xla_jf_bf16_propagation": "false"}
+
+_WITH_SPARSE_CORE = _SPARSE_CORE | _WIDE_VMEM | _NO_PROPAGATION
+
 # By jax's device_kind. v5e has no SparseCore: its collectives are asynchronous fusions
 # by default. A platform that is not here compiles with its own defaults.
 OPTIONS: dict[str, dict[str, str]] = {
-    "TPU v5": _SPARSE_CORE | _WIDE_VMEM,
-    "TPU v5p": _SPARSE_CORE | _WIDE_VMEM,
-    "TPU v6 lite": _SPARSE_CORE | _WIDE_VMEM,
-    "TPU v6e": _SPARSE_CORE | _WIDE_VMEM,
+    "TPU v5": _WITH_SPARSE_CORE,
+    "TPU v5p": _WITH_SPARSE_CORE,
+    "TPU v5 lite": _NO_PROPAGATION,
+    "TPU v6 lite": _WITH_SPARSE_CORE,
+    "TPU v6e": _WITH_SPARSE_CORE,
 }
 
 

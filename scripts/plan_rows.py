@@ -1,15 +1,19 @@
 """The plans of shipped configs on hardware that is not here, kept as one table.
 
-    python scripts/plan_rows.py [--rows NAME NAME] [--secs N] [--again]
+    python scripts/plan_rows.py [--rows NAME NAME] [--secs N] [--again] [--quick]
 
 Each row is one command of scripts/plan.py, compiled by the target's own compiler where
 this Python has it (extra `tpu` or `cuda`; other rows wait for a Python that has). A row
 that results/plan.json has is not compiled again without --again, so the table may be
-made in pieces. Writes results/plan.json and, for readers, results/plan.md.
+made in pieces. --quick takes a TPU's row at XLA's optimization level 1 and without the
+wide VMEM, a fifth of the work: memory and what travels are within 1%, and as products
+are badly tiled there is no time in the row. Writes results/plan.json and, for readers,
+results/plan.md.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -23,6 +27,12 @@ from jaxinfra.plan import compilers, targets
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
+# What --quick does not tell.
+_TIMES = (
+    "price_secs", "compute_secs", "waiting_secs", "kernel_secs", "step_secs",
+    "tokens_per_sec", "mfu", "hfu", "waited_ms", "scopes_ms",
+)  # fmt: skip
+_LESS_VMEM = "xla_tpu_scoped_vmem_limit_kib="
 _8B = "--config llama3_8b --train.batch_size 16"
 _V5P8 = f"{_8B} --target v5p:2x2x2"
 # Name -> what scripts/plan.py is asked, in the order of their worth.
@@ -60,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="NAME")
     parser.add_argument("--secs", type=float, default=1e9, help="start no row after")
     parser.add_argument("--again", action="store_true", help="rows that are there too")
+    parser.add_argument("--quick", action="store_true", help="at less effort")
     parser.add_argument("--dump", type=pathlib.Path, help="where programs are kept")
     args = parser.parse_args(argv)
     path = RESULTS / "plan.json"
@@ -70,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no row {name!r}; the rows are: {', '.join(ROWS)}")
         if (name in known and not args.again) or time.monotonic() - began > args.secs:
             continue
-        found = planned(ROWS[name], args.dump and args.dump / name.replace(" ", "-"))
+        dump = args.dump and args.dump / name.replace(" ", "-")
+        found = planned(ROWS[name], dump, is_quick=args.quick)
         if found is None:
             print(f"{name}: its compiler is not installed here", file=sys.stderr)
             continue
@@ -82,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def planned(command: str, dump: pathlib.Path | None = None) -> dict[str, Any] | None:
+def planned(
+    command: str, dump: pathlib.Path | None = None, *, is_quick: bool = False
+) -> dict[str, Any] | None:
     """What scripts/plan.py tells, in short; None without the compiler."""
     words = shlex.split(command)
     target = targets.parse(words[words.index("--target") + 1])
@@ -92,11 +106,15 @@ def planned(command: str, dump: pathlib.Path | None = None) -> dict[str, Any] | 
         return None
     called = [sys.executable, str(ROOT / "scripts" / "plan.py"), *words, "--json"]
     called += ["--dump-hlo", str(dump)] if dump else []
-    done = subprocess.run(called, capture_output=True)
+    called += ["--runtime.compiler_options", _LESS_VMEM] if is_quick else []
+    level = {"JAX_OPTIMIZATION_LEVEL": "O1"} if is_quick else {}
+    done = subprocess.run(called, capture_output=True, env=os.environ | level)
     if done.returncode:
         lines = done.stderr.decode().strip().splitlines()
         return {"command": command, "failed": " ".join(lines[-3:])[:600]}
-    return {"command": command} | short(json.loads(done.stdout))
+    found = {"command": command, "is_quick": is_quick}
+    found |= short(json.loads(done.stdout))
+    return {k: v for k, v in found.items() if not (is_quick and k in _TIMES)}
 
 
 def short(plan: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +170,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "step through the target's own compiler. Price: compute and waiting for the",
         "link, attention kernels free; step: with them, at the share of peak that",
         "`jaxinfra/plan/targets.py` assumes. Predictions, not measured times. Peak:",
-        "arguments, temporaries and code of a device.",
+        "arguments, temporaries and code of a device. Rows without times were compiled",
+        "at less effort (`--quick`).",
         "",
         "| what | arguments + temporaries, GB | peak of HBM, GB | by arithmetic"
         " | price: compute + waiting, s | step, s | MFU | on the wire, GB"
@@ -164,12 +183,15 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {name} | failed: {row['failed'][:160]} |||||||||")
             continue
         wire = sum(row["sent_gb"].values())
+        price, step, mfu = "", "", ""
+        if not row["is_quick"]:
+            price = f"**{row['price_secs']:.3f}**: {row['compute_secs']:.3f}"
+            price += f" + {row['waiting_secs']:.3f}"
+            step, mfu = f"{row['step_secs']:.3f}", f"{row['mfu']:.1%}"
         lines.append(
             f"| {name} | {row['arguments_gb']:.2f} + {row['temporary_gb']:.2f}"
             f" | {row['peak_gb']:.2f} of {row['hbm_gb']:.1f}"
-            f" | {row['analytic_peak_gb']:.2f} | **{row['price_secs']:.3f}**:"
-            f" {row['compute_secs']:.3f} + {row['waiting_secs']:.3f}"
-            f" | {row['step_secs']:.3f} | {row['mfu']:.1%} | {wire:.1f}"
+            f" | {row['analytic_peak_gb']:.2f} | {price} | {step} | {mfu} | {wire:.1f}"
             f" | {row['compile_secs']:.0f} |"
         )
     lines += ["", "Where the core's time goes, ms (the ten largest):", ""]

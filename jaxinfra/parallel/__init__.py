@@ -6,7 +6,7 @@ or as a `GradFn`, and no model knows of them.
 | file | subject |
 |---|---|
 | `schedules` | a schedule is a table tick x stage: made, checked, drawn |
-| `placement` | which repeats each chunk of layers holds, how they travel |
+| `placement`, `travel` | which repeats each chunk of layers holds, how they travel |
 | `pipeline`, `chunks`, `phases` | the executor, a stage, a layer cut in parts |
 | `expert` | tokens go to the devices of their experts and come back |
 | `context` | attention over rows whose length is split; the balanced order |

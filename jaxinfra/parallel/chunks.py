@@ -27,8 +27,8 @@ class Stack(NamedTuple):
     its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
     keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
     order_T: see Context, where it has no place here, since it is not traced.
-    is_trained: bools, a tree like the parameters; None: all are. routers: of a model
-    with experts, a `train.routers.Routers`."""
+    routers: of a model with experts, a `train.routers.Routers`. is_trained: bools, a
+    tree like the parameters; None: all are."""
 
     model: Any
     cfg: ModelConfig
@@ -36,8 +36,8 @@ class Stack(NamedTuple):
     remat: str = "none"
     unroll: bool = False
     order_T: Any = None
-    is_trained: Tree = None
     routers: Any = None
+    is_trained: Tree = None
 
     def layer(self, params, x_BTD, context: Context, layer: LayerConfig, number):
         """(y_BTD, what the layer told: `routers.Summed`, or () without routers)."""

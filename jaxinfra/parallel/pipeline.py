@@ -88,15 +88,15 @@ def run(
     layout: Layout,
     key: jax.Array | None,
     scale: jax.Array | float = 1.0,
-    router_bias_LE: jax.Array | None = None,
     gather: Meet = sharding.all_gather,
     reduce: Meet | None = None,
+    router_bias_LE: jax.Array | None = None,
 ) -> tuple[Tree | None, Sums]:
     """(gradients of `scale` x the loss sum, float32, laid out as `layout.grads` says,
     None where `stack.is_trained` is false; sums over all microbatches). No gradients
     where `schedule` has no backward pass. `params` are those of stack.model, as they
-    are at rest. The loss has what layers told in it where there is a key. gather,
-    reduce: of what layers have; None: in `policy.reduce`, as everything else.
+    are at rest. gather, reduce: of what layers have; None: in `policy.reduce`, as
+    everything else. The loss has what layers told in it where there is a key.
     """
     cfg = stack.cfg
     placed = placement.place(

@@ -1,4 +1,7 @@
-"""Rows of stacked parameters on their way between rest and the chunks of a pipeline."""
+"""Stacked layers travel from where they are at rest to their stages, and back.
+
+Inside the executor's shard_map; `placement` says by which rounds.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ def to_chunks(w: jax.Array, *, placed: Placement) -> jax.Array:
 
 
 def to_rest(g: jax.Array, *, placed: Placement) -> jax.Array:
-    """The inverse, for gradients."""
+    """Of the gradient of those rows: back to where the parameter is at rest."""
     return _travel(g, placed, rows=placed.at_rest, is_back=True)
 
 

@@ -75,7 +75,7 @@ def make_pipelined(
     if tuned is not None:
         specs, is_trained = tuned
         model = model._replace(specs=specs)
-    stack = Stack(model, cfg, sharp, remat, unroll, order_T, is_trained, routers)
+    stack = Stack(model, cfg, sharp, remat, unroll, order_T, routers, is_trained)
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
@@ -105,9 +105,7 @@ def make_pipelined(
             layout=layout,
             key=key,
             scale=scale,
-            router_bias_LE=model_state["router_bias"]
-            if routers and model_state
-            else None,
+            router_bias_LE=model_state["router_bias"] if model_state else None,
             gather=gather,
             reduce=reduce,
         )

@@ -1,6 +1,6 @@
 """Run as a program, with libtpu: what pipelines cost, as its compiler says.
 
-    python pipeline_memory.py RESULTS.json [--budget SECS] [--hlo FOLDER]
+    python pipeline_memory.py RESULTS.json [--budget SECS] [--hlo FOLDER] [--only NAME]
 
 Compiles the gradient of one step for 8 v5p chips in one pipeline, by every schedule and
 by plain autodiff of a GPipe loop: 80 layers of Llama-3-8B's size (10 a stage), rows of
@@ -29,7 +29,7 @@ import program_flops  # beside this file
 from jax.experimental import topologies
 
 import jaxinfra as ji
-from jaxinfra import params, precision, sharding
+from jaxinfra import compiler_options, params, precision, sharding
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
 from jaxinfra.parallel import pipeline, schedules
@@ -45,12 +45,15 @@ MODEL = ji.ModelConfig(
     repeats=10 * STAGES,
     tied=False,
 )
+# Those of the target, but for the wide VMEM, and at XLA's optimization level 1: more
+# takes most of a compiler's time, and next to nothing of memory.
+OPTIONS = compiler_options.for_device("TPU v5", "xla_tpu_scoped_vmem_limit_kib=")
 # Name -> (schedule, virtual stages, microbatches, remat), in the order of their worth.
 CASES = {
     "1f1b": ("1f1b", 1, 32, "full"),
     "gpipe": ("gpipe", 1, 32, "full"),
-    "1f1b, 64 microbatches": ("1f1b", 1, 64, "full"),
     "gpipe by autodiff": ("autodiff", 1, 32, "full"),
+    "1f1b, 64 microbatches": ("1f1b", 1, 64, "full"),
     "interleaved 2": ("interleaved", 2, 32, "full"),
     "zero_bubble": ("zero_bubble", 1, 32, "full"),
     "1f1b, remat none": ("1f1b", 1, 32, "none"),
@@ -61,18 +64,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--hlo", type=pathlib.Path, help="where programs are kept")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    found = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = found.get("cases", {})
     began = time.monotonic()
     for name, case in CASES.items():
+        if name not in args.only:
+            continue
         if name in results or time.monotonic() - began > args.budget:
             continue
         results[name], text = compiled(*case)
         print(name, results[name], flush=True)
-        args.results.write_text(json.dumps(results, indent=1) + "\n")
+        args.results.write_text(json.dumps(compared(results), indent=1) + "\n")
         if args.hlo:
             (args.hlo / f"{name}.hlo").write_text(text)
+
+
+def compared(cases: dict) -> dict:
+    """The cases, and what temporaries are of one another."""
+    ratios = {
+        "1f1b_over_autodiff": ("1f1b", "gpipe by autodiff"),
+        "1f1b_over_gpipe": ("1f1b", "gpipe"),
+        "1f1b_64_over_32": ("1f1b, 64 microbatches", "1f1b"),
+    }
+    size = {name: case["temporaries_gb"] for name, case in cases.items()}
+    return {"cases": cases} | {
+        name: size[a] / size[b]
+        for name, (a, b) in ratios.items()
+        if a in size and b in size
+    }
 
 
 def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
@@ -117,7 +139,8 @@ def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
             ).grad_fn
         lowered = jax.jit(grad_fn).lower(weights, (), batch, None)
         began = time.monotonic()
-        program = lowered.compile()
+        jax.config.update("jax_optimization_level", "O1")
+        program = lowered.compile(compiler_options=OPTIONS)
     memory = program.memory_analysis()
     figures = {
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
