@@ -17,7 +17,7 @@ _HOMES = {
     "options": ("load_config",),
     "option_help": ("help_text",),
     "compositions": ("check_compositions",),
-    "feature_checks": ("check_features",),
+    "feature_checks": ("check_features", "check_remat"),
     "mesh": ("make_mesh",),
     "slices": ("across_slices",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),

@@ -14,7 +14,6 @@ import jaxinfra
 from jaxinfra import stages
 from jaxinfra.config import (
     AXES,
-    REMAT_NAMES,
     Config,
     ConfigError,
     DataConfig,
@@ -108,7 +107,8 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
     if config.task == "text":
         _check_model(config)
         _check_vocabulary(config, vocab_size)
-        _check_remat(config.train.remat)
+        if config.train.remat not in ("none", "full", "dots"):
+            jaxinfra.check_remat(config.train.remat)
     _check_training(config)
     _check_runtime(config)
     _check_available(config)
@@ -284,23 +284,6 @@ def _check_training(config: Config) -> None:
             "optimizer.schedule='exponential' never comes to optimizer.final_fraction="
             "0; set optimizer.final_fraction above 0"
         )
-
-
-def _check_remat(remat: str) -> None:
-    if remat in ("none", "full", "dots"):
-        return
-    if not remat.startswith("save:"):
-        forms = ("none", "full", "dots", "save:NAME+NAME")
-        raise ConfigError(
-            f"train.remat={remat!r} must be {', '.join(forms[:-1])} or {forms[-1]}"
-            f"{did_you_mean(remat, forms)}"
-        )
-    for name in remat.removeprefix("save:").split("+"):
-        if name not in REMAT_NAMES:
-            raise ConfigError(
-                f"train.remat={remat!r}: there is no activation {name!r}; the names"
-                f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
-            )
 
 
 def _check_runtime(config: Config) -> None:

@@ -9,7 +9,14 @@ import math
 import re
 from collections.abc import Mapping
 
-from jaxinfra.config import LOW_PRECISION, Config, ConfigError, RuntimeConfig
+from jaxinfra.config import (
+    LOW_PRECISION,
+    REMAT_NAMES,
+    Config,
+    ConfigError,
+    RuntimeConfig,
+    did_you_mean,
+)
 
 Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
 
@@ -25,6 +32,22 @@ def check_features(config: Config, sizes: Sizes) -> None:
     _check_pipeline(config, sizes)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
+
+
+def check_remat(remat: str) -> None:
+    """Raises ConfigError unless it names activations to save."""
+    if not remat.startswith("save:"):
+        forms = ("none", "full", "dots", "save:NAME+NAME")
+        raise ConfigError(
+            f"train.remat={remat!r} must be {', '.join(forms[:-1])} or {forms[-1]}"
+            f"{did_you_mean(remat, forms)}"
+        )
+    for name in remat.removeprefix("save:").split("+"):
+        if name not in REMAT_NAMES:
+            raise ConfigError(
+                f"train.remat={remat!r}: there is no activation {name!r}; the names"
+                f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
+            )
 
 
 def _check_processes(runtime: RuntimeConfig) -> None:

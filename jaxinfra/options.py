@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jaxinfra
 from jaxinfra import checks
 from jaxinfra.config import (
-    RESUMABLE,
     TEXT_KEYS,
     Config,
     ConfigError,
@@ -48,8 +47,6 @@ _EXPECTED = {
     tuple: 'a JSON list of objects, such as [{"window": 128}, {}]',
     dict: "an object of settings",
 }
-
-Change = tuple[str, Any, Any]  # dotted key, old and new JSON value; None where absent
 
 
 class ConfigFile(NamedTuple):
@@ -85,7 +82,7 @@ def read_command(argv: list[str]) -> tuple[Config, Callable[..., Any] | None]:
             f"task=own: config {name!r} defines no get_task; set task to text"
         )
     for key in texts if get_task else ():
-        if _is_in(key, TEXT_KEYS) and not _is_in(key, task_keys):
+        if is_in(key, TEXT_KEYS) and not is_in(key, task_keys):
             raise ConfigError(
                 f"--{key} is for text, and config {name!r} has a task of its own that"
                 " does not read it; leave it out, or name it in TASK_KEYS of the file"
@@ -168,22 +165,7 @@ def from_json(tree: Any, *, fill: bool = False) -> Config:
 
 def leaves(config: Config) -> dict[str, Any]:
     """Dotted key -> JSON value, in the order of the dataclasses."""
-    return dict(_flatten(to_json(config), ""))
-
-
-def diff(old: Config, new: Config) -> list[Change]:
-    """The settings that differ, by dotted key; of URLs what is not secret."""
-    before, after = (dict(_flatten(recorded(x), "")) for x in (old, new))
-    return [
-        (key, before.get(key), after.get(key))
-        for key in before | after
-        if before.get(key) != after.get(key)
-    ]
-
-
-def not_resumable(changes: list[Change]) -> list[Change]:
-    """Those changes that a resumed run may not make without run.accept_changes."""
-    return [change for change in changes if not _is_in(change[0], RESUMABLE)]
+    return dict(flatten(to_json(config), ""))
 
 
 # Command line -> raw JSON values
@@ -382,15 +364,16 @@ def every_option(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, kind
 
 
-def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def _is_in(key: str, keys: tuple[str, ...]) -> bool:
+def is_in(key: str, keys: tuple[str, ...]) -> bool:
     """Whether `key` is one of `keys`, or in a section that is."""
     return any(f"{key}.".startswith(f"{of}.") for of in keys)
 

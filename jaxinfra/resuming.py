@@ -11,7 +11,9 @@ import pathlib
 from typing import Any
 
 from jaxinfra import options, runfolder
-from jaxinfra.config import FOR_TRAINING, Config, ConfigError
+from jaxinfra.config import FOR_TRAINING, RESUMABLE, Config, ConfigError
+
+Change = tuple[str, Any, Any]  # dotted key, old and new JSON value; None where absent
 
 
 def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
@@ -25,13 +27,28 @@ def refuse_changes(old_tree: Any, config: Config, *, where: str) -> None:
             "--run.dir, or go on with this one by --run.accept_changes true"
         ) from error
     config = as_begun(config, old)
-    changes = options.not_resumable(options.diff(old, config))
+    changes = not_resumable(diff(old, config))
     if changes:
         lines = "".join(f"\n  {key}: {was!r} -> {now!r}" for key, was, now in changes)
         raise ConfigError(
             f"the run was started with other settings, says {where}:{lines}\nset them "
             "back, choose another --run.dir, or go on by --run.accept_changes true"
         )
+
+
+def diff(old: Config, new: Config) -> list[Change]:
+    """The settings that differ, by dotted key; of URLs what is not secret."""
+    before, after = (dict(options.flatten(options.recorded(x), "")) for x in (old, new))
+    return [
+        (key, before.get(key), after.get(key))
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def not_resumable(changes: list[Change]) -> list[Change]:
+    """Those changes that a resumed run may not make without run.accept_changes."""
+    return [change for change in changes if not options.is_in(change[0], RESUMABLE)]
 
 
 def as_begun(config: Config, old: Config) -> Config:
@@ -71,16 +88,21 @@ def rewind_metrics(run_dir: pathlib.Path, step: int) -> int:
         except (ValueError, KeyError, TypeError):
             is_kept = False
         (kept if is_kept else lost).append(line + "\n")
-    if not lost:
-        return 0
-    with open(run_dir / "metrics.lost.jsonl", "a") as file:
-        file.writelines(lost)
-        file.flush()
-        os.fsync(file.fileno())
+    if lost:
+        with open(run_dir / "metrics.lost.jsonl", "a") as file:
+            file.writelines(lost)
+            file.flush()
+            os.fsync(file.fileno())
+    # Always a new file: a run that was taken over goes on writing to the old one.
     aside = run_dir / ".metrics.jsonl.tmp"
     with open(aside, "w") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return len(lost)

@@ -575,6 +575,8 @@ class _NoSaver:
     def poll(self):
         return []
 
+    wait = poll
+
     def close(self):
         return []
 

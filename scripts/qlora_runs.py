@@ -4,21 +4,22 @@
     python scripts/qlora_runs.py SOURCE qlora 1e-3   kind, peak learning rate
 
 SOURCE is a published model (a folder, a .gguf file or a run); its new domain is the
-shipped text in passages of 1,000 tokens, of which every tenth is held out. A run goes
-to scripts/results/qlora.json when it ends, so that what was cut short goes on there.
+shipped text in passages of 1,000 tokens, of which every tenth is held out. Runs are
+those of scripts/train.py in the system's temporary folder, saved every 5 steps: what
+was cut short goes on there. Results go to scripts/results/qlora.json.
 """
 
-import functools
 import json
 import pathlib
+import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "qlora.json"
-STEPS, ROWS, LENGTH, PASSAGE = 50, 4, 128, 1000
-EVAL_BATCHES, EVAL_ROWS = 4, 8
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "qlora.json"
+STEPS, ROWS, LENGTH, PASSAGE = 40, 4, 64, 1000
+EVAL_BATCHES, EVAL_ROWS = 6, 8
 _LORA = ["--lora.rank", "8", "--lora.alpha", "16", "--lora.base", "nf4"]
 # Kind -> (settings, peak learning rates).
 KINDS: dict[str, tuple[list[str], tuple[float, ...]]] = {
@@ -32,125 +33,131 @@ def main(argv: list[str]) -> int:
     wanted = [(kind, rate) for kind, (_, rates) in KINDS.items() for rate in rates]
     if one:
         wanted = [(one[0], float(one[1]))]
+    work = pathlib.Path(tempfile.gettempdir()) / "jaxinfra-bench" / "qlora"
     for kind, rate in wanted:
-        if f"{rate:g}" not in _results().get(kind, {}).get("held_out_nats", {}):
-            _record(kind, rate, run(source, kind, rate))
+        results = _results()
+        if f"{rate:g}" in results.get(kind, {}).get("held_out_nats", {}):
+            continue
+        data = work / "data"
+        if not (data / "dataset.json").is_file():
+            _write_passages(source, data)
+        if "before" not in results:
+            _write(results | {"before": _before(source, data)})
+        _record(kind, rate, run(source, data, work / f"{kind}_{rate:g}", kind, rate))
     return 0
 
 
-def run(source: str, kind: str, rate: float) -> dict[str, Any]:
-    """Nats a token on the held-out passages before the first step and after the last,
-    bytes of what is trained and of its moments; of adapters, how far merged logits
-    are off."""
-    import jax
-    import numpy as np
-
-    from jaxinfra import experiment, options, params, tasks
-    from jaxinfra.config import Config
-    from jaxinfra.data import device
-    from jaxinfra.interop import pretrained
-    from jaxinfra.train import evaluate
-
+def run(
+    source: str, data: pathlib.Path, folder: pathlib.Path, kind: str, rate: float
+) -> dict[str, Any]:
+    """Held-out nats a token after the last step; bytes of what is trained and of its
+    moments; of adapters, how far merged logits are off."""
     settings = {
+        "run.dir": folder,
         "init.from": source,
+        "init.model": "true",
+        "data.path": data,
         "optimizer.name": "adamw",
         "optimizer.learning_rate": f"{rate:g}",
-        "optimizer.warmup_steps": "5",
-        "optimizer.weight_decay": "0",
-        "train.steps": str(STEPS),
-        "train.batch_size": str(ROWS),
-        "train.length": str(LENGTH),
-        "eval.batch_size": str(EVAL_ROWS),
-        "sample.tokens": "0",
+        "optimizer.warmup_steps": 5,
+        "optimizer.weight_decay": 0,
+        "train.steps": STEPS,
+        "train.batch_size": ROWS,
+        "train.length": LENGTH,
+        "train.save_every": 5,
+        "checkpoint.keep": 1,
+        "eval.every": STEPS,
+        "eval.batches": EVAL_BATCHES,
+        "eval.batch_size": EVAL_ROWS,
+        "sample.tokens": 0,
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    config = options.parse([*words, *KINDS[kind][0]], Config(name="qlora"))
-    opened = pretrained.open_source(source)
-    config = opened.adopt(config)
-    with tempfile.TemporaryDirectory() as folder:
-        data = {"": _passages(source, opened.model, pathlib.Path(folder, "data"))}
-        config = experiment.resolve(config, data[""].tokenizer.vocab_size)
-        text = functools.partial(tasks.text, data=data)
-        exp = experiment.build(config, jax.devices()[:1], get_task=text)
-        place = experiment.batch_sharding(exp.layout)
-        with jax.set_mesh(exp.layout.mesh):
-            weights, _ = opened.begin(
-                config.model, layout=exp.layout, dtype=exp.policy.param
-            )
-            state = exp.init(begun=exp.task.adopt(weights))
-            del weights
-            held_out = {
-                "held_out": evaluate.eval_set(
-                    exp.task.eval_sets["held_out"],
-                    batches=EVAL_BATCHES,
-                    sharding=place,
-                )
-            }
-
-            def nats(state) -> float:
-                found = evaluate.evaluate(
-                    exp.eval_step, held_out, state.params, state.model_state
-                )
-                return found["eval/held_out/loss"]
-
-            before, begin = nats(state), time.perf_counter()
-            for k in range(STEPS):
-                batch = device.to_device(
-                    exp.task.stream.batch, k, batch_size=ROWS, sharding=place
-                )
-                state, metrics = exp.train_step(state, batch)
-                if k % 10 == 0:
-                    secs = time.perf_counter() - begin
-                    loss = float(metrics["loss"])
-                    print(kind, rate, k, loss, f"{secs:.0f} s", flush=True)
-            found = {
-                "held_out_nats": nats(state),
-                "before": before,
-                "trained": params.count(exp.task.specs),
-                "trained_and_moments_bytes": sum(
-                    x.nbytes
-                    for x in jax.tree.leaves((state.params, state.opt_state))
-                    if isinstance(x, jax.Array)
-                ),
-            }
-            if kind == "qlora":
-                batch = next(held_out["held_out"].batches())
-                ids_BT = np.asarray(jax.device_get(batch.tokens_BT1))[:2, :LENGTH]
-                found["merged"] = _merged(exp, state, ids_BT)
+    command = [sys.executable, ROOT / "scripts" / "train.py", *words, *KINDS[kind][0]]
+    subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    sizes = [lines[0][f"memory/{part}_bytes"] for part in ("params", "opt")]
+    found: dict[str, Any] = {
+        "held_out_nats": lines[-1]["eval/loss"],
+        "trained_and_moments_bytes": sum(sizes),
+    }
+    if kind == "qlora":
+        found["merged"] = _merged(source, str(folder))
     return found
 
 
-def _merged(exp: Any, state: Any, ids_BT: Any) -> dict[str, float]:
-    """Logits of the base and its pairs against those of the merged arrays."""
+def _before(source: str, data: pathlib.Path) -> float:
+    """Nats a token of the model as it comes, on the same rows."""
+    import jax
+
+    from jaxinfra import experiment, options, tasks
+    from jaxinfra.config import Config
+    from jaxinfra.data import shards
+    from jaxinfra.interop import pretrained
+    from jaxinfra.train import evaluate
+
+    sizes = ["--train.length", str(LENGTH), "--eval.batch_size", str(EVAL_ROWS)]
+    config = options.parse([*sizes, "--sample.tokens", "0"], Config(name="qlora"))
+    opened, held_out = pretrained.open_source(source), shards.open_dataset(data)
+    config = opened.adopt(config)
+    config = experiment.resolve(config, held_out.tokenizer.vocab_size)
+
+    def text(*of: Any) -> tasks.Task:
+        return tasks.text(*of, data={"": held_out})
+
+    exp = experiment.build(config, jax.devices()[:1], get_task=text)
+    with jax.set_mesh(exp.layout.mesh):
+        weights = opened.load(layout=exp.layout, dtype=exp.policy.param)
+        rows = evaluate.eval_set(
+            exp.task.eval_sets["held_out"],
+            batches=EVAL_BATCHES,
+            sharding=experiment.batch_sharding(exp.layout),
+        )
+        found = evaluate.evaluate(exp.eval_step, {"held_out": rows}, weights, ())
+    return found["eval/held_out/loss"]
+
+
+def _merged(source: str, run_dir: str) -> dict[str, float]:
+    """Logits of the base beside its adapters against those of the merged arrays."""
+    import jax
     import numpy as np
 
+    from jaxinfra import mesh, precision, sharding
     from jaxinfra.generate import score
-    from jaxinfra.tune import lora
+    from jaxinfra.interop import pretrained, tuned_runs
 
-    logits = score.make_logits(exp.config.model, policy=exp.policy, layout=exp.layout)
-    whole = exp.task.whole(state.params, state.model_state)
-    apart_BTV, one_BTV = logits(whole, ids_BT), logits(lora.merge(whole), ids_BT)
+    layout = sharding.make_layout(mesh.make_mesh({}, devices=jax.devices()[:1]))
+    base, tuned = map(pretrained.open_source, (source, run_dir))
+    policy = precision.policy("float32")
+    logits = score.make_logits(base.model, policy=policy, layout=layout)
+    ids_BT = np.random.default_rng(0).integers(0, base.model.vocab_size, (2, LENGTH))
+    with jax.set_mesh(layout.mesh):
+        beside = tuned_runs.by_row(base, [run_dir], [0, 0], layout=layout)
+        apart_BTV = logits(beside, ids_BT)
+        one_BTV = logits(tuned.load(layout=layout, dtype=policy.param), ids_BT)
     return {
         "largest_difference": float(np.abs(apart_BTV - one_BTV).max()),
         "logits_standard_deviation": float(apart_BTV.std()),
     }
 
 
-def _passages(source: str, model: Any, folder: pathlib.Path) -> Any:
+def _write_passages(source: str, folder: pathlib.Path) -> None:
     """The shipped text as a data set, in the model's ids."""
     import numpy as np
 
     from jaxinfra.data import prepare, writer
-    from jaxinfra.interop import tokenizers_of
+    from jaxinfra.interop import pretrained, tokenizers_of
 
-    tokenizer = tokenizers_of.open_tokenizer(source, model)
+    tokenizer = tokenizers_of.open_tokenizer(
+        source, pretrained.open_source(source).model
+    )
     text = pathlib.Path(prepare.CORPORA["shakespeare"]).read_text()
     ids_N = np.concatenate(list(tokenizer.encode_batch([text]))).astype(np.uint16)
     passages = np.array_split(ids_N, len(ids_N) // PASSAGE)
     parts = {"held_out": passages[9::10]}
     parts["train"] = [p for i, p in enumerate(passages) if i % 10 != 9]
     size = len(text.encode()) // len(passages)
-    return writer.write_dataset(
+    writer.write_dataset(
         folder,
         tokenizer=tokenizer,
         splits={
@@ -166,7 +173,7 @@ def summary() -> dict[str, Any]:
     rate, from where the model in full precision begins."""
     results = _results()
     best = {kind: min(results[kind]["held_out_nats"].values()) for kind in KINDS}
-    begin = results["full"]["before"]
+    begin = results["before"]
     results["gain_nats"] = {kind: begin - nats for kind, nats in best.items()}
     results["part_of_the_gain"] = (begin - best["qlora"]) / (begin - best["full"])
     sizes = [results[kind]["trained_and_moments_bytes"] for kind in ("qlora", "full")]
@@ -179,10 +186,14 @@ def _record(kind: str, rate: float, found: dict[str, Any]) -> None:
     entry = results.setdefault(kind, {"held_out_nats": {}})
     entry["held_out_nats"][f"{rate:g}"] = found.pop("held_out_nats")
     entry |= found
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    _write(results)
     if all(name in results for name in KINDS):
-        RESULTS.write_text(json.dumps(summary(), indent=1) + "\n")
+        _write(summary())
     print(kind, rate, entry)
+
+
+def _write(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _results() -> dict[str, Any]:

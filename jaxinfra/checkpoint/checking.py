@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import os
 import pathlib
+import stat
 from typing import Any
 
 import xxhash
@@ -27,6 +28,8 @@ def load(step_folder: pathlib.Path) -> Manifest:
     """
     path = step_folder / integrity.MANIFEST
     try:
+        if isinstance(path, pathlib.Path):
+            _size(path)
         with path.open("rb") as file:
             # Sized before it is read; an object store's file ends where it ends.
             size = file.seek(0, os.SEEK_END)
@@ -114,10 +117,17 @@ def read_into(step_folder: Any, record: FileRecord, *buffers) -> None:
 
 def _check_size(path: pathlib.Path, record: FileRecord) -> None:
     try:
-        size = os.stat(path).st_size
+        size = _size(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if size != record.bytes:
         raise CheckpointError(
             f"{path}: {size} bytes, {record.bytes} bytes were written"
         )
+
+
+def _size(path: pathlib.Path) -> int:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would not end, a link leads away
+        raise CheckpointError(f"{path} is no plain file")
+    return status.st_size

@@ -58,7 +58,12 @@ class NoUsableCheckpoint(CheckpointError):
 
 
 class SaveError(Exception):
-    """A save behind the training loop failed; every process raises the same text."""
+    """A save behind the training loop failed; every process raises the same text.
+    `kind` is the class name of what made it fail."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,9 @@ def fence_off(folder: Any, *, attempt: int) -> None:
     for match in [_WRITING.fullmatch(name) for name in os.listdir(folder)]:
         if match and int(match[1]) < attempt:
             with contextlib.suppress(FileNotFoundError):  # it was quicker
-                os.rename(folder / match[0], folder / f"{match[0]}.deleting")
+                # By a name of this attempt's: the folder may have been made again.
+                aside = f"{match[0]}.{attempt}.deleting"
+                os.rename(folder / match[0], folder / aside)
 
 
 @functools.singledispatch
@@ -116,7 +123,7 @@ def begin(folder: Any, *, step: int, attempt: int) -> str:
         if match and int(match[1]) <= attempt:
             shutil.rmtree(folder / match[0])
     for left in folder.glob("*.deleting"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # somebody may still read it
     name = f"{step}.{attempt}.writing"
     (folder / name).mkdir()
     (folder / name / _BEGUN).touch()
@@ -187,12 +194,12 @@ def write_synced(path: Any, pieces: Iterable[Any]) -> None:
     """Writes a file, its bytes given in pieces, down to the disk; its name needs
     `sync_folders`.
 
-    Past the page cache, where the file system can: what nobody reads soon then costs
-    neither memory nor the time to find some.
+    Past the page cache where that can be: nobody reads it soon, and memory is dear.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = _open_direct(path)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
+        _set_direct(file, True)
         block, num_bytes = memoryview(mmap.mmap(-1, _BLOCK_BYTES)), 0
         for size in _filled(block, pieces):
             num_bytes += size
@@ -205,25 +212,22 @@ def write_synced(path: Any, pieces: Iterable[Any]) -> None:
         os.close(file)
 
 
-def _open_direct(path: pathlib.Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags | _DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)
-
-
 def _write_some(file: int, data: memoryview) -> int:
     try:
         return os.write(file, data)
-    except OSError as error:
-        status = fcntl.fcntl(file, fcntl.F_GETFL)
-        if error.errno != errno.EINVAL or not status & _DIRECT:
+    except OSError as error:  # of a file system that is stricter than most, perhaps
+        if error.errno != errno.EINVAL or not _set_direct(file, False):
             raise
-        fcntl.fcntl(file, fcntl.F_SETFL, status & ~_DIRECT)  # stricter than most
         return os.write(file, data)
+
+
+def _set_direct(file: int, is_on: bool) -> bool:
+    """Whether that was not so before."""
+    now = fcntl.fcntl(file, fcntl.F_GETFL)
+    wanted = now | _DIRECT if is_on else now & ~_DIRECT
+    with contextlib.suppress(OSError):  # it cannot be
+        fcntl.fcntl(file, fcntl.F_SETFL, wanted)
+    return wanted != now
 
 
 def _filled(block: memoryview, pieces: Iterable[Any]) -> Iterator[int]:
@@ -245,9 +249,15 @@ def _filled(block: memoryview, pieces: Iterable[Any]) -> Iterator[int]:
 
 def sync_folders(root: pathlib.Path) -> None:
     """`sync_folder` for a folder and all below it, several at once."""
-    folders = [pathlib.Path(folder) for folder, _, _ in os.walk(root)]
+
+    def below(folder: Any) -> Iterator[Any]:  # os.walk passes over what it cannot list
+        yield folder
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                yield from below(entry.path)
+
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        collections.deque(pool.map(sync_folder, folders), maxlen=0)
+        collections.deque(pool.map(sync_folder, list(below(root))), maxlen=0)
 
 
 def sync_folder(folder: pathlib.Path) -> None:

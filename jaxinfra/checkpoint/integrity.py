@@ -30,6 +30,7 @@ FORMAT_VERSION = 2
 MANIFEST = commits.MANIFEST
 CHECKSUM_BYTES = 4  # zarr3's crc32c codec appends it to every chunk.
 MAX_MANIFEST_BYTES = 256 << 20  # About 1.5 million chunks.
+MAX_PADDING_BYTES = 64 << 20  # Of a chunk.
 MAX_DEPTH = 64
 ITEM_BYTES = {
     **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1),
@@ -219,6 +220,9 @@ def _array(name: str, value: Any) -> ArrayRecord:
     is_whole = isinstance(chunks, list) and len(chunks) == num_chunks
     require(is_whole, f"{where}it must list {num_chunks} chunks")
     size = chunk_file_bytes(tuple(chunk), value["dtype"])
+    # A chunk may have padding, of shards that are not whole; not any amount of it.
+    most = chunk_file_bytes(tuple(shape), value["dtype"]) + MAX_PADDING_BYTES
+    require(size <= most, f"{where}chunks of {size} bytes, far more than it holds")
     indexes = grid(tuple(shape), tuple(chunk))
     return ArrayRecord(
         shape=tuple(shape),

@@ -116,9 +116,9 @@ class Checkpointer:
             try:
                 self._finished.append(save.result())
             except SaveError as error:
-                failures.append(str(error))
+                failures.append(error)
         if failures:
-            raise SaveError("; ".join(failures))
+            raise SaveError("; ".join(map(str, failures)), failures[-1].kind)
         finished, self._finished = self._finished, []
         return finished
 
@@ -145,6 +145,7 @@ class Checkpointer:
             told = lambda: group.collect(topic)
             commit = lambda: self._commit(writing, taken, about, told())
             name, num_bytes = first(f"{topic}/commit", commit)
+            writing = None  # what fails from here on does not undo it
             secs = time.monotonic() - started
             old = first(f"{topic}/old", lambda: self._surplus(step))
             if old:
@@ -156,8 +157,9 @@ class Checkpointer:
             taken.abandon()
             if group.rank == 0 and writing is not None:
                 commits.abandon(writing)
-            raise SaveError(f"save of step {step} failed: {error}") from error
-        unpruned = commits.prune(self._folder, old) if old and not group.rank else None
+            kind = getattr(error, "kind", type(error).__name__)
+            raise SaveError(f"save of step {step} failed: {error}", kind) from error
+        unpruned = self._prune(old) if old and not group.rank else None
         return SaveReport(
             step=step,
             blocked_secs=taken.blocked_secs,
@@ -180,10 +182,19 @@ class Checkpointer:
         versions = integrity.versions()
         manifest = integrity.Manifest(arrays=records, versions=versions, **about)
         text = integrity.build(manifest)
+        self._fence()
         self._ready()
         self._fence()
         final = commits.commit(writing, step=manifest.step, manifest=text)
         return final.name, sum(file.bytes for file in manifest.files())
+
+    def _prune(self, names: list[str]) -> str | None:
+        """Steps that a later run may have taken over are not deleted."""
+        try:
+            self._fence()
+        except Exception as error:
+            return str(error)
+        return commits.prune(self._folder, names)
 
     def _surplus(self, step: int) -> list[str]:
         also = self._retain(commits.step_folders(self._folder))

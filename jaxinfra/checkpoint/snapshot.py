@@ -79,8 +79,8 @@ class Snapshot:
             source.shard.copy_to_host_async()
 
     def finish(self) -> None:
-        """Copies, while the writer writes what is there; on return the arrays may be
-        donated. An error is the writer's to raise."""
+        """Copies, while the writer writes; on return the arrays may be donated. An
+        error is the writer's to raise."""
         started = time.monotonic()
         error = self._copy()
         self.blocked_secs += time.monotonic() - started
@@ -88,7 +88,13 @@ class Snapshot:
 
     def _copy(self) -> Exception | None:
         def one(source: Source) -> None:
-            values = host_copy(source, is_whole=self.is_whole)
+            if self._is_abandoned:
+                return
+            try:
+                values = host_copy(source, is_whole=self.is_whole)
+            except Exception as error:
+                self.abandon(error)  # who waits for room waits no more
+                raise
             self._ready.put(Chunk(source.name, source.box, values))
 
         try:
@@ -110,15 +116,17 @@ class Snapshot:
         while (found := self._ready.get()) is not None:
             if isinstance(found, Exception):
                 raise found
-            held, found = [found], None
-            yield held.pop()  # kept by nobody here
+            held, found = [found], None  # so that no name here keeps its memory
+            if not self._is_abandoned:
+                yield held.pop()
 
     def written(self, chunk: Chunk) -> None:
         """The writer keeps no reference to the chunk's values."""
 
-    def abandon(self) -> None:
-        """Nobody will write what is left: it is not copied, and what is, is freed."""
-        self._is_abandoned, self._ready = True, queue.SimpleQueue()
+    def abandon(self, error: Exception | None = None) -> None:
+        """Nobody will write what is left: iterating raises the error, or ends."""
+        self._is_abandoned = True
+        self._ready.put(error)
 
 
 def take(

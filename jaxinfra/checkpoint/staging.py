@@ -53,10 +53,10 @@ class Staged(snapshot.Snapshot):
             self._staged_bytes -= chunk.values.nbytes
             self._changed.notify_all()
 
-    def abandon(self) -> None:
+    def abandon(self, error: Exception | None = None) -> None:
         """As `Snapshot.abandon`; who waits for room waits no more."""
         with self._changed:
-            super().abandon()
+            super().abandon(error)
             self._changed.notify_all()
 
     def _has_room(self, source: Source) -> bool:

@@ -43,7 +43,11 @@ def write_arrays(folder: Any, snapshot: Snapshot) -> Digests:
         path = integrity.chunk_path(chunk.name, index)
         digest = xxhash.xxh3_128()
         pieces = _pieces(_padded(chunk.values, layout.chunk_shape), digest)
-        commits.write_synced(folder / path, pieces)
+        try:
+            commits.write_synced(folder / path, pieces)
+        except Exception as error:
+            snapshot.abandon(error)  # no chunk may come any more that would tell it
+            raise
         snapshot.written(chunk)
         return chunk.name, path, digest.hexdigest()
 

@@ -25,6 +25,7 @@ from jaxinfra.config import DataError
 from jaxinfra.remote.object_path import ObjectPath
 
 _BEGUN, _FENCED = "begun.json", "fenced.json"
+_FENCE = b'{"fenced_by"'  # how a manifest begins that is none
 
 
 def object_folder(folder: str | ObjectPath) -> ObjectPath:
@@ -64,14 +65,19 @@ def step_folders(folder: ObjectPath) -> list[tuple[int, ObjectPath]]:
 @commits.fence_off.register
 def fence_off(folder: ObjectPath, *, attempt: int) -> None:
     """Creates the manifests that earlier attempts would, and frees their space."""
+    fence = json.dumps({"fenced_by": attempt}).encode()
     for name, keys in _by_name(folder).items():
-        if _BEGUN in keys and commits.MANIFEST not in keys:
+        if _BEGUN not in keys or _FENCED in keys:
+            continue
+        manifest = folder / name / commits.MANIFEST
+        if commits.MANIFEST in keys:  # perhaps of a take-over that was killed here
+            is_fenced = manifest.begins_with(_FENCE)
+        else:
             begun = json.loads((folder / name / _BEGUN).read_bytes())
-            if begun.get("attempt", 0) < attempt:
-                fence = json.dumps({"fenced_by": attempt}).encode()
-                if (folder / name / commits.MANIFEST).create(fence):
-                    (folder / name / _FENCED).write_bytes(fence)
-                    (folder / name).delete_below("arrays")
+            is_fenced = begun.get("attempt", 0) < attempt and manifest.create(fence)
+        if is_fenced:
+            (folder / name / _FENCED).write_bytes(fence)
+            (folder / name).delete_below("arrays")
 
 
 @commits.begin.register

@@ -27,7 +27,10 @@ SCHEMES = ("s3", "gs")
 _ABSENT = b"\x02"  # TensorStore's generation of a key that is not there
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 _FINAL = ("NOT_FOUND", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
-_CODE = re.compile(rf"\b({'|'.join((*_REFUSED, *_FINAL))})\b")  # of what will not pass
+_SHORT = "OUT_OF_RANGE"
+_CODE = re.compile(
+    rf"\b({'|'.join((*_REFUSED, *_FINAL, _SHORT))})\b"
+)  # of what will not pass
 
 T = TypeVar("T")
 
@@ -38,6 +41,10 @@ class NoAnswer(ConnectionError):
 
 class ServerFailed(ConnectionError):
     """To serve one try; a later one may fare better."""
+
+
+class _TooShort(DataError):
+    """A value ends before the bytes that were asked for."""
 
 
 class ObjectPath:
@@ -88,6 +95,13 @@ class ObjectPath:
     def is_file(self) -> bool:
         """Whether the key itself has a value."""
         return self._read(byte_range=slice(0, 0)) is not None
+
+    def begins_with(self, text: bytes) -> bool:
+        """Whether the key has a value that begins so; reads no more of it."""
+        try:
+            return self._read(byte_range=slice(0, len(text))) == text
+        except _TooShort:
+            return False
 
     def is_dir(self) -> bool:
         """Whether there are keys below it."""
@@ -182,6 +196,8 @@ class ObjectPath:
         if found[1] in _REFUSED:
             source = urls.CREDENTIALS[self.scheme]
             return DataError(f"{text}: access is refused; check {source}")
+        if found[1] == _SHORT:
+            return _TooShort(text)
         return DataError(f"{text}: check the bucket and the endpoint")
 
 

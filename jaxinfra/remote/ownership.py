@@ -104,6 +104,12 @@ def acquire_object(
     return ObjectOwnership(run_dir, record, renew_secs)
 
 
+def is_ours(run_dir: ObjectPath) -> bool:
+    """Whether this process is the newest that took the run folder."""
+    owner = _owner(run_dir, max(_attempts(run_dir), default=0)) or {}
+    return dataclasses.asdict(ownership.this_process()).items() <= owner.items()
+
+
 def _refuse_if_alive(
     run_dir: ObjectPath,
     attempt: int,

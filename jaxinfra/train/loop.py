@@ -111,6 +111,7 @@ def run(
             code = exitcodes.DIVERGED
             break
         if schedule.is_save(step) or late.is_stop:
+            _tell_saves(saver.wait, journal)
             saver.save(step, state)
         if is_boundary:
             reader.restart_clock()
@@ -125,6 +126,7 @@ def run(
         code = exitcodes.DIVERGED
     elif is_cut:
         if step > start and not schedule.is_save(step):
+            _tell_saves(saver.wait, journal)
             saver.save(step, state)
         reason = hooks.stop_wanted() or "its data cannot be had"
         journal.event("preemption", step=step, reason=reason)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,11 +20,11 @@ from jaxinfra.train.journal import Journal
 from jaxinfra.train.state import TrainState, without_frozen
 
 
-class Owner:
+class Owner(NamedTuple):
     """This job's right to the run folder: the first process holds it for all."""
 
-    def __init__(self, attempt: int, check: Callable[[], None]):
-        self.attempt, self.check = attempt, check
+    attempt: int
+    check: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -144,12 +144,21 @@ class Saver:
     def poll(self) -> list[SaveReport]:
         """Saves that have ended; raises SaveError for one that failed, and FolderOwned
         if that is because a later run has the folder."""
-        try:
-            return self._checkpointer.poll()
-        except SaveError:
-            self._owner.check()
-            raise
+        return _told(self._checkpointer.poll)
+
+    def wait(self) -> list[SaveReport]:
+        """As `poll`, after the running save."""
+        return _told(self._checkpointer.wait)
 
     def close(self) -> list[SaveReport]:
-        """Waits for the running save; raises SaveError if it failed."""
-        return self._checkpointer.close()
+        """As `wait`; the last call."""
+        return _told(self._checkpointer.close)
+
+
+def _told(ended: Callable[[], list[SaveReport]]) -> list[SaveReport]:
+    try:
+        return ended()
+    except SaveError as error:
+        if error.kind == ownership.Fenced.__name__:
+            raise ownership.Fenced(str(error)) from error
+        raise

@@ -12,7 +12,8 @@ frozen rest stands in the model state (`objective.Frozen`), comes from `init.fro
 every start, and is known by a digest that each checkpoint has: going on beside other
 parameters is refused. A loss sees them joined; an adapted matrix is a `LowRank`, which
 the seam's einsum asks how it is contracted, so no model knows of it. Its base may be
-held in few bits (`lora.base`, QLoRA).
+held in few bits (`lora.base`, QLoRA). The stages of a pipeline get the whole tree, and
+take gradients of what is trained alone.
 
 A run with adapters is a source like any other: `generate`, `evaluate` and `convert`
 merge it. `generate --adapter RUN` keeps one base and gives each prompt its own.

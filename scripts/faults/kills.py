@@ -98,7 +98,7 @@ def _chain(
             )
             lost.append(max(0, done - made))
             # A save that was begun may be cut; the one before it stood by then.
-            out.check(lost[-1] < 2 * SAVE_EVERY, f"{lost[-1]} steps are lost")
+            out.check(lost[-1] <= 2 * SAVE_EVERY, f"{lost[-1]} steps are lost")
             cut += any(run_dir.glob("checkpoints/*.writing"))
             begun = rigs.events(run_dir, "start")[events:]
             out.check(not begun or begun[0]["step"] == committed, "went on elsewhere")

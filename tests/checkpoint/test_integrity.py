@@ -1,6 +1,7 @@
 """No damage is silent: flipped, cut, lost, or swapped bytes are found and named."""
 
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -123,6 +124,7 @@ NU = ("arrays", "opt/nu")
         ((*NU, "shape"), [-16], "shape"),
         ((*NU, "chunk_shape"), [0], "shape"),
         ((*NU, "chunk_shape"), [16, 1], "differ in rank"),
+        ((*NU, "chunk_shape"), [2**30], "far more than it holds"),
         ((*NU, "chunks"), [], "must list 1 chunks"),
         (
             (*NU, "chunks", 0, "path"),
@@ -143,6 +145,19 @@ def test_a_forged_manifest_is_refused_by_rule(path, new, says, folder):
     with pytest.raises(CheckpointError) as error:
         integrity.parse(changed(values, path, new))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", [integrity.MANIFEST, "arrays/opt/nu/c/0"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_plain_file_is_not_read(name, kind, folder, tmp_path):
+    path = folder / "2" / name
+    path.rename(tmp_path / "aside")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "aside")
+    [problem] = checking.validate(folder / "2")
+    assert "is no plain file" in problem
 
 
 def test_a_newer_format_is_named_and_not_walked_back_from(folder, state):

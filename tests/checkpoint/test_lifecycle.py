@@ -263,3 +263,88 @@ def test_a_failed_save_whose_space_cannot_be_freed_is_told_as_failed(
     monkeypatch.setattr(commits.shutil, "rmtree", failing)
     with pytest.raises(SaveError, match="save of step 1 failed"):
         small_state.save_now(checkpointer, 1, state)
+
+
+def test_what_fails_after_the_commit_leaves_the_step(state, tmp_path, monkeypatch):
+    """An object store's place to write in is the step itself: it is not abandoned."""
+    saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1)
+    small_state.save_now(saves, 10, state)
+    abandoned = []
+    monkeypatch.setattr(commits, "abandon", abandoned.append)
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(lifecycle.jaxinfra, "read_back", fail)
+    with pytest.raises(SaveError, match="Input/output error"):
+        small_state.save_now(saves, 20, state)
+    assert abandoned == []
+    assert [step for step, _ in commits.step_folders(tmp_path)] == [20, 10]
+
+
+def test_who_was_fenced_after_the_commit_deletes_nothing(state, tmp_path, monkeypatch):
+    is_fenced = []
+
+    def fence():
+        if is_fenced:
+            raise RuntimeError("taken over")
+
+    commit = commits.commit
+    saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1, fence=fence)
+    small_state.save_now(saves, 10, state)
+
+    def fenced_then(*args, **kwargs):
+        is_fenced.append(True)
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(commits, "commit", fenced_then)
+    [report] = small_state.save_now(saves, 20, state)
+    assert "taken over" in report.unpruned
+    assert [step for step, _ in commits.step_folders(tmp_path)] == [20, 10]
+
+
+def test_lines_of_a_fenced_writer_are_not_synced(state, tmp_path):
+    synced = []
+
+    def fence():
+        if len(calls := fence.calls) > 1:
+            raise RuntimeError("taken over")
+        calls.append(1)
+
+    fence.calls = [1]
+    saves = lifecycle.Checkpointer(
+        tmp_path,
+        keep=1,
+        run_id="r",
+        attempt=1,
+        fence=fence,
+        ready=lambda: synced.append(1),
+    )
+    with pytest.raises(SaveError, match="taken over") as error:
+        small_state.save_now(saves, 1, state)
+    assert error.value.kind == "RuntimeError"
+    assert synced == []
+
+
+def test_a_folder_made_again_by_a_late_chunk_is_fenced_off_again(tmp_path):
+    (tmp_path / "20.1.writing.deleting").mkdir()
+    (tmp_path / "20.1.writing.deleting" / "chunk").touch()
+    for attempt in (2, 3):
+        (tmp_path / "20.1.writing").mkdir()
+        (tmp_path / "20.1.writing" / "late").touch()
+        commits.fence_off(tmp_path, attempt=attempt)
+        assert not (tmp_path / "20.1.writing").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_no_synced_one(tmp_path, monkeypatch):
+    (tmp_path / "arrays").mkdir()
+    scandir = commits.os.scandir
+
+    def fail(path):
+        if str(path).endswith("arrays"):
+            raise OSError(5, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(commits.os, "scandir", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        commits.sync_folders(tmp_path)

@@ -83,8 +83,12 @@ def test_no_more_than_the_bound_waits_on_the_host(kind, tmp_path, monkeypatch):
     assert most[0] <= max(kind.get("staging_bytes", 2 << 21), CHUNK) + slack
 
 
-def test_a_failed_write_does_not_leave_the_caller_waiting(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("secs", [0.0, 0.1], ids=["at once", "later"])
+def test_a_failed_write_does_not_leave_the_caller_waiting(
+    kind, secs, tmp_path, monkeypatch
+):
     def full(path, pieces):
+        time.sleep(secs)
         raise OSError(28, "No space left on device")
 
     saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1, **kind)
@@ -92,6 +96,25 @@ def test_a_failed_write_does_not_leave_the_caller_waiting(kind, tmp_path, monkey
         patch.setattr(commits, "write_synced", full)
         saves.save(1, make_arrays(), metadata=small_state.METADATA)
         with pytest.raises(SaveError, match="No space left"):
+            saves.wait()
+    saves.save(2, make_arrays(), metadata=small_state.METADATA)
+    assert [report.step for report in saves.close()] == [2]
+
+
+def test_a_failed_copy_is_the_saves_error(kind, tmp_path, monkeypatch):
+    copy, calls = snapshot.host_copy, []
+
+    def fail(source, *, is_whole):
+        calls.append(source)
+        if len(calls) == 3:
+            raise MemoryError("no memory for the copy")
+        return copy(source, is_whole=is_whole)
+
+    saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1, **kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "host_copy", fail)
+        saves.save(1, make_arrays(), metadata=small_state.METADATA)
+        with pytest.raises(SaveError, match="no memory for the copy"):
             saves.wait()
     saves.save(2, make_arrays(), metadata=small_state.METADATA)
     assert [report.step for report in saves.close()] == [2]

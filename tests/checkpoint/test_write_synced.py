@@ -24,23 +24,25 @@ def test_a_file_is_its_pieces(tmp_path, size, cut):
 
 
 @DIRECT
-@pytest.mark.parametrize("strict", ["open", "write"])
+@pytest.mark.parametrize("call", ["fcntl", "write"])
 def test_a_file_system_that_cannot_is_written_through_its_cache(
-    tmp_path, monkeypatch, strict
+    tmp_path, monkeypatch, call
 ):
-    kept, refused = getattr(os, strict), []
+    module = {"fcntl": fcntl, "write": os}[call]
+    kept, refused = getattr(module, call), []
+    get_flags = fcntl.fcntl
 
-    def refuse(target, *args, **kwargs):
-        is_open = strict == "open"
-        flags = args[0] if is_open else fcntl.fcntl(target, fcntl.F_GETFL)
+    def refuse(file, *args):
+        is_set = call == "fcntl" and args[0] == fcntl.F_SETFL
+        flags = args[1] if is_set else get_flags(file, fcntl.F_GETFL)
         if flags & commits._DIRECT:
             refused.append(flags)
             raise OSError(errno.EINVAL, "Invalid argument")
-        return kept(target, *args, **kwargs)
+        return kept(file, *args)
 
     data = os.urandom(BLOCK + 4100)
     with monkeypatch.context() as patch:
-        patch.setattr(os, strict, refuse)
+        patch.setattr(module, call, refuse)
         commits.write_synced(tmp_path / "file", [data])
     assert len(refused) == 1
     assert (tmp_path / "file").read_bytes() == data

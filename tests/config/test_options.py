@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from jaxinfra import options
+from jaxinfra import options, resuming
 from jaxinfra.config import Config, ConfigError, EvalConfig, LayerConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_no_option_leaves_the_default():
 )
 def test_an_option_sets_its_key_and_no_other(argv, key, value):
     config = options.parse(argv, CONFIG)
-    assert [(k, new) for k, _, new in options.diff(CONFIG, config)] == [(key, value)]
+    assert [(k, new) for k, _, new in resuming.diff(CONFIG, config)] == [(key, value)]
     assert type(options.leaves(config)[key]) is type(value)
 
 
@@ -117,7 +117,7 @@ def test_every_difference_can_be_given_on_the_command_line(old, new):
             weights=old.data.weights | new.data.weights,
         ),
     )
-    argv = [f"--{key}={spelled(value)}" for key, _, value in options.diff(old, new)]
+    argv = [f"--{key}={spelled(value)}" for key, _, value in resuming.diff(old, new)]
     assert options.parse(argv, old) == new
 
 
@@ -179,9 +179,9 @@ def test_json_nested_too_deep_is_refused():
 def test_the_diff_tells_what_a_resumed_run_may_not_change():
     argv = ["--mesh.fsdp=8", "--zero=1", "--train.steps=9", "--train.length=9"]
     argv += ["--eval.sets.a=b", "--run.dir=x", "--run.seed=3", "--init.from=y"]
-    changes = options.diff(CONFIG, options.parse(argv, CONFIG))
+    changes = resuming.diff(CONFIG, options.parse(argv, CONFIG))
     assert len(changes) == 8
-    assert options.not_resumable(changes) == [
+    assert resuming.not_resumable(changes) == [
         ("run.seed", 0, 3),
         ("train.length", 256, 9),
         ("init.from", "", "y"),
@@ -190,7 +190,7 @@ def test_the_diff_tells_what_a_resumed_run_may_not_change():
 
 def test_every_key_that_may_change_on_resume_exists():
     keys = [f"{key}." for key, _ in options.every_option(Config)]
-    for prefix in options.RESUMABLE:
+    for prefix in resuming.RESUMABLE:
         assert any(key.startswith(f"{prefix}.") for key in keys), prefix
 
 
@@ -302,9 +302,9 @@ def test_what_is_kept_of_a_config_has_no_secret_of_a_url():
     assert kept["data"]["path"] == "https://host:8443/sets/a?..."
     assert kept["data"]["sets"]["b"] == "s3://b/c"
     # The run goes on by the same command, with other credentials too.
-    assert options.diff(options.from_json(kept), config) == []
+    assert resuming.diff(options.from_json(kept), config) == []
     moved = dataclasses.replace(config, data=dataclasses.replace(data, path="s3://b"))
-    [(key, was, now)] = options.diff(options.from_json(kept), moved)
+    [(key, was, now)] = resuming.diff(options.from_json(kept), moved)
     assert (key, was, now) == ("data.path", "https://host:8443/sets/a?...", "s3://b")
 
 

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOSS = 1e-5  # float32 sums in another order, carried through 20 updates
-OTHER_CODES = 2e-3  # and where such a sum is near the middle of two codes of int8
+# In bfloat16, where such a sum may be another number, and then another code of int8.
+OTHER_CODES = 1e-2
 STEPS = 30  # so many that a signal sent after a few lands before the end
 SMALL = {
     "model.width": 64,
@@ -215,6 +216,7 @@ def test_few_bits_over_four_processes_train_to_the_losses_of_one(tmp_path, cache
         )
         assert ours["data/digest"] == theirs["data/digest"]
     assert found[-1]["train/quant/grad_underflow"] > 0
+    assert alone[-1]["train/loss"] < alone[0]["train/loss"] - 3 * OTHER_CODES
 
 
 @pytest.mark.parametrize(

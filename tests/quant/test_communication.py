@@ -1,14 +1,17 @@
 """Traffic in 8 bits: near the plain einsum, and fewer bytes in the compiled program."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parallel import pipelines
 
 import jaxinfra
 from jaxinfra import precision, sharding
+from jaxinfra.config import CommConfig
 from jaxinfra.ops import seam
 from jaxinfra.quant import communication
 
@@ -127,3 +130,18 @@ def test_the_compiled_program_moves_half_the_bytes(form):
     assert 0 < moved["all-gather"] <= 0.55 * 2 * (2 * D * F)
     assert 0 < moved["all-to-all"] <= 0.55 * (2 * D * F)
     assert moved["reduce-scatter"] == moved["all-reduce"] == 0
+
+
+@pytest.mark.slow
+def test_a_pipeline_gathers_and_reduces_its_layers_so():
+    """Once a step each; the embedding and the head go as they are."""
+    config = pipelines.config(
+        {"pipeline": 2, "fsdp": 2}, zero=3, model={"width": 64, "repeats": 2}
+    )
+    low = dataclasses.replace(config, comm=CommConfig(gather="int8", reduce="int8"))
+    plain, held_out, weights = pipelines.gradients(config)
+    found, low_held_out, _ = pipelines.gradients(low, weights)
+    assert 0 < abs(found.loss_sum / plain.loss_sum - 1) < ROUNDED["int8"]
+    assert low_held_out[0] != held_out[0]
+    far = pipelines.distance(found.grads, plain.grads)
+    assert 0 < max(far.values()) < 3 * ROUNDED["int8"], far  # on the way there and back

@@ -7,6 +7,7 @@ import pytest
 import jaxinfra
 from jaxinfra.checkpoint import checking, commits, integrity, lifecycle, restore, store
 from jaxinfra.checkpoint.commits import CheckpointError, NoUsableCheckpoint, SaveError
+from jaxinfra.remote import object_path
 
 METADATA = {"config": {}, "data": {}}
 
@@ -147,6 +148,23 @@ def test_a_fenced_writer_cannot_commit_and_its_late_chunks_do_no_harm(
     assert checking.validate(folder / "20.1") == []
     save(new, 30)
     assert "20" not in [path.name for _, path in commits.step_folders(folder)]
+
+
+def test_a_take_over_killed_at_its_fence_is_ended_by_the_next(folder, monkeypatch):
+    save(saver(folder), 10)
+    commits.begin(folder, step=20, attempt=1)
+    (folder / "20/arrays/x/c/0").write_bytes(b"some")
+
+    def killed(self, data):
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_path.ObjectPath, "write_bytes", killed)
+        with pytest.raises(_Killed):
+            commits.fence_off(folder, attempt=2)
+    commits.fence_off(folder, attempt=3)
+    assert [step for step, _ in commits.step_folders(folder)] == [10]
+    assert (folder / "20").below() == ["begun.json", "fenced.json", "manifest.json"]
 
 
 def test_a_writer_that_begins_after_the_take_over_is_told_when_it_asks(folder):

@@ -21,6 +21,9 @@ def test_a_key_acts_as_a_path(bucket):
     path.write_bytes(b"12")
     assert path.read_text() == "12"
     assert path.open().read(1) == b"1"
+    assert path.begins_with(b"1")
+    assert not any(map(path.begins_with, (b"2", b"123")))
+    assert not (bucket / "a/c").begins_with(b"1")
     assert path.is_file()
     assert not path.is_dir()
     assert (bucket / "a").is_dir()

@@ -56,6 +56,9 @@ class World:
             raise SaveError("disk full")
         return []
 
+    def wait(self):
+        return self.poll()
+
     def close(self):
         self.log.append("close")
         if self.close_fails:
