@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "qlora.json"
 STEPS, ROWS, LENGTH, PASSAGE = 40, 4, 64, 1000
 EVAL_BATCHES, EVAL_ROWS = 6, 8
+# Of the logits' standard deviation: float32 sums in another order, through 30 layers.
+MERGED = 1e-4
 _LORA = ["--lora.rank", "8", "--lora.alpha", "16", "--lora.base", "nf4"]
 # Kind -> (settings, peak learning rates).
 KINDS: dict[str, tuple[list[str], tuple[float, ...]]] = {
@@ -135,9 +137,12 @@ def _merged(source: str, run_dir: str) -> dict[str, float]:
         beside = tuned_runs.by_row(base, [run_dir], [0, 0], layout=layout)
         apart_BTV = logits(beside, ids_BT)
         one_BTV = logits(tuned.load(layout=layout, dtype=policy.param), ids_BT)
+    largest, deviation = np.abs(apart_BTV - one_BTV).max(), apart_BTV.std()
+    if largest > MERGED * deviation:
+        raise SystemExit(f"merged logits are {largest} off, of {deviation}")
     return {
-        "largest_difference": float(np.abs(apart_BTV - one_BTV).max()),
-        "logits_standard_deviation": float(apart_BTV.std()),
+        "largest_difference": float(largest),
+        "logits_standard_deviation": float(deviation),
     }
 
 

@@ -8,7 +8,9 @@
 A feed-forward layer (16 x 512 tokens, width 1024 to 2048 and back; wide: 64 x 1024
 tokens, 4096 to 14336; the first half rematerialised) with its whole backward pass,
 split by FSDP over 8. Of the optimised program: operand types of every matmul, bytes
-that each collective gives a device, and a TPU compiler's estimate of cycles.
+that each collective gives a device; for a TPU, the compiler's estimate of cycles, loops
+multiplied out, and the seconds of a roofline, of published peaks and bandwidth. That
+compiler prices a product of int8 as one of bfloat16, whose peak is half as high.
 Results go to scripts/results/quant_programs.json.
 """
 
@@ -19,7 +21,8 @@ import pathlib
 import re
 import sys
 
-from jaxinfra.plan import compilers, targets
+from jaxinfra.plan import compilers, cost, targets
+from jaxinfra.plan.program import parse
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant_programs.json"
 # Rows, length, width, ffn.
@@ -34,8 +37,9 @@ def main(argv: list[str]) -> int:
     results[" ".join(argv)] = found = {
         "matmuls": matmuls(text),
         "collective_bytes": traffic(text),
-        "estimated_cycles": cycles(text),
     }
+    if target == "v6e":
+        found |= price(text, peak=2.0 if kind == "int8" else 1.0)
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0
@@ -123,9 +127,19 @@ def traffic(text: str) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def cycles(text: str) -> int:
-    """The TPU compiler's own estimate, all fusions together; a GPU's says nothing."""
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+def price(text: str, *, peak: float) -> dict[str, float]:
+    """What a v6e's core would take; `peak`: of its products, over bfloat16's."""
+    chip, program = targets.parse("v6e:2x4").chip, parse(text)
+
+    def secs(clock: cost.Clock) -> float:
+        played = cost.play(program, clock=clock, link_bytes_per_sec=math.inf)
+        return played.compute_secs
+
+    roofline = cost.roofline(peak * chip.peak_flops, chip.hbm_bytes_per_sec)
+    return {
+        "estimated_cycles": secs(cost.cycles_at(1.0)),
+        "roofline_millisecs": 1e3 * secs(roofline),
+    }
 
 
 if __name__ == "__main__":
