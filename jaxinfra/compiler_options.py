@@ -25,7 +25,8 @@ _WIDE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
 # Types stay as they are written. Else the compiler, which sees that a float32 stack of
 # layers is only read as bfloat16, casts all of it before the loop over layers and keeps
-# both: measured on v5p as above, 22.2 GB of arguments and temporaries, 21.1 without.
+# both. Measured on v5p as above: 22.2 GB of arguments and temporaries become 21.1, and
+# 1.148 s 1.143.
 _NO_PROPAGATION = {"xla_jf_bf16_propagation": "false"}
 
 _WITH_SPARSE_CORE = _SPARSE_CORE | _WIDE_VMEM | _NO_PROPAGATION
