@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_steps(run: str) -> list[tuple[int, Any]]:
-    """Committed steps of a run, oldest first; of RUN@STEP that one."""
+    """Committed steps of a run, oldest first; of RUN@STEP that one. Of several saves of
+    a step, too, the one that counts is last."""
     place, wanted = runfolder.run_and_step(run)
     if not place.is_dir():
         raise NotADirectoryError(f"{run} is not a folder; give the --run.dir of a run")
@@ -69,9 +70,7 @@ def find_steps(run: str) -> list[tuple[int, Any]]:
         )
     if wanted is not None and wanted not in dict(found):
         raise FileNotFoundError(f"{place} has no step {wanted}, only {[*dict(found)]}")
-    return sorted(
-        (step for step in found if wanted in (None, step[0])), key=lambda step: step[0]
-    )
+    return [step for step in reversed(found) if wanted in (None, step[0])]
 
 
 def good_step(run: str) -> Any:

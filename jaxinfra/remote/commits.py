@@ -11,6 +11,7 @@ is seen by it, or never. A save marks its place before it asks whether it still 
 run, and a take-over owns the run before it looks for marks: none slips through.
 """
 
+import io
 import json
 import uuid
 from collections.abc import Iterable
@@ -125,7 +126,10 @@ def prune(folder: ObjectPath, names: list[str]) -> str | None:
 @commits.write_synced.register
 def write_synced(path: ObjectPath, pieces: Iterable[Any]) -> None:
     """One request; it is durable when the store has answered."""
-    path.write_bytes(b"".join(bytes(piece) for piece in pieces))
+    whole = io.BytesIO()  # which gives its bytes without a copy
+    for piece in pieces:
+        whole.write(piece)
+    path.write_bytes(whole.getvalue())
 
 
 @checking.check_sizes.register
@@ -156,7 +160,7 @@ def read_into(step_folder: ObjectPath, record: FileRecord, *buffers) -> None:
 def _checked(step_folder: ObjectPath, record: FileRecord) -> bytes:
     path = step_folder / record.path
     try:
-        data = path.read_bytes()
+        data = path.read_bytes(record.bytes)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if len(data) != record.bytes:

@@ -22,7 +22,7 @@ from jaxinfra.config import DataError
 from jaxinfra.data import urls
 from jaxinfra.data.patience import PATIENCE
 
-TRY_SECS = 60.0  # of one request: 64 MiB at 1 MB/s
+TRY_SECS = 60.0  # of one request, and one more for each MiB that is known to go
 SCHEMES = ("s3", "gs")
 _ABSENT = b"\x02"  # TensorStore's generation of a key that is not there
 _REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -127,9 +127,12 @@ class ObjectPath:
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Nothing: a folder is there as soon as a key is."""
 
-    def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError where the key has no value."""
-        if (value := self._read()) is None:
+    def read_bytes(self, num_bytes: int = 0) -> bytes:
+        """Raises FileNotFoundError where the key has no value.
+
+        A value of about `num_bytes` is given the time for so many.
+        """
+        if (value := self._read(num_bytes=num_bytes)) is None:
             raise FileNotFoundError(2, "No such object", str(self))
         return value
 
@@ -144,7 +147,8 @@ class ObjectPath:
 
     def write_bytes(self, data: bytes) -> None:
         """Gives the key this value, whatever it had."""
-        self._done(lambda kv: kv.write(self.key, data), what="written")
+        write = lambda kv: kv.write(self.key, data)
+        self._done(write, what="written", num_bytes=len(data))
 
     def create(self, data: bytes) -> bool:
         """Gives the key this value if it has none; whether it now is ours.
@@ -154,7 +158,7 @@ class ObjectPath:
         """
         if (found := self._read()) is None:  # for servers that know no conditions
             write = lambda kv: kv.write(self.key, data, if_equal=_ABSENT)
-            if self._done(write, what="written").generation:
+            if self._done(write, what="written", num_bytes=len(data)).generation:
                 return True
             found = self._read()
         return found == data
@@ -170,17 +174,21 @@ class ObjectPath:
         keys = tensorstore.KvStore.KeyRange(start, f"{start[:-1]}0")
         self._done(lambda kv: kv.delete_range(keys), what="deleted")
 
-    def _read(self, **options: Any) -> bytes | None:
-        found = self._done(lambda kv: kv.read(self.key, **options))
+    def _read(self, num_bytes: int = 0, **options: Any) -> bytes | None:
+        read = lambda kv: kv.read(self.key, **options)
+        found = self._done(read, num_bytes=num_bytes)
         return None if found.state == "missing" else found.value
 
-    def _done(self, request: Callable[[Any], Any], what: str = "read") -> Any:
+    def _done(
+        self, request: Callable[[Any], Any], what: str = "read", num_bytes: int = 0
+    ) -> Any:
         """The answer to a request, tried again while it may come."""
+        try_secs = TRY_SECS + num_bytes / 2**20
 
         def attempt() -> Any:
             try:
                 store = _store(self.scheme, self.bucket, os.getpid())
-                return request(store).result(timeout=TRY_SECS)
+                return request(store).result(timeout=try_secs)
             except Exception as error:
                 raise self._problem(error, what) from None
 

@@ -44,7 +44,7 @@ _IMPOSSIBLE = [
     ({"mesh.fsdp": "x"}, "mesh.fsdp"),
     ({"mesh.fsdpp": 2}, "mesh.fsdp"),
     ({"runtime.devices": 6, "mesh.fsdp": 4}, "mesh"),
-    ({"mesh.expert": 2, "runtime.cpu_devices": 8}, "expert"),
+    ({"mesh.expert": 16, "runtime.cpu_devices": 8}, "mesh"),
     ({"runtime.num_processes": 2}, "coordinator"),
     ({"runtime.coordinator": "a:1", "runtime.process_id": 1}, "process_id"),
     ({"model.num_heads": 3}, "num_heads"),

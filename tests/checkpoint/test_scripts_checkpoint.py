@@ -1,6 +1,7 @@
 """`scripts/checkpoint.py`: its exit codes, what it says, and that it needs no jax."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -134,6 +135,15 @@ def test_prune_deletes_what_is_older(run_dir):
     done = call("prune", run_dir, "--keep", "1", "--yes")
     assert "step 9 is deleted" in done.stdout
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["10"]
+
+
+def test_of_two_saves_of_a_step_the_later_one_counts(run_dir):
+    steps = run_dir / "checkpoints"
+    shutil.copytree(steps / "10", steps / "10.replaced")
+    assert call("inspect", run_dir).stdout.startswith(f"step 10 in {steps / '10'}\n")
+    done = call("prune", run_dir, "--keep", "1", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in steps.iterdir()] == ["10"]
 
 
 def test_prune_leaves_a_run_that_lives_alone(run_dir):

@@ -1,5 +1,7 @@
 """Steps in an object store: committed or not there, whoever dies or lingers."""
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,6 +167,23 @@ def test_a_take_over_killed_at_its_fence_is_ended_by_the_next(folder, monkeypatc
     commits.fence_off(folder, attempt=3)
     assert [step for step, _ in commits.step_folders(folder)] == [10]
     assert (folder / "20").below() == ["begun.json", "fenced.json", "manifest.json"]
+
+
+def test_a_chunk_is_held_once_while_its_pieces_become_a_request(folder, monkeypatch):
+    pieces = [np.full(1 << 20, value, np.uint8) for value in range(32)]
+    peaks = []
+
+    def write(self, data):
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        assert data == b"".join(bytes(piece) for piece in pieces)
+
+    monkeypatch.setattr(object_path.ObjectPath, "write_bytes", write)
+    tracemalloc.start()
+    try:
+        commits.write_synced(folder / "chunk", iter(pieces))
+    finally:
+        tracemalloc.stop()
+    assert peaks[0] < 1.25 * (32 << 20)  # it grows by an eighth at a time
 
 
 def test_a_writer_that_begins_after_the_take_over_is_told_when_it_asks(folder):

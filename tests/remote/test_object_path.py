@@ -101,6 +101,26 @@ def test_what_may_pass_is_tried_again(error, quick, monkeypatch):
     assert path.read_bytes() == b"good"
 
 
+def test_a_request_of_many_bytes_is_given_the_time_for_them(quick, monkeypatch):
+    class Timed:
+        def read(self, key):
+            return self
+
+        def write(self, key, data):
+            return self
+
+        def result(self, timeout):
+            given.append(timeout)
+            return type("Answer", (), {"state": "value", "value": b""})
+
+    given = []
+    path = use(monkeypatch, Timed())
+    path.read_bytes()
+    path.read_bytes(100 << 20)
+    path.write_bytes(bytes(3 << 20))
+    assert given == [60, 160, 63]
+
+
 def test_an_outage_that_does_not_end_is_an_error_in_time_and_in_our_words(
     quick, monkeypatch
 ):
