@@ -18,10 +18,11 @@ holds them exactly. mxfp8 is always multiplied so, in the compute dtype.
 Limits: sums over `tensor` travel as 4 bytes an activation (the codes' sum is scaled
 after it). What the current scaling of gradients calls a tensor is a microbatch. To
 round is to read and write activations again, and codes of one scale by channel serve
-one product, so a gradient is rounded twice: v6e's compiler estimates 2.8 times the
-cycles of bfloat16 for int8 in a layer of 1024 to 2048 with 1,024 tokens a chip, and as
-many (1.01 times) for 4096 to 14336 with 8,192: products must be large beside their
-operands (scripts/results/quant_programs.json).
+one product, so a gradient is rounded twice: products must be large beside their
+operands. For a layer of 4096 to 14336 and 8,192 tokens a v6e, a roofline of published
+peaks gives int8 0.87 of bfloat16's time; v6e's compiler gives it 1.19 times the cycles,
+since it prices a product of int8 as one of bfloat16 (506,000 operations a cycle, where
+bfloat16's peak is 524,288 and int8's twice that; scripts/results/quant_programs.json).
 """
 
 import dataclasses

@@ -13,8 +13,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOSS = 1e-5  # float32 sums in another order, carried through 20 updates
-# In bfloat16, where such a sum may be another number, and then another code of int8.
-OTHER_CODES = 1e-2
 STEPS = 30  # so many that a signal sent after a few lands before the end
 SMALL = {
     "model.width": 64,
@@ -64,7 +62,6 @@ class Job:
         steps=STEPS,
         processes=2,
         microbatches=1,
-        more=None,
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -77,7 +74,6 @@ class Job:
             "runtime.cpu_devices": 8 // processes,
             "runtime.coordinator": f"127.0.0.1:{port}",
             "runtime.num_processes": processes,
-            **(more or {}),
         }
         self.run_dir = run_dir
         names = [f"{run_dir.name}.{i}.txt" for i in range(processes)]
@@ -192,31 +188,6 @@ def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
     found = read(run_dir, "metrics.jsonl")
     assert len(found) == 20
     check_losses(found, alone)
-
-
-@pytest.mark.slow
-def test_few_bits_over_four_processes_train_to_the_losses_of_one(tmp_path, cache_dir):
-    """int8 matmuls in stages, both moments in 8 bits, a save and a restart."""
-    more = {"precision": "int8", "optimizer.moments": "8bit", "zero": 3}
-    one = more | {"train.microbatches": 2, "train.steps": 8, "runtime.cpu_devices": 1}
-    done = one_process(tmp_path / "one", cache_dir, **one)
-    assert done.returncode == 0, done.stderr
-    alone = read(tmp_path / "one", "metrics.jsonl")
-    run_dir = tmp_path / "run"
-    mesh = {"fsdp": 2, "tensor": 2, "pipeline": 2}
-    for steps in (4, 8):
-        how = {"processes": 4, "microbatches": 2, "steps": steps, "more": more}
-        with Job(run_dir, cache_dir, mesh=mesh, **how) as job:
-            assert job.codes(timeout_secs=500) == [0] * 4, job.text()
-    found = read(run_dir, "metrics.jsonl")
-    assert [line["step"] for line in found] == list(range(1, 9))
-    for ours, theirs in zip(found, alone, strict=True):
-        assert ours["train/loss"] == pytest.approx(
-            theirs["train/loss"], abs=OTHER_CODES
-        )
-        assert ours["data/digest"] == theirs["data/digest"]
-    assert found[-1]["train/quant/grad_underflow"] > 0
-    assert alone[-1]["train/loss"] < alone[0]["train/loss"] - 3 * OTHER_CODES
 
 
 @pytest.mark.parametrize(
