@@ -173,6 +173,12 @@ APART = (
         "rows that are grouped by expert are multiplied in compute precision alone",
         "set model.capacity_factor, or parallel.experts to dense",
     ),
+    Pair(
+        "expert",
+        "quantized",
+        "experts in few bits are multiplied on every device, each by all",
+        "set mesh.expert to 1 and give its devices to mesh.fsdp",
+    ),
 )
 
 

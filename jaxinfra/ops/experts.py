@@ -153,17 +153,21 @@ def dense(
     expert on every device: for small models, and as the oracle of the other ways.
     """
     hidden = ("batch", "length", None, "ffn")
-    params = {name: on_all(w) for name, w in params.items() if name != "shared"}
+
+    def contract(equation, x, w, *, out):
+        if hasattr(w, "contract"):  # a `seam.Wrapped`, which says of what arrays
+            return w.contract(contract, equation, x, out=out)
+        return einsum(equation, x, on_all(w), out=out)
 
     def project(name):
-        y_BTEF = einsum("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)
+        y_BTEF = contract("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)
         if f"{name}_bias" in params:
-            y_BTEF += params[f"{name}_bias"].astype(y_BTEF.dtype)
+            y_BTEF += on_all(params[f"{name}_bias"]).astype(y_BTEF.dtype)
         return checkpoint_name(y_BTEF, "ffn_in")
 
     act_BTEF = layers.activate(cfg.activation, project)
     gates_BTE = gates_of_all(choice, cfg).astype(act_BTEF.dtype)
-    return einsum(
+    return contract(
         "BTEF,EFD->BTD",
         act_BTEF * gates_BTE[..., None],
         params["down"],
@@ -177,9 +181,16 @@ def gates_of_all(choice: Choice, cfg: ModelConfig) -> jax.Array:
 
 
 def on_all(w: jax.Array) -> jax.Array:
-    """Experts' parameters, whole over `expert`."""
-    spec = sharding.gathered(jax.typeof(w).sharding.spec, "expert")
-    return jax.reshard(w, spec)
+    """Experts' parameters, whole over `expert`: of a tree those arrays alone that are
+    split by expert, and not what it has by row."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        if "expert" not in tuple(spec):
+            return x
+        return jax.reshard(x, sharding.gathered(spec, "expert"))
+
+    return jax.tree.map(one, w)
 
 
 def moved_bias(bias_LE: jax.Array, load_LE: jax.Array, *, rate: float) -> jax.Array:

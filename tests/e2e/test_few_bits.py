@@ -153,4 +153,4 @@ def test_every_axis_at_once_goes_on_bit_for_bit_and_near_one_device(cache, tmp_p
         assert ours[1] == pytest.approx(theirs[1], abs=OTHER_CODES)
         assert ours[3] == theirs[3]
     figures = command.metrics(whole)[-1]
-    assert figures["train/quant/grad_underflow"] > 0
+    assert figures["quant/grad_underflow"] > 0

@@ -16,9 +16,9 @@ SUMS = 1e-6  # float32 sums in another order
 AWARE = {"quantize_aware": "int4", "quantize_group": 4}
 
 
-def in_few_bits(specs, weights):
+def in_few_bits(specs, weights, group=4):
     """Every matrix rounded and made an array again."""
-    how = Compression(format="int4", method="nearest", group=4, matrices=())
+    how = Compression(format="int4", method="nearest", group=group, matrices=())
 
     def one(spec, w):
         if spec.kind != "matrix":
@@ -63,18 +63,19 @@ def test_groups_that_do_not_divide_are_told_by_the_key():
 
 @pytest.mark.slow
 def test_it_loses_less_by_rounding_than_training_that_knew_nothing_of_it():
-    """After the same steps on the same rows, each rounded at the end."""
-    losses = {}
-    for name, train in {"aware": AWARE, "plain": {}}.items():
+    """After the same steps on the same rows: by what the loss rises when channels are
+    rounded whole."""
+    rises = {}
+    for name, train in {"aware": AWARE | {"quantize_group": 0}, "plain": {}}.items():
         config = small.config(train=train)
         e, exact = built(config), built(small.config())
         with jax.set_mesh(e.layout.mesh):
             state = e.init(begun=(small.weights(e.layout), ()))
-            place = experiment.batch_sharding(e.layout)
-            batch = rows(0, config, place)
-            for _ in range(60):
+            batch = rows(0, config, experiment.batch_sharding(e.layout))
+            for _ in range(30):
                 state, _ = e.train_step(state, batch)
-            few = in_few_bits(e.task.specs, state.params)
-            loss, aux = exact.eval_step(few, (), batch)
-            losses[name] = float(loss / aux.weight_sum)
-    assert losses["aware"] < 0.9 * losses["plain"]
+            few = in_few_bits(e.task.specs, state.params, group=0)
+            rounded, _ = exact.eval_step(few, (), batch)
+            whole, _ = exact.eval_step(state.params, (), batch)
+            rises[name] = float(rounded / whole)
+    assert rises["aware"] < 0.75 * rises["plain"], rises
