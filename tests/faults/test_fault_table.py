@@ -113,7 +113,7 @@ def test_a_row_fails_where_the_code_is_broken(row, cache, tmp_path):
 @pytest.mark.slow
 def test_the_row_on_flipped_bits_fails_where_digests_are_not_compared(cache, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "from jaxinfra.checkpoint import integrity\n"
+        "from jaxinfra.checkpoint import checking, integrity\n"
         "class Same(str):\n"
         "    def __ne__(self, other): return False\n"
         "whole = integrity.xxhash.xxh3_128\n"
@@ -123,7 +123,7 @@ def test_the_row_on_flipped_bits_fails_where_digests_are_not_compared(cache, tmp
         "    def hexdigest(self): return Same(self._h.hexdigest())\n"
         "class Module: xxh3_128 = Blind\n"
         "Module.xxh3_128_hexdigest = integrity.xxhash.xxh3_128_hexdigest\n"
-        "integrity.xxhash = Module\n"
+        "integrity.xxhash = checking.xxhash = Module\n"
     )
     ledger = tmp_path / "ledger.jsonl"
     path = f"{tmp_path}{os.pathsep}{ROOT}"
