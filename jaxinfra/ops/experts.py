@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import sharding
 from jaxinfra.config import ModelConfig
-from jaxinfra.ops import layers
+from jaxinfra.ops import layers, seam
 from jaxinfra.ops.seam import Context, Einsum
 from jaxinfra.sharding import Rules
 
@@ -153,11 +153,9 @@ def dense(
     expert on every device: for small models, and as the oracle of the other ways.
     """
     hidden = ("batch", "length", None, "ffn")
-
-    def contract(equation, x, w, *, out):
-        if hasattr(w, "contract"):  # a `seam.Wrapped`, which says of what arrays
-            return w.contract(contract, equation, x, out=out)
-        return einsum(equation, x, on_all(w), out=out)
+    contract = seam.opened(
+        lambda equation, x, w, *, out: einsum(equation, x, on_all(w), out=out)
+    )
 
     def project(name):
         y_BTEF = contract("BTD,EDF->BTEF", x_BTD, params[name], out=hidden)

@@ -169,9 +169,9 @@ def opened(einsum: Einsum) -> Einsum:
     """`einsum`, which takes `Wrapped` weights too: they say how they are contracted."""
 
     def contract(equation, x, w, *, out):
-        if isinstance(w, jax.Array):
-            return einsum(equation, x, w, out=out)
-        return w.contract(contract, equation, x, out=out)
+        if hasattr(w, "contract"):
+            return w.contract(contract, equation, x, out=out)
+        return einsum(equation, x, w, out=out)
 
     return contract
 

@@ -83,6 +83,18 @@ def test_no_more_than_the_bound_waits_on_the_host(kind, tmp_path, monkeypatch):
     assert most[0] <= max(kind.get("staging_bytes", 2 << 21), CHUNK) + slack
 
 
+def assert_told_then_goes_on(folder, kind, patch, module, name, broken, *, says):
+    """A save with `module.name` broken ends with that error; the next one is made."""
+    saves = lifecycle.Checkpointer(folder, keep=1, run_id="r", attempt=1, **kind)
+    with patch.context() as broken_so:
+        broken_so.setattr(module, name, broken)
+        saves.save(1, make_arrays(), metadata=small_state.METADATA)
+        with pytest.raises(SaveError, match=says):
+            saves.wait()
+    saves.save(2, make_arrays(), metadata=small_state.METADATA)
+    assert [report.step for report in saves.close()] == [2]
+
+
 @pytest.mark.parametrize("secs", [0.0, 0.1], ids=["at once", "later"])
 def test_a_failed_write_does_not_leave_the_caller_waiting(
     kind, secs, tmp_path, monkeypatch
@@ -91,14 +103,8 @@ def test_a_failed_write_does_not_leave_the_caller_waiting(
         time.sleep(secs)
         raise OSError(28, "No space left on device")
 
-    saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1, **kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(commits, "write_synced", full)
-        saves.save(1, make_arrays(), metadata=small_state.METADATA)
-        with pytest.raises(SaveError, match="No space left"):
-            saves.wait()
-    saves.save(2, make_arrays(), metadata=small_state.METADATA)
-    assert [report.step for report in saves.close()] == [2]
+    broken = (commits, "write_synced", full)
+    assert_told_then_goes_on(tmp_path, kind, monkeypatch, *broken, says="No space left")
 
 
 def test_a_failed_copy_is_the_saves_error(kind, tmp_path, monkeypatch):
@@ -110,14 +116,9 @@ def test_a_failed_copy_is_the_saves_error(kind, tmp_path, monkeypatch):
             raise MemoryError("no memory for the copy")
         return copy(source, is_whole=is_whole)
 
-    saves = lifecycle.Checkpointer(tmp_path, keep=1, run_id="r", attempt=1, **kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "host_copy", fail)
-        saves.save(1, make_arrays(), metadata=small_state.METADATA)
-        with pytest.raises(SaveError, match="no memory for the copy"):
-            saves.wait()
-    saves.save(2, make_arrays(), metadata=small_state.METADATA)
-    assert [report.step for report in saves.close()] == [2]
+    broken = (snapshot, "host_copy", fail)
+    says = "no memory for the copy"
+    assert_told_then_goes_on(tmp_path, kind, monkeypatch, *broken, says=says)
 
 
 def test_replicas_share_the_writing_and_no_chunk_has_two_writers(tmp_path):

@@ -72,9 +72,7 @@ def complete(
         return run(tree(), prompts, stops, max_new_tokens=max_new_tokens, **how)
 
 
-@pytest.mark.parametrize(
-    "drawn", [{}, pytest.param(DRAWN, marks=pytest.mark.slow)], ids=["greedy", "drawn"]
-)
+@pytest.mark.parametrize("drawn", [{}, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.slow
 def test_pieces_give_what_one_call_gives_up_to_the_stop(drawn):
     texts = [to_text(row) for row in whole(**drawn)]

@@ -37,14 +37,11 @@ def compiled_arguments(config):
     [
         tiny({"fsdp": 4, "tensor": 2}),
         tiny({"data": 4, "fsdp": 2}, zero=1, precision="bfloat16_params"),
-        pytest.param(tiny({"fsdp": 8}, precision="float16"), marks=pytest.mark.slow),
-        pytest.param(
-            tiny(
-                {"data": 2, "fsdp": 4},
-                zero=2,
-                optimizer=dataclasses.replace(tiny({}).optimizer, name="muon"),
-            ),
-            marks=pytest.mark.slow,
+        tiny({"fsdp": 8}, precision="float16"),
+        tiny(
+            {"data": 2, "fsdp": 4},
+            zero=2,
+            optimizer=dataclasses.replace(tiny({}).optimizer, name="muon"),
         ),
     ],
     ids=["fsdp4-tensor2", "zero1-bfloat16", "float16", "zero2-muon"],

@@ -76,8 +76,8 @@ def off(logits):
     [
         ("int4", "gptq", 4),
         ("int4", "awq", 0),
-        pytest.param("nf4", "awq", 4, marks=pytest.mark.slow),
-        pytest.param("int8", "gptq", 0, marks=pytest.mark.slow),
+        ("nf4", "awq", 4),
+        ("int8", "gptq", 0),
     ],
 )
 @pytest.mark.slow

@@ -50,9 +50,7 @@ def trained(cfg, steps=4):
         return np.array(losses), small.host(state), first
 
 
-@pytest.mark.parametrize(
-    "lora", [NF4, pytest.param(RANK, marks=pytest.mark.slow)], ids=["nf4", "plain"]
-)
+@pytest.mark.parametrize("lora", [NF4, RANK], ids=["nf4", "plain"])
 @pytest.mark.slow
 def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     on_many = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -113,9 +111,9 @@ def built_loss(cfg):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"lora": RANK}, marks=pytest.mark.slow),
+        {"lora": RANK},
         {"lora": dataclasses.replace(NF4, whole="final_norm")},
-        pytest.param({"train": {"freeze": "ffn attention"}}, marks=pytest.mark.slow),
+        {"train": {"freeze": "ffn attention"}},
     ],
     ids=["lora", "nf4", "freeze"],
 )
