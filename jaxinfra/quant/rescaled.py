@@ -50,7 +50,7 @@ class Rescaled:
         dims = x_dims[:first] + new + x_dims[first:]
         for dim in range(len(new)):
             x = jnp.expand_dims(x, first + dim)
-        factors = _whole(self.factors)
+        factors = _beside(self.factors, stacks + summed, x, dims)
         order = sorted(
             range(factors.ndim), key=lambda i: dims.index((stacks + summed)[i])
         )
@@ -86,6 +86,13 @@ def in_few_bits(leaf: Any) -> bool:
     return isinstance(leaf, Rescaled) or arrays.is_quantized(leaf)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """Whole over `fsdp`, as activations are."""
-    return jax.reshard(x, sharding.gathered(jax.typeof(x).sharding.spec))
+def _beside(factors: jax.Array, letters: str, x: jax.Array, dims: str) -> jax.Array:
+    """`factors` laid out to be multiplied with `x`: whole over `fsdp`, as activations
+    are, and over what cuts another dim of x's (rows, where experts are cut)."""
+    spec = sharding.gathered(jax.typeof(factors).sharding.spec)
+    for dim, cut in zip(dims, jax.typeof(x).sharding.spec, strict=True):
+        here = letters.find(dim)
+        for axis in sharding.axes_of(cut):
+            if here < 0 or axis not in sharding.axes_of(spec[here]):
+                spec = sharding.gathered(spec, axis)
+    return jax.reshard(factors, spec)

@@ -114,7 +114,7 @@ def run(
         seed=config.run.seed,
     )
     with jax.set_mesh(built.layout.mesh):
-        state = built.init() if first is None else _state(built, first)
+        state = built.init() if first is None else state_of(built, first)
         train_step, steps = None, []
         for k in range(config.train.steps):
             batch = device.to_device(
@@ -133,7 +133,7 @@ def run(
     return {name: np.array([step[name] for step in steps]) for name in steps[0]}
 
 
-def _state(built: experiment.Experiment, first: Any) -> states.TrainState:
+def state_of(built: experiment.Experiment, first: Any) -> states.TrainState:
     """The first state with these parameters: compiling `init` takes longer."""
     abstract = built.abstract()
 

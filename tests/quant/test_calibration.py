@@ -1,11 +1,13 @@
 """A whole model in few bits, calibrated layer by layer on simulated devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quant import naive_rounding
 from tune import small
 
 from jaxinfra import params
@@ -13,7 +15,7 @@ from jaxinfra.config import ConfigError, LayerConfig
 from jaxinfra.generate import score
 from jaxinfra.models import transformer
 from jaxinfra.models.specs import param_specs
-from jaxinfra.ops import attention, seam
+from jaxinfra.ops import attention, layers, seam
 from jaxinfra.parallel import expert
 from jaxinfra.quant import calibration, compression, rescaled
 from jaxinfra.quant.compression import Compression
@@ -23,6 +25,12 @@ SAME_FUNCTION = 2e-5
 # The calibration's sums differ in the last bits between meshes, and a weight between
 # two codes may go to either: the logits, 0.3 off, may differ by a tenth of that.
 OTHER_MESH = 0.03
+# Of a matrix's outputs, squared: 8 bits leave 1e-5, 4 bits 3e-3.
+INT8_OUTPUTS = 1e-4
+INT8_LOGITS = 0.02
+# Of an output error in 4 bits, by float32 and by numpy's float64: a weight between two
+# codes takes another, and GPTQ makes that good by others.
+OTHER_CODES = 0.02
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -32,13 +40,7 @@ def compressed(how_of, sizes, cfg=small.MODEL):
     batches = list(rng.integers(0, cfg.vocab_size, (2, 8, 16)))
     asked_BT = rng.integers(0, cfg.vocab_size, (8, 16))
     with small.mesh_of(sizes) as layout:
-        rules = dataclasses.replace(layout.params, length=(), residual=())
-        ops = seam.Ops(
-            seam.make_einsum(small.POLICY, rules),
-            attention.make_attend(rules),
-            expert.make_dispatch(cfg, policy=small.POLICY, rules=rules),
-        )
-        model = transformer.make_model(cfg, ops=ops, policy=small.POLICY, rules=rules)
+        model = model_of(cfg, layout)
         how = how_of(model.specs)
         weights = small.weights(layout, cfg)
         few, errors = calibration.compress(
@@ -53,6 +55,16 @@ def compressed(how_of, sizes, cfg=small.MODEL):
         logits = score.make_logits(cfg, policy=small.POLICY, layout=layout)
         plain = rescaled.plain(few, jnp.dtype("float32"))
         return [logits(tree, asked_BT) for tree in (weights, few, plain)], errors
+
+
+def model_of(cfg, layout):
+    rules = dataclasses.replace(layout.params, length=(), residual=())
+    ops = seam.Ops(
+        seam.make_einsum(small.POLICY, rules),
+        attention.make_attend(rules),
+        expert.make_dispatch(cfg, policy=small.POLICY, rules=rules),
+    )
+    return transformer.make_model(cfg, ops=ops, policy=small.POLICY, rules=rules)
 
 
 def of(form, method, group):
@@ -97,7 +109,6 @@ def test_every_mesh_makes_the_same_model_which_runs_as_it_is_kept(form, method, 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="0.025 from the whole model's logits, not 0.02")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_experts_and_layers_of_all_kinds_are_compressed(method):
     cfg = dataclasses.replace(
@@ -106,13 +117,92 @@ def test_experts_and_layers_of_all_kinds_are_compressed(method):
         pattern=(LayerConfig(feed_forward="experts"), LayerConfig(window=4)),
         suffix=(LayerConfig(feed_forward="experts"),),
         num_experts=3,
-        experts_per_token=2,
+        # All of them: of two that are nearly as likely any rounding may take the other,
+        # and that token's logits jump by 0.3 to 0.7.
+        experts_per_token=3,
         expert_ffn_width=8,
     )
     logits, errors = compressed(of("int8", method, 4), {}, cfg)
     assert len(errors) == 3 * 7 + 3 * 8, "an expert layer has a router"
+    assert all(0 < error < INT8_OUTPUTS for error in errors.values())
     np.testing.assert_allclose(logits[1], logits[2], atol=SAME_FUNCTION)
-    assert 0 < off(logits) < 0.02
+    assert 0 < off(logits) < INT8_LOGITS
+
+
+class Watched:
+    """A weight, `seam.Wrapped`, that keeps what it is multiplied with."""
+
+    def __init__(self, weight, sink, name):
+        self.weight, self.sink, self.name = weight, sink, name
+
+    def contract(self, einsum, equation, x, *, out):
+        self.sink[self.name] = x
+        return einsum(equation, x, self.weight, out=out)
+
+
+def inputs_of_experts(model, cfg, weights, ids_BT):
+    """What up and gate ([B, T, D]) and down ([B, T, E, F]) of the first layer meet."""
+    sink, rows = {}, jax.P(("data", "fsdp", "expert"))
+    ids_BT = jax.reshard(jnp.asarray(ids_BT), rows)
+    layer = weights["prefix"][0]
+    ffn = {
+        name: Watched(leaf, sink, name) if name in ("up", "gate", "down") else leaf
+        for name, leaf in layer["ffn"].items()
+    }
+    positions_BT = jnp.zeros_like(ids_BT) + jnp.arange(ids_BT.shape[1])
+    rotations = layers.rotations_of(cfg, positions_BT)
+    context = seam.Context(positions_BT, rotations=rotations)
+    x = model.embed(weights, ids_BT, context)
+    model.block(layer | {"ffn": ffn}, x, context, cfg.prefix[0], jnp.int32(0), None)
+    return {name: np.asarray(x, np.float64) for name, x in sink.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_expert_is_rounded_as_numpy_rounds_it_on_what_it_met(method):
+    cfg = dataclasses.replace(
+        small.MODEL,
+        prefix=(LayerConfig(feed_forward="experts"),),
+        repeats=1,
+        num_experts=3,
+        experts_per_token=2,
+        expert_ffn_width=8,
+    )
+    ids_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (8, 16))
+    paths = tuple(f"prefix/0/ffn/{name}" for name in ("up", "gate", "down"))
+    how = Compression(format="int4", method=method, group=4, matrices=paths)
+    with small.mesh_of({}) as layout:
+        model = model_of(cfg, layout)
+        weights = small.weights(layout, cfg)
+        few, errors = calibration.compress(
+            model, cfg, weights, [ids_BT], how, layout=layout
+        )
+        met = inputs_of_experts(model, cfg, weights, ids_BT)
+    made = small.host(rescaled.plain(few, jnp.dtype("float32")))["prefix"][0]["ffn"]
+    for name, x in met.items():
+        found_E = []
+        for e, (w, near) in enumerate(
+            zip(weights["prefix"][0]["ffn"][name], made[name])
+        ):
+            own = x[..., e, :] if name == "down" else x
+            x_SN = own.reshape(-1, own.shape[-1])
+            hessian, magnitude = x_SN.T @ x_SN, np.abs(x_SN).sum(0)
+            w = np.asarray(w, np.float64)
+            if method == "gptq":
+                wanted = naive_rounding.gptq(w, hessian, "int4", 4)
+            else:
+                wanted, _ = naive_rounding.awq(w, hessian, magnitude, "int4", 4)
+            worse = functools.partial(
+                naive_rounding.output_error, w, hessian_NN=hessian
+            )
+            found_E.append(worse(near))
+            assert found_E[-1] == pytest.approx(worse(wanted), rel=OTHER_CODES), (
+                name,
+                e,
+            )
+            assert found_E[-1] < worse(naive_rounding.nearest(w, "int4", 4))
+        told = errors[f"0/ffn/{name}"]
+        assert told == pytest.approx(np.mean(found_E), rel=1e-3)
 
 
 def test_only_the_matrices_that_are_named_change():
