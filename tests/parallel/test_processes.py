@@ -62,6 +62,7 @@ class Job:
         steps=STEPS,
         processes=2,
         microbatches=1,
+        more=None,
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -74,6 +75,7 @@ class Job:
             "runtime.cpu_devices": 8 // processes,
             "runtime.coordinator": f"127.0.0.1:{port}",
             "runtime.num_processes": processes,
+            **(more or {}),
         }
         self.run_dir = run_dir
         names = [f"{run_dir.name}.{i}.txt" for i in range(processes)]
@@ -188,6 +190,44 @@ def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
     found = read(run_dir, "metrics.jsonl")
     assert len(found) == 20
     check_losses(found, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_low_precision_over_four_processes_goes_on_as_one_process_does(
+    tmp_path, cache_dir, precision
+):
+    """Both moments in 8 bits, a save, and a restart in between."""
+    mesh = {"fsdp": 2, "tensor": 2, "pipeline": 2}
+    more = {
+        "precision": precision,
+        "optimizer.moments": "8bit",
+        "model.width": 32,
+        "model.ffn_width": 64,
+        "train.length": 16,
+        "eval.every": 0,
+        "sample.every": 0,
+        "zero": 3,
+    }
+    run_dir, steps = tmp_path / "run", 6
+    for stop in (steps // 2, steps):
+        how = {"processes": 4, "microbatches": 2, "steps": stop, "more": more}
+        with Job(run_dir, cache_dir, mesh=mesh, **how) as job:
+            assert job.codes(timeout_secs=500) == [0] * 4, job.text()
+    starts = [e["step"] for e in read(run_dir, "events.jsonl") if e["event"] == "start"]
+    assert starts == [0, steps // 2]
+    whole = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    whole |= {"mesh.data": 1, "runtime.cpu_devices": 8, "train.microbatches": 2}
+    one_dir = tmp_path / "one"
+    done = one_process(one_dir, cache_dir, **more, **whole, **{"train.steps": steps})
+    assert done.returncode == 0, done.stderr
+    found, alone = read(run_dir, "metrics.jsonl"), read(one_dir, "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(1, steps + 1))
+    for ours, theirs in zip(found, alone, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/quant/grad_underflow"):
+            assert ours[name] == theirs[name], (ours["step"], name)
+        assert ours["data/digest"] == theirs["data/digest"]
+    assert found[-1]["train/quant/grad_underflow"] > 0
 
 
 @pytest.mark.parametrize(

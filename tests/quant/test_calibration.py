@@ -1,13 +1,12 @@
 """A whole model in few bits, calibrated layer by layer on simulated devices."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quant import naive_rounding
+from quant import naive_rounding as naive
 from tune import small
 
 from jaxinfra import params
@@ -178,29 +177,26 @@ def test_every_expert_is_rounded_as_numpy_rounds_it_on_what_it_met(method):
             model, cfg, weights, [ids_BT], how, layout=layout
         )
         met = inputs_of_experts(model, cfg, weights, ids_BT)
-    made = small.host(rescaled.plain(few, jnp.dtype("float32")))["prefix"][0]["ffn"]
+        plain = rescaled.plain(few, jnp.dtype("float32"))
+    whole, made = (small.host(tree["prefix"][0]["ffn"]) for tree in (weights, plain))
     for name, x in met.items():
         found_E = []
-        for e, (w, near) in enumerate(
-            zip(weights["prefix"][0]["ffn"][name], made[name])
-        ):
+        for e, (w_NO, near_NO) in enumerate(zip(whole[name], made[name], strict=True)):
             own = x[..., e, :] if name == "down" else x
-            x_SN = own.reshape(-1, own.shape[-1])
-            hessian, magnitude = x_SN.T @ x_SN, np.abs(x_SN).sum(0)
-            w = np.asarray(w, np.float64)
+            x_SN, w_NO = own.reshape(-1, own.shape[-1]), w_NO.astype(np.float64)
+            sums = [x_SN.T @ x_SN, np.abs(x_SN).sum(0)]
             if method == "gptq":
-                wanted = naive_rounding.gptq(w, hessian, "int4", 4)
+                wanted_NO = naive.gptq(w_NO, sums[0], "int4", 4)
             else:
-                wanted, _ = naive_rounding.awq(w, hessian, magnitude, "int4", 4)
-            worse = functools.partial(
-                naive_rounding.output_error, w, hessian_NN=hessian
+                wanted_NO, _ = naive.awq(w_NO, *sums, "int4", 4)
+            plain_NO = naive.nearest(w_NO, "int4", 4)
+            found, wanted, worse = (
+                naive.output_error(w_NO, rounded_NO, sums[0])
+                for rounded_NO in (near_NO, wanted_NO, plain_NO)
             )
-            found_E.append(worse(near))
-            assert found_E[-1] == pytest.approx(worse(wanted), rel=OTHER_CODES), (
-                name,
-                e,
-            )
-            assert found_E[-1] < worse(naive_rounding.nearest(w, "int4", 4))
+            assert found == pytest.approx(wanted, rel=OTHER_CODES), (name, e)
+            assert found < worse
+            found_E.append(found)
         told = errors[f"0/ffn/{name}"]
         assert told == pytest.approx(np.mean(found_E), rel=1e-3)
 
