@@ -67,7 +67,7 @@ _HOMES = {
     "checkpoint.restore": ("restore", "restore_latest"),
     "checkpoint.look": ("describe_checkpoint", "diff_checkpoints"),
     "checkpoint.staging": ("Staged", "copied_on_device", "cut_on_device"),
-    "resilience.peers": ("watched",),
+    "resilience.peers": ("compiled_by_all", "watched"),
     "remote.object_path": ("ObjectPath",),
     "remote.commits": ("object_folder",),
     "remote.lines": ("JsonParts", "rewind_parts"),

@@ -196,6 +196,8 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         if config.check:
             return jaxinfra.trace(experiment)
         run_dir, group = runfolder.folder(config), processes.this_job()
+        if group.size > 1:
+            experiment = jaxinfra.compiled_by_all(experiment, group.store)
         stop = enter(preemption.stop_requests())
         owner = enter(saving.owned(run_dir, group))
         journal = enter(Journal(run_dir, is_first=group.rank == 0))

@@ -1,11 +1,16 @@
-"""The loss of another process of the job, which would leave this one hanging.
+"""The other processes of the job: one that is lost, and those that compile for longer.
 
 A peer may be gone without a word. A dead peer's collectives raise here at once, or
 hang: a device's thread may wait for another that has failed. So every process also
 counts aloud in the job's key-value store and listens to the others, in a thread that
 needs no device, and ends by exit code 14 instead of hanging.
 
-Limits: a process that lives and does not get on is not noticed. The death of the first
+A collective waits for its processes, but gloo's first one for 30 s alone. Processes do
+not compile alike: the first one reads programs that it has kept, where others make
+theirs, for minutes on a busy machine. `compiled_by_all` lets none run before all can.
+
+Limits: a process that lives and does not get on is not noticed. What is compiled after
+training, to sample, is not waited for. The death of the first
 process, which holds the store, may end the others through jax's own client (SIGABRT).
 Imports no jax. Loaded where there are several processes.
 """
@@ -22,6 +27,7 @@ from jaxinfra.resilience import exitcodes
 
 PEER_LIMIT_SECS = 15.0  # a silence that a peer busy in one long C call does not reach
 PEER_EVERY_SECS = 1.0
+COMPILE_LIMIT_SECS = 3600.0  # who is lost meanwhile is noticed by `watched`
 _TOPIC = "jaxinfra/alive/"
 _LEFT = "left"
 
@@ -80,3 +86,27 @@ def watched(
     ended.set()
     thread.join(limit_secs)
     store.key_value_set(key, _LEFT, allow_overwrite=True)
+
+
+def compiled_by_all(experiment: Any, store: Any) -> Any:
+    """`experiment`, whose steps first run when every process of the job has compiled
+    them."""
+    steps = {
+        name: _met(getattr(experiment, name), store, f"jaxinfra/compiled/{name}")
+        for name in ("train_step", "eval_step")
+    }
+    return experiment._replace(**steps)
+
+
+def _met(function: Any, store: Any, topic: str) -> Callable[..., Any]:
+    is_compiled = False
+
+    def call(*args: Any) -> Any:
+        nonlocal is_compiled
+        if not is_compiled:
+            function.lower(*args).compile()  # kept by jax: the call finds it
+            store.wait_at_barrier(topic, int(1000 * COMPILE_LIMIT_SECS))
+            is_compiled = True
+        return function(*args)
+
+    return call

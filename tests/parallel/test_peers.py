@@ -1,7 +1,8 @@
-"""Who falls silent is named; who takes leave, or is slow, is not."""
+"""Who falls silent is named; who takes leave, or is slow, is not, and is waited for."""
 
 import threading
 import time
+from typing import Any, NamedTuple
 
 from jaxinfra.resilience import peers
 
@@ -54,3 +55,56 @@ def test_a_store_that_does_not_answer_is_the_first_process_lost():
     store.is_dead = True
     with peers.watched(store, 1, lost=lambda reason: told.set(), **QUICK):
         assert told.wait(5)
+
+
+class Steps(NamedTuple):
+    train_step: Any
+    eval_step: Any
+
+
+class Jitted:
+    """Of jax's jitted functions, what is used: notes what is asked of it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def lower(self, *args):
+        self.notes.append(f"lower {self.name} {args}")
+        return self
+
+    def compile(self):
+        self.notes.append(f"compile {self.name}")
+
+    def __call__(self, *args):
+        self.notes.append(f"run {self.name} {args}")
+        return args
+
+
+class Barriers:
+    def __init__(self, notes):
+        self.notes = notes
+
+    def wait_at_barrier(self, topic, timeout_in_ms):
+        assert timeout_in_ms >= 600_000, "compiling may take minutes"
+        self.notes.append(f"wait {topic.rpartition('/')[2]}")
+
+
+def test_a_step_waits_for_all_once_between_compiling_and_running():
+    notes = []
+    steps = Steps(Jitted("train", notes), Jitted("eval", notes))
+    met = peers.compiled_by_all(steps, Barriers(notes))
+    assert notes == []
+    assert met.train_step(1) == (1,)
+    assert met.train_step(2) == (2,)
+    assert met.eval_step(3, 4) == (3, 4)
+    assert notes == [
+        "lower train (1,)",
+        "compile train",
+        "wait train_step",
+        "run train (1,)",
+        "run train (2,)",
+        "lower eval (3, 4)",
+        "compile eval",
+        "wait eval_step",
+        "run eval (3, 4)",
+    ]

@@ -193,41 +193,40 @@ def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_low_precision_over_four_processes_goes_on_as_one_process_does(
-    tmp_path, cache_dir, precision
+    tmp_path, cache_dir
 ):
-    """Both moments in 8 bits, a save, and a restart in between."""
+    """fp8, both moments in 8 bits, a save, and a restart in between, where one process
+    finds its programs kept and the others make theirs."""
     mesh = {"fsdp": 2, "tensor": 2, "pipeline": 2}
     more = {
-        "precision": precision,
+        "precision": "fp8",
         "optimizer.moments": "8bit",
         "model.width": 32,
         "model.ffn_width": 64,
         "train.length": 16,
-        "eval.every": 0,
-        "sample.every": 0,
-        "zero": 3,
+        "sample.tokens": 0,
     }
-    run_dir, steps = tmp_path / "run", 6
+    run_dir, steps = tmp_path / "run", 4
     for stop in (steps // 2, steps):
         how = {"processes": 4, "microbatches": 2, "steps": stop, "more": more}
         with Job(run_dir, cache_dir, mesh=mesh, **how) as job:
             assert job.codes(timeout_secs=500) == [0] * 4, job.text()
     starts = [e["step"] for e in read(run_dir, "events.jsonl") if e["event"] == "start"]
     assert starts == [0, steps // 2]
-    whole = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    whole = more | {f"mesh.{axis}": size for axis, size in mesh.items()}
     whole |= {"mesh.data": 1, "runtime.cpu_devices": 8, "train.microbatches": 2}
     one_dir = tmp_path / "one"
-    done = one_process(one_dir, cache_dir, **more, **whole, **{"train.steps": steps})
+    done = one_process(one_dir, cache_dir, **whole, **{"train.steps": steps})
     assert done.returncode == 0, done.stderr
     found, alone = read(run_dir, "metrics.jsonl"), read(one_dir, "metrics.jsonl")
     assert [line["step"] for line in found] == list(range(1, steps + 1))
     for ours, theirs in zip(found, alone, strict=True):
-        for name in ("train/loss", "train/grad_norm", "train/quant/grad_underflow"):
-            assert ours[name] == theirs[name], (ours["step"], name)
+        for name in ("train/loss", "train/grad_norm", "quant/grad_scale"):
+            assert ours[name] == pytest.approx(theirs[name], rel=LOSS), name
         assert ours["data/digest"] == theirs["data/digest"]
-    assert found[-1]["train/quant/grad_underflow"] > 0
+    assert len({line["train/loss"] for line in found}) == steps
+    assert all(line["quant/input_underflow"] > 0 for line in found)
 
 
 @pytest.mark.parametrize(
