@@ -18,6 +18,8 @@ OTHER_CODES = 2e-3
 # Of all matmuls on the mean; microbatches count alike here, else by their targets.
 FIGURES = 0.25
 
+DENSE = {"model": pipelines.EXPERTS, "experts": "dense"}
+BOUNDED = {"model": pipelines.EXPERTS | {"capacity_factor": 1.0}}
 CASES = {
     # Stages of unequal depth, whose parameters are padded.
     "uneven": ("int8", {"pipeline": 2, "data": 2}, {"model": {"repeats": 3}}),
@@ -32,6 +34,9 @@ CASES = {
             "model": {"prefix": (LayerConfig(),), "suffix": (LayerConfig(),)},
         },
     ),
+    "experts": ("mxfp8", {"fsdp": 2, "tensor": 2}, BOUNDED),
+    "each expert on every token": ("fp8", {"fsdp": 2, "tensor": 2}, DENSE),
+    "experts in stages": ("int8", {"pipeline": 2, "fsdp": 2}, DENSE),
 }
 
 
