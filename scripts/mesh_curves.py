@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         losses[name] = trained(*choice)
         found = {"largest_difference": largest_difference(losses), "losses": losses}
         path.write_text(json.dumps(found) + "\n")
-        path.with_suffix(".svg").write_text(drawn(losses))
         print(f"{name}: {losses[name][0]:.4f} to {losses[name][-1]:.4f}", flush=True)
+    path.with_suffix(".svg").write_text(drawn(losses))
     print(f"largest difference from one device: {largest_difference(losses):.2e}")
     return 0
 
@@ -115,7 +115,8 @@ def drawn(losses: dict[str, list[float]]) -> str:
         parts.append(f'<text x="{left - 24}" y="{float(y) + 4:.1f}">{tick}</text>')
     for step in (0, 50, 100, 150, STEPS - 1):
         x = at(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - 30}">{step}</text>')
+        label = f'x="{x}" y="{height - 30}" text-anchor="middle"'
+        parts.append(f"<text {label}>{step}</text>")
     dash = 12
     for i, (name, values) in enumerate(losses.items()):
         points = " ".join(at(step, loss) for step, loss in enumerate(values))
