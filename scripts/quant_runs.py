@@ -1,7 +1,6 @@
 """What low precision costs in quality: runs of `tiny`, for `bench.py quant`.
 
-    python scripts/quant_runs.py              every run that is not in the results yet
-    python scripts/quant_runs.py fp8 0 1      kind, seeds
+    python scripts/quant_runs.py KIND [SEED ...]   its runs that are not in the results
 
 A run is 300 steps of configs/tiny.py on the shipped text and the loss on its held-out
 tenth, in the compute dtype. Results go to scripts/results/quant.json after each run, so
@@ -41,12 +40,13 @@ KINDS = {
 
 
 def main(argv: list[str]) -> int:
-    kinds = argv[:1] or list(KINDS)
-    seeds = tuple(map(int, argv[1:])) or SEEDS
-    for kind in kinds:
-        for seed in seeds:
-            if str(seed) not in _results().get(kind, {}).get("held_out_nats", {}):
-                _record(kind, seed, *run(kind, seed))
+    if argv[:1] == [] or argv[0] not in KINDS:
+        print(f"KIND is one of: {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    kind, seeds = argv[0], tuple(map(int, argv[1:])) or SEEDS
+    for seed in seeds:
+        if str(seed) not in _results().get(kind, {}).get("held_out_nats", {}):
+            _record(kind, seed, *run(kind, seed))
     return 0
 
 
