@@ -11,11 +11,13 @@ results/mesh_curves.svg.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
 from typing import Any
+
+from jaxinfra import config as c
+from jaxinfra import launcher
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
@@ -44,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--secs", type=float, default=1e9, help="start no mesh after")
     args = parser.parse_args(argv)
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    devices = c.RuntimeConfig(cpu_devices=8)
+    launcher.prepare_process(c.Config(name="meshes", runtime=devices))
     path = RESULTS / "mesh_curves.json"
     losses = json.loads(path.read_text())["losses"] if path.exists() else {}
     began = time.monotonic()
@@ -65,7 +67,6 @@ def trained(sizes: dict[str, int], choice: dict[str, Any]) -> list[float]:
     """The loss of every step."""
     import meshes  # beside this file
 
-    from jaxinfra import config as c
 
     base = meshes.config_of(None, "dense")
     changes = {

@@ -9,7 +9,6 @@ that what was ended goes on where it was.
 
 import functools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -19,6 +18,7 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant.json"
 STEPS, SEEDS = 300, (0, 1, 2)
 _ADAMW = ["--optimizer.name", "adamw", "--optimizer.learning_rate", "1e-3"]
 _GATHERS = ["--precision", "bfloat16", "--mesh.fsdp", "8", "--comm.gather", "int8"]
+_GATHERS += ["--runtime.cpu_devices", "8"]
 # Kind -> (settings, the kind it is measured against).
 KINDS = {
     "bfloat16": (["--precision", "bfloat16"], None),
@@ -52,18 +52,18 @@ def main(argv: list[str]) -> int:
 
 def run(kind: str, seed: int) -> tuple[float, str]:
     """(held-out nats a byte after training, what the task says of its precision)."""
+    from jaxinfra import launcher, options
+
     settings, _ = KINDS[kind]
-    if "--mesh.fsdp" in settings:
-        flag = "--xla_force_host_platform_device_count=8"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    command = [*settings, "--train.steps", str(STEPS), "--run.seed", str(seed)]
+    config = options.parse(command, options.load_config("tiny"))
+    launcher.prepare_process(config)
     import jax
 
-    from jaxinfra import experiment, options, tasks
+    from jaxinfra import experiment, tasks
     from jaxinfra.data import device
     from jaxinfra.train import evaluate
 
-    command = [*settings, "--train.steps", str(STEPS), "--run.seed", str(seed)]
-    config = options.parse(command, options.load_config("tiny"))
     data = tasks.open_sets(config)
     config = experiment.resolve(config, data[""].tokenizer.vocab_size)
     text = functools.partial(tasks.text, data=data)
