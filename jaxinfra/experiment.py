@@ -16,15 +16,7 @@ import numpy as np
 import optax
 
 import jaxinfra
-from jaxinfra import (
-    checks,
-    mesh,
-    options,
-    precision,
-    runfolder,
-    sharding,
-    tasks,
-)
+from jaxinfra import checks, mesh, options, precision, runfolder, sharding, tasks
 from jaxinfra.checkpoint import processes
 from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.precision import Policy
@@ -225,6 +217,7 @@ def train(config: Config, get_task: GetTask | None = None, source: Any = None) -
         start = int(jax.device_get(state.step))
         told = {"attempt": owner.attempt, "rejected": saver.rejected}
         told |= facts.bytes_at_rest(state, task.specs, layout, experiment.policy)
+        owner.check()  # who was fenced meanwhile takes nothing back of the successor's
         journal.start(config, start=start, facts=told, unit=task.unit, files=task.files)
         if start:
             journal.event("restore", step=start)

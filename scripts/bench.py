@@ -512,8 +512,11 @@ def meshes(args) -> dict:
     results/meshes.json has is not run again."""
     import meshes as body  # pyright: ignore[reportMissingImports]
 
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={body.DEVICES}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxinfra import config as c
+    from jaxinfra import launcher
+
+    devices = c.RuntimeConfig(cpu_devices=body.DEVICES)
+    launcher.prepare_process(c.Config(name="meshes", runtime=devices))
     result, path = {}, RESULTS / "meshes.json"
     for result in body.measured(path, full=args.full, secs=args.secs):
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,11 +11,13 @@ results/mesh_curves.svg.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
 from typing import Any
+
+from jaxinfra import config as c
+from jaxinfra import launcher
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
@@ -44,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--secs", type=float, default=1e9, help="start no mesh after")
     args = parser.parse_args(argv)
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    devices = c.RuntimeConfig(cpu_devices=8)
+    launcher.prepare_process(c.Config(name="meshes", runtime=devices))
     path = RESULTS / "mesh_curves.json"
     losses = json.loads(path.read_text())["losses"] if path.exists() else {}
     began = time.monotonic()
@@ -55,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         losses[name] = trained(*choice)
         found = {"largest_difference": largest_difference(losses), "losses": losses}
         path.write_text(json.dumps(found) + "\n")
-        path.with_suffix(".svg").write_text(drawn(losses))
         print(f"{name}: {losses[name][0]:.4f} to {losses[name][-1]:.4f}", flush=True)
+    path.with_suffix(".svg").write_text(drawn(losses))
     print(f"largest difference from one device: {largest_difference(losses):.2e}")
     return 0
 
@@ -65,7 +67,6 @@ def trained(sizes: dict[str, int], choice: dict[str, Any]) -> list[float]:
     """The loss of every step."""
     import meshes  # beside this file
 
-    from jaxinfra import config as c
 
     base = meshes.config_of(None, "dense")
     changes = {
@@ -115,7 +116,8 @@ def drawn(losses: dict[str, list[float]]) -> str:
         parts.append(f'<text x="{left - 24}" y="{float(y) + 4:.1f}">{tick}</text>')
     for step in (0, 50, 100, 150, STEPS - 1):
         x = at(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - 30}">{step}</text>')
+        label = f'x="{x}" y="{height - 30}" text-anchor="middle"'
+        parts.append(f"<text {label}>{step}</text>")
     dash = 12
     for i, (name, values) in enumerate(losses.items()):
         points = " ".join(at(step, loss) for step, loss in enumerate(values))

@@ -103,7 +103,7 @@ def config_of(case: Case | None, model: str) -> Any:
         options.load_config("tiny"),
         model=whole,
         train=c.TrainConfig(
-            steps=STEPS, batch_size=64, length=64, microbatches=1, remat="none"
+            steps=STEPS, batch_size=32, length=32, microbatches=1, remat="none"
         ),
         optimizer=c.OptimizerConfig(
             learning_rate=1e-3, warmup_steps=WARMUP, schedule="constant", clip_norm=0.0
@@ -193,7 +193,7 @@ def trained(config: Any, first: Any = None) -> Run:
             )
             if step is None:
                 step = built.train_step.lower(state, batch).compile(
-                    {"xla_backend_optimization_level": 0}
+                    {"xla_backend_optimization_level": 2}
                 )
             if k == config.train.steps - 1:
                 moments.append(moment(state))

@@ -39,6 +39,7 @@ _V5P8 = f"{_8B} --target v5p:2x2x2"
 ROWS = {
     "8B, v5p 8, full": _V5P8,
     "8B, v5p 8, keys and values saved": f"{_V5P8} --train.remat save:key+value",
+    "8B, v5p 8, attention's output saved": f"{_V5P8} --train.remat save:attention_out",
     "8B, v5p 8, most saved": f"{_V5P8}"
     " --train.remat save:query+key+value+attention_out+ffn_in",
     "8B, v6e 16, full": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"

@@ -1,7 +1,6 @@
 """What low precision costs in quality: runs of `tiny`, for `bench.py quant`.
 
-    python scripts/quant_runs.py              every run that is not in the results yet
-    python scripts/quant_runs.py fp8 0 1      kind, seeds
+    python scripts/quant_runs.py KIND [SEED ...]   its runs that are not in the results
 
 A run is 300 steps of configs/tiny.py on the shipped text and the loss on its held-out
 tenth, in the compute dtype. Results go to scripts/results/quant.json after each run, so
@@ -10,7 +9,6 @@ that what was ended goes on where it was.
 
 import functools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -20,6 +18,7 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant.json"
 STEPS, SEEDS = 300, (0, 1, 2)
 _ADAMW = ["--optimizer.name", "adamw", "--optimizer.learning_rate", "1e-3"]
 _GATHERS = ["--precision", "bfloat16", "--mesh.fsdp", "8", "--comm.gather", "int8"]
+_GATHERS += ["--runtime.cpu_devices", "8"]
 # Kind -> (settings, the kind it is measured against).
 KINDS = {
     "bfloat16": (["--precision", "bfloat16"], None),
@@ -41,29 +40,30 @@ KINDS = {
 
 
 def main(argv: list[str]) -> int:
-    kinds = argv[:1] or list(KINDS)
-    seeds = tuple(map(int, argv[1:])) or SEEDS
-    for kind in kinds:
-        for seed in seeds:
-            if str(seed) not in _results().get(kind, {}).get("held_out_nats", {}):
-                _record(kind, seed, *run(kind, seed))
+    if argv[:1] == [] or argv[0] not in KINDS:
+        print(f"KIND is one of: {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    kind, seeds = argv[0], tuple(map(int, argv[1:])) or SEEDS
+    for seed in seeds:
+        if str(seed) not in _results().get(kind, {}).get("held_out_nats", {}):
+            _record(kind, seed, *run(kind, seed))
     return 0
 
 
 def run(kind: str, seed: int) -> tuple[float, str]:
     """(held-out nats a byte after training, what the task says of its precision)."""
+    from jaxinfra import launcher, options
+
     settings, _ = KINDS[kind]
-    if "--mesh.fsdp" in settings:
-        flag = "--xla_force_host_platform_device_count=8"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    command = [*settings, "--train.steps", str(STEPS), "--run.seed", str(seed)]
+    config = options.parse(command, options.load_config("tiny"))
+    launcher.prepare_process(config)
     import jax
 
-    from jaxinfra import experiment, options, tasks
+    from jaxinfra import experiment, tasks
     from jaxinfra.data import device
     from jaxinfra.train import evaluate
 
-    command = [*settings, "--train.steps", str(STEPS), "--run.seed", str(seed)]
-    config = options.parse(command, options.load_config("tiny"))
     data = tasks.open_sets(config)
     config = experiment.resolve(config, data[""].tokenizer.vocab_size)
     text = functools.partial(tasks.text, data=data)

@@ -13,6 +13,8 @@ import pytest
 from jaxinfra import config as c
 from jaxinfra import experiment, params, sharding, tasks
 from jaxinfra.data import examples
+from jaxinfra.resilience import ownership
+from jaxinfra.train import facts
 from jaxinfra.train.objective import Aux
 
 D, ROWS, HELD_OUT = 8, 96, 10
@@ -111,6 +113,24 @@ def test_it_goes_on_on_another_mesh_with_its_model_state(quiet, tmp_path, capsys
         assert jax.tree.map(lambda x: x.shape, like.model_state) == {"rows": ()}
         first = jax.tree.map(jnp.shape, built.init())
     assert first == jax.tree.map(lambda x: x.shape, like)
+
+
+def test_who_is_fenced_before_its_start_takes_no_metrics_back(tmp_path, monkeypatch):
+    """A run that stalled while it restored, and was taken over in that time."""
+    config = settings(tmp_path, c.MeshConfig(data=8), steps=3)
+    assert experiment.train(config, linear) == 0
+    later = '{"step": 4}\n'  # as the successor writes them
+
+    def taken_over(*args):
+        (tmp_path / "owner.9.json").write_text("{}")
+        with open(tmp_path / "metrics.jsonl", "a") as lines:
+            lines.write(later)
+        return {}
+
+    monkeypatch.setattr(facts, "bytes_at_rest", taken_over)
+    with pytest.raises(ownership.Fenced, match="the folder attempt 9"):
+        experiment.train(config, linear)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith(later)
 
 
 def test_other_parameters_than_saved_are_refused(quiet, tmp_path):
