@@ -67,7 +67,6 @@ def trained(sizes: dict[str, int], choice: dict[str, Any]) -> list[float]:
     """The loss of every step."""
     import meshes  # beside this file
 
-
     base = meshes.config_of(None, "dense")
     changes = {
         "model": dataclasses.replace(base.model, repeats=4),
