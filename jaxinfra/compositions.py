@@ -83,6 +83,11 @@ def _is_dense(config: Config) -> bool:
     return _has_experts(config) and config.parallel.experts == "dense"
 
 
+def _low_traffic(config: Config) -> dict[str, str]:
+    ways = {"gather": config.comm.gather, "reduce": config.comm.reduce}
+    return {key: kind for key, kind in ways.items() if kind != "compute"}
+
+
 FEATURES: dict[str, Feature] = {
     "data": _axis("data"),
     "fsdp": _axis("fsdp"),
@@ -104,6 +109,12 @@ FEATURES: dict[str, Feature] = {
     "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
     "float16": _precision("float16"),
     "quantized": _precision("fp8", "int8", "mxfp8"),
+    "comm": Feature(
+        lambda config, sizes: bool(_low_traffic(config)),
+        lambda config, sizes: " and ".join(
+            f"comm.{key}={kind!r}" for key, kind in _low_traffic(config).items()
+        ),
+    ),
     "adapters": _key("lora.rank", lambda config: config.lora.rank > 0),
     "freeze": _key("train.freeze", lambda config: bool(config.train.freeze)),
     "aware": _key(
@@ -172,6 +183,18 @@ APART = (
         "quantized",
         "rows that are grouped by expert are multiplied in compute precision alone",
         "set model.capacity_factor, or parallel.experts to dense",
+    ),
+    Pair(
+        "comm",
+        "quantized",
+        "a precision in few bits gathers what it multiplies",
+        "set comm.gather and comm.reduce to compute",
+    ),
+    Pair(
+        "comm",
+        "own task",
+        "weights cross in 8 bits where a text model multiplies them",
+        "set comm.gather and comm.reduce to compute",
     ),
     Pair(
         "expert",

@@ -117,25 +117,12 @@ def _check_quant(config: Config, sizes: Sizes) -> None:
 
 
 def _check_low_bit_state(config: Config) -> None:
-    optimizer, comm = config.optimizer, config.comm
+    optimizer = config.optimizer
     if optimizer.moments == "8bit" and optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.moments='8bit' is for adamw, and optimizer.name="
             f"{optimizer.name!r}; set optimizer.moments to float32"
         )
-    for key in ("gather", "reduce"):
-        if (kind := getattr(comm, key)) == "compute":
-            continue
-        if config.precision in LOW_PRECISION:
-            raise ConfigError(
-                f"comm.{key}={kind!r} is for other precisions: {config.precision}"
-                f" gathers what it multiplies; set comm.{key} to compute"
-            )
-        if config.task == "own":
-            raise ConfigError(
-                f"comm.{key}={kind!r} is for text models, and config {config.name!r}"
-                f" has a task of its own; set comm.{key} to compute"
-            )
 
 
 def _check_tuning(config: Config) -> None:

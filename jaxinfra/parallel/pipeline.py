@@ -21,7 +21,7 @@ gradients are summed over the axes of rows once, at the end.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from jaxinfra.parallel.chunks import (
     zeros_like,
 )
 from jaxinfra.params import Tree
+from jaxinfra.quant import arrays
 from jaxinfra.sharding import Layout, Rules
 
 # (a device's part of a layer's array, its spec) -> it whole, or summed, over fsdp.
@@ -340,13 +341,23 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
 def _each_device(function: Meet, tree: Tree, specs: Tree, of_layers: Meet) -> Tree:
     """function(part, spec) of every leaf, `of_layers` in the groups of layers, where a
     device's part is a plain array: jax 0.10 does not lower psum_scatter of one that is
-    split over Explicit axes."""
+    split over Explicit axes. What is kept in few bits goes by `function`, as it is."""
     explicit = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
+    def meet(name: str, part: Any, spec: Any) -> Any:
+        if arrays.is_quantized(part):
+            return jax.tree.map(function, part, spec)
+        return (of_layers if name in GROUPS else function)(part, spec)
+
     def body(tree: Tree) -> Tree:
-        meet = lambda name: of_layers if name in GROUPS else function
         return {
-            name: jax.tree.map(meet(name), tree[name], specs[name]) for name in tree
+            name: jax.tree.map(
+                functools.partial(meet, name),
+                tree[name],
+                specs[name],
+                is_leaf=arrays.is_quantized,
+            )
+            for name in tree
         }
 
     return jax.shard_map(

@@ -89,7 +89,7 @@ def low_bit_traffic(
         return dx, dw.astype(w.dtype)
 
     contract.defvjp(forward, backward)
-    return lambda equation, x, w, *, out: contract(equation, x, w, out)
+    return seam.opened(lambda equation, x, w, *, out: contract(equation, x, w, out))
 
 
 def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:

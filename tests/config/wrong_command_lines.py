@@ -133,15 +133,15 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--quant.history", "0"], ["quant.history=0", "at least 1"]),
     (["--optimizer.moments", "8bit", "--optimizer.name", "muon"], ["is for adamw"]),
     (
-        ["--comm.gather", "int8", "--precision", "int8"],
-        ["comm.gather='int8'", "int8 gathers what it multiplies"],
+        ["--comm.gather=int8", "--precision=int8", "--mesh.fsdp=2"],
+        ["comm.gather='int8'", "precision=int8", "gathers what it multiplies"],
     ),
     (
         ["--config", "digits_convnet", "--precision", "fp8"],
         ["precision=fp8", "a task of its own", "bfloat16"],
     ),
     (
-        ["--config", "digits_convnet", "--comm.reduce", "int8"],
+        ["--config", "digits_convnet", "--comm.reduce=int8", "--mesh.fsdp=2"],
         ["comm.reduce='int8'", "a task of its own"],
     ),
     # The mesh

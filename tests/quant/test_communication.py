@@ -1,6 +1,7 @@
 """Traffic in 8 bits: near the plain einsum, and fewer bytes in the compiled program."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from parallel import pipelines
 
 import jaxinfra
-from jaxinfra import precision, sharding
-from jaxinfra.config import CommConfig
+from jaxinfra import params, precision, sharding
+from jaxinfra.config import CommConfig, LoraConfig
 from jaxinfra.ops import seam
+from jaxinfra.params import ParamSpec
 from jaxinfra.quant import communication
+from jaxinfra.tune import lora
 
 RULES = sharding.Rules()
 POLICY = precision.policy("float32")
@@ -72,6 +75,26 @@ def test_only_what_travels_is_rounded(sizes, case, form):
     for name, a, b in zip(("y", "dx", "dw"), found, plain, strict=True):
         assert a.sharding == b.sharding, name
         assert 0 < relative(a, b) < ROUNDED[form], name
+
+
+def test_adapters_are_contracted_as_the_matrix_that_they_make():
+    mesh, w_shape = jaxinfra.make_mesh({"fsdp": 8}), CASES["up"][2]
+    spec = ParamSpec(w_shape, PLACES["up"][1], (0,), "matrix", params.constant(0.0))
+    with jax.set_mesh(mesh):
+        x, w, _ = operands("up", mesh)
+        pair = {
+            name: jax.device_put(
+                jax.random.normal(jax.random.key(5), s.shape),
+                jax.NamedSharding(mesh, sharding.spec(RULES, *s.axes)),
+            )
+            for name, s in lora.pair_specs(spec, 4).items()
+        }
+        weight = lora.join(w, pair, spec, LoraConfig(rank=4, alpha=4.0))
+        low = communication.low_bit_traffic(POLICY, RULES, gather="int8", reduce="int8")
+        multiply = functools.partial(low, CASES["up"][0], out=CASES["up"][-1])
+        found = jax.jit(multiply)(x, weight)
+    whole = np.asarray(w) + np.asarray(pair["a"]) @ np.asarray(pair["b"])
+    assert 0 < relative(found, np.asarray(x) @ whole) < 2 * ROUNDED["int8"]
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"tensor": 2, "data": 4}])
