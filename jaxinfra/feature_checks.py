@@ -5,16 +5,22 @@ Loaded by `checks` where a config asks for one of them; what two of them cannot 
 together is in `compositions`. Imports no jax.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from jaxinfra.config import (
     LOW_PRECISION,
     REMAT_NAMES,
+    CommConfig,
     Config,
     ConfigError,
+    LoraConfig,
+    QuantConfig,
     RuntimeConfig,
+    TrainConfig,
     did_you_mean,
 )
 
@@ -28,7 +34,7 @@ def check_features(config: Config, sizes: Sizes) -> None:
     if config.task == "text":
         _check_tuning(config)
     _check_quant(config, sizes)
-    _check_low_bit_state(config)
+    _check_low_bit_state(config, sizes)
     _check_pipeline(config, sizes)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
@@ -48,6 +54,12 @@ def check_remat(remat: str) -> None:
                 f"train.remat={remat!r}: there is no activation {name!r}; the names"
                 f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
             )
+
+
+def _changed(section: Any, default: Any) -> dict[str, Any]:
+    """The settings of a section that are not as they are by default."""
+    given = dataclasses.asdict(section)
+    return {key: x for key, x in given.items() if x != getattr(default, key)}
 
 
 def _check_processes(runtime: RuntimeConfig) -> None:
@@ -98,10 +110,21 @@ def _check_quant(config: Config, sizes: Sizes) -> None:
             f"precision={precision} multiplies the weights of text models by name, and"
             f" config {config.name!r} has a task of its own; set precision to bfloat16"
         )
+    for key, value in _changed(quant, QuantConfig()).items():
+        if key != "scaling" and precision not in LOW_PRECISION:
+            raise ConfigError(
+                f"quant.{key}={value!r} is for precisions {', '.join(LOW_PRECISION)},"
+                f" and precision={precision}; set one of them, or leave it out"
+            )
     if quant.scaling == "delayed" and precision != "fp8":
         raise ConfigError(
             f"quant.scaling='delayed' is for precision fp8, and precision={precision};"
             " set quant.scaling to current, or precision to fp8"
+        )
+    if quant.history != QuantConfig().history and quant.scaling != "delayed":
+        raise ConfigError(
+            f"quant.history={quant.history} is of quant.scaling='delayed', and it is"
+            f" {quant.scaling!r}; set it, or leave quant.history out"
         )
     if quant.scaling == "delayed" and quant.backward == "compute":
         raise ConfigError(
@@ -116,36 +139,59 @@ def _check_quant(config: Config, sizes: Sizes) -> None:
         )
 
 
-def _check_low_bit_state(config: Config) -> None:
+def _check_low_bit_state(config: Config, sizes: Sizes) -> None:
     optimizer = config.optimizer
     if optimizer.moments == "8bit" and optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.moments='8bit' is for adamw, and optimizer.name="
             f"{optimizer.name!r}; set optimizer.moments to float32"
         )
+    for key, kind in _changed(config.comm, CommConfig()).items():
+        if sizes.get("fsdp") == 1:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is of what crosses the fsdp axis, and"
+                f" mesh.fsdp=1; set mesh.fsdp to 2 or more, or comm.{key} to compute"
+            )
+        has_stages = sizes.get("pipeline", 1) > 1
+        zero = config.zero if config.zero != -1 else 1 if has_stages else 3
+        # Stages sum gradients once a step, into the shards that zero 2 makes already.
+        least = 2 if key == "reduce" and has_stages else 3
+        if zero < least:
+            raise ConfigError(
+                f"comm.{key}={kind!r} is of what fsdp splits, and with zero={zero}"
+                f" these are not; set zero to {least}, or comm.{key} to compute"
+            )
 
 
 def _check_tuning(config: Config) -> None:
     lora, freeze = config.lora, config.train.freeze
-    key = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
+    given = f"lora.rank={lora.rank}" if lora.rank else f"train.freeze={freeze!r}"
     if (lora.rank or freeze) and not config.init.from_:
         raise ConfigError(
-            f"{key} trains beside parameters that are there already; set init.from to"
+            f"{given} trains beside parameters that are there already; set init.from to"
             " a run, a published folder or a .gguf file"
         )
-    if not lora.rank and lora.base != "plain":
-        raise ConfigError(
-            f"lora.base={lora.base!r} is of adapted matrices, and lora.rank=0 adapts"
-            " none; set lora.rank, or lora.base to plain"
-        )
-    aware = (config.train.quantize_aware, config.train.quantize_group)
-    groups = {
-        "lora.group": (lora.base, lora.group),
-        "train.quantize_group": aware,
-    }
-    for name, (form, group) in groups.items():
+    for name, value in _changed(lora, LoraConfig()).items():
+        if not lora.rank:
+            raise ConfigError(
+                f"lora.{name}={value!r} is of adapted matrices, and lora.rank=0 adapts"
+                f" none; set lora.rank, or leave lora.{name} out"
+            )
+    train, plain = config.train, TrainConfig()
+    for key, form, name, group, default in (
+        ("lora.base", lora.base, "lora.group", lora.group, LoraConfig().group),
+        (
+            *("train.quantize_aware", train.quantize_aware),
+            *("train.quantize_group", train.quantize_group, plain.quantize_group),
+        ),
+    ):
         if form == "nf4" and not group:
             raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")
+        if form in ("plain", "none") and group != default:
+            raise ConfigError(
+                f"{name}={group} is of matrices in few bits, and {key}={form!r} makes"
+                f" none; set {key}, or leave {name} out"
+            )
     if lora.rank and not lora.targets.split():
         raise ConfigError("lora.targets is empty; name matrices, or set lora.rank to 0")
 

@@ -5,12 +5,14 @@ A pattern is one or more whole parts of a path, with `*` and `?` as in file name
 """
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 from jaxinfra import params
 from jaxinfra.config import Config, ConfigError, did_you_mean
 from jaxinfra.params import ParamSpec, Tree
+from jaxinfra.train.optim import STACKS
 
 Role = Literal["trained", "frozen", "adapted"]
 
@@ -23,12 +25,15 @@ def is_match(path: str, pattern: str) -> bool:
 def roles(specs: Tree, config: Config) -> Tree:
     """The role of every parameter, a tree like `specs`.
 
-    Raises ConfigError for a pattern that matches nothing, or where nothing is trained.
+    Raises ConfigError for a pattern that matches nothing, for a rank that is no lower
+    than a matrix's own, and where nothing is trained.
     """
     named = dict(params.named(specs))
     found: dict[str, str]
     if config.lora.rank:
         adapted = matrices("lora.targets", config.lora.targets, specs)
+        for path in adapted:
+            _check_rank(config.lora.rank, path, named[path])
         whole = _matched("lora.whole", config.lora.whole, named)
         found = dict.fromkeys(named, "frozen")
         found |= dict.fromkeys(adapted, "adapted") | dict.fromkeys(whole, "trained")
@@ -48,6 +53,19 @@ def matrices(key: str, patterns: str, specs: Tree) -> list[str]:
     else ConfigError, which names `key`."""
     named = {path: s for path, s in params.named(specs) if s.kind == "matrix"}
     return _matched(key, patterns, named, "matrix")
+
+
+def _check_rank(rank: int, path: str, spec: ParamSpec) -> None:
+    """A pair of the matrix's own rank would be no smaller than it."""
+    one = [n for n, name in zip(spec.shape, spec.axes, strict=True) if name in STACKS]
+    rows = math.prod(spec.shape[dim] for dim in spec.contract)
+    columns = math.prod(spec.shape) // (rows * math.prod(one))
+    if rank >= min(rows, columns):
+        raise ConfigError(
+            f"lora.rank={rank} must be below the smaller side of every adapted matrix,"
+            f" and {path} is {rows} x {columns}; lower it, or name other matrices in"
+            " lora.targets"
+        )
 
 
 def _matched(

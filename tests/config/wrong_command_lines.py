@@ -79,6 +79,13 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["train.freeze=ffn", "lora.rank=4", "lora.whole"],
     ),
     (["--lora.base", "nf4"], ["lora.base='nf4'", "lora.rank=0", "set lora.rank"]),
+    (["--lora.alpha", "3"], ["lora.alpha=3.0", "lora.rank=0", "set lora.rank"]),
+    (["--lora.targets", "up"], ["lora.targets='up'", "leave lora.targets out"]),
+    (
+        ["--lora.rank", "4", "--init.from", "configs", "--lora.group", "16"],
+        ["lora.group=16", "set lora.base"],
+    ),
+    (["--train.quantize_group", "16"], ["=16", "set train.quantize_aware"]),
     (["--lora.base", "nf5"], ["must be one of", "did you mean nf4?"]),
     (
         ["--lora.rank", "4", "--init.from", "configs", "--lora.targets", " "],
@@ -129,6 +136,28 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (
         ["--precision=fp8", "--quant.scaling=delayed", "--mesh.pipeline=2"],
         ["only add up what they find", "quant.scaling to current"],
+    ),
+    (
+        ["--quant.backward", "compute"],
+        ["quant.backward='compute'", "fp8, int8, mxfp8", "precision=float32"],
+    ),
+    (["--quant.skip", "*/out", "--precision", "bfloat16"], ["quant.skip='*/out'"]),
+    (
+        ["--quant.history", "4", "--precision", "fp8"],
+        ["quant.history=4", "quant.scaling='delayed'", "leave quant.history out"],
+    ),
+    (["--comm.gather", "int8"], ["comm.gather='int8'", "mesh.fsdp=1", "2 or more"]),
+    (
+        ["--comm.reduce=fp8", "--runtime.devices=1", "--mesh.data=1", "--mesh.fsdp=-1"],
+        ["comm.reduce='fp8'", "mesh.fsdp=1"],
+    ),
+    (
+        ["--comm.reduce", "fp8", "--mesh.fsdp", "2", "--zero", "1"],
+        ["comm.reduce='fp8'", "zero=1", "set zero to 3"],
+    ),
+    (
+        ["--comm.reduce=int8", "--mesh.fsdp=2", "--mesh.pipeline=2"],
+        ["comm.reduce='int8'", "zero=1", "set zero to 2"],
     ),
     (["--quant.history", "0"], ["quant.history=0", "at least 1"]),
     (["--optimizer.moments", "8bit", "--optimizer.name", "muon"], ["is for adamw"]),

@@ -210,6 +210,8 @@ def test_adapters_of_a_published_model_are_a_fiftieth_of_it():
             ["lora.targets", "attention"],
         ),
         ({"lora": LoraConfig(rank=2, targets="embedding")}, ["matches no matrix"]),
+        # Of two key heads of 4: 16 x 8.
+        ({"lora": LoraConfig(rank=8)}, ["lora.rank=8", "attention/key is 16 x 8"]),
         ({"train": {"freeze": "embeding"}}, ["train.freeze", "mean embedding?"]),
         ({"train": {"freeze": "*"}}, ["leaves nothing to train"]),
         ({"lora": dataclasses.replace(NF4, group=5)}, ["lora.group=5", "divide"]),
