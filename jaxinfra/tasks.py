@@ -117,9 +117,8 @@ def text(
     def model_of(rules: Rules) -> transformer.Model:
         attend, dispatch = attention.make_attend(rules), None
         if has_experts:
-            dispatch = jaxinfra.make_dispatch(
-                config.model, policy=policy, rules=rules, way=config.parallel.experts
-            )
+            how = {"rules": rules, "way": config.parallel.experts, "comm": config.comm}
+            dispatch = jaxinfra.make_dispatch(config.model, policy=policy, **how)
         if parts > 1:
             attend = jaxinfra.make_split_attend(rules, way=way)
         return transformer.make_model(

@@ -7,6 +7,7 @@ every row with every expert, one block comes after another.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,27 @@ class Groups(NamedTuple):
     source_R: jax.Array
     place_A: jax.Array
     sizes_E: jax.Array
+
+
+class Traffic(NamedTuple):
+    """How weights cross the fsdp axis, both of (local, its partition, policy).
+
+    gather: a device's part of a weight -> it whole over fsdp, in compute dtype. reduce:
+    a weight's gradient -> its sum over fsdp, this device's part, in `policy.reduce`.
+    """
+
+    gather: Callable[[jax.Array, jax.sharding.PartitionSpec, Policy], jax.Array]
+    reduce: Callable[[jax.Array, jax.sharding.PartitionSpec, Policy], jax.Array]
+
+
+PLAIN = Traffic(
+    lambda w, partition, policy: sharding.all_gather(
+        w.astype(policy.compute), partition
+    ),
+    lambda dw, partition, policy: sharding.all_reduce(
+        dw.astype(policy.reduce), partition, ("fsdp",)
+    ),
+)
 
 
 def arrange(ids_A: jax.Array, *, num_experts: int, rows: int, align: int) -> Groups:
@@ -88,7 +110,7 @@ def _moved_backward(copies, place_I, g_OD):
 moved.defvjp(_moved_forward, _moved_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def grouped(
     x_RI: jax.Array,
     w_EIO: jax.Array,
@@ -96,29 +118,31 @@ def grouped(
     partition: jax.sharding.PartitionSpec,
     align: int,
     policy: Policy,
+    traffic: Traffic = PLAIN,
 ) -> jax.Array:
     """Rows times the matrix of their group, in compute dtype.
 
-    As the seam's einsum: `w_EIO`, laid out as `partition`, is gathered over `fsdp` in
-    compute dtype, again in the backward pass, and its gradient leaves in
-    `policy.reduce`, summed over all devices that see it.
+    As the seam's einsum: `w_EIO`, laid out as `partition`, is gathered over `fsdp` by
+    `traffic`, again in the backward pass, and its gradient leaves in `policy.reduce`,
+    summed over all devices that see it.
     """
-    return _product(x_RI, _whole(w_EIO, partition, policy), sizes_E, align, policy)
+    w_EIO = traffic.gather(w_EIO, partition, policy)
+    return _product(x_RI, w_EIO, sizes_E, align, policy)
 
 
-def _grouped_forward(x_RI, w_EIO, sizes_E, partition, align, policy):
-    y_RO = grouped(x_RI, w_EIO, sizes_E, partition, align, policy)
+def _grouped_forward(x_RI, w_EIO, sizes_E, partition, align, policy, traffic):
+    y_RO = grouped(x_RI, w_EIO, sizes_E, partition, align, policy, traffic)
     return y_RO, (x_RI, w_EIO, sizes_E)
 
 
-def _grouped_backward(partition, align, policy, residuals, g_RO):
+def _grouped_backward(partition, align, policy, traffic, residuals, g_RO):
     x_RI, w_EIO, sizes_E = residuals
-    w_EOI = jnp.swapaxes(_whole(w_EIO, partition, policy), 1, 2)
+    w_EOI = jnp.swapaxes(traffic.gather(w_EIO, partition, policy), 1, 2)
     dx_RI = _product(g_RO, w_EOI, sizes_E, align, policy)
     dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
-    dw_EIO = dw_EIO.astype(policy.reduce)
     if "fsdp" in varies_over(dw_EIO):  # else a pipeline sums it, once a step
-        dw_EIO = sharding.all_reduce(dw_EIO, partition, ("fsdp",))
+        dw_EIO = traffic.reduce(dw_EIO, partition, policy)
+    dw_EIO = dw_EIO.astype(policy.reduce)
     over = varies_over(dw_EIO) - varies_over(w_EIO)
     return dx_RI, jax.lax.psum(dw_EIO, tuple(over)).astype(w_EIO.dtype), None
 
@@ -196,10 +220,6 @@ def _in_blocks(arrays, sizes_E, align):
     # The branch is a collective's neighbour: all its operands vary alike.
     kinds = _owner(sizes_E, start_B), start_B < jnp.sum(sizes_E)
     return (*blocks, *(varying_like(x, *arrays) for x in kinds))
-
-
-def _whole(w_EIO, partition, policy):
-    return sharding.all_gather(w_EIO.astype(policy.compute), partition)
 
 
 def _taken(x_ID, source_O, copies):

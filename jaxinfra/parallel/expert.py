@@ -13,28 +13,36 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import mesh, sharding
-from jaxinfra.config import ModelConfig
+from jaxinfra.config import CommConfig, ModelConfig
 from jaxinfra.ops import experts, grouped, layers, seam
 from jaxinfra.ops.experts import Choice
 from jaxinfra.ops.seam import Dispatch, Einsum
 from jaxinfra.ops.varying import varying_like
 from jaxinfra.precision import Policy
+from jaxinfra.quant import communication
 from jaxinfra.sharding import Rules
 
 Way = Literal["dropless", "dense"]
 
 
 def make_dispatch(
-    cfg: ModelConfig, *, policy: Policy, rules: Rules, way: Way = "dropless"
+    cfg: ModelConfig,
+    *,
+    policy: Policy,
+    rules: Rules,
+    way: Way = "dropless",
+    comm: CommConfig | None = None,
 ) -> Dispatch:
     """A layer of experts. In training a `capacity_factor` takes the place of
-    "dropless"; without targets, in scoring and generation, none is dropped.
+    "dropless"; without targets, in scoring and generation, none is dropped. comm: in
+    how many bits "dropless" has weights cross the fsdp axis, as the einsum does.
 
     Limits: "dropless" multiplies experts in compute dtype whatever einsum it is given,
     and goes the way of "dense" for weights that are `seam.Wrapped`.
     """
     full = dataclasses.replace(policy, compute=jnp.dtype("float32"))
     router = seam.make_einsum(full, rules)
+    traffic = communication.of_experts(comm) if comm else grouped.PLAIN
 
     def dispatch(params, x_BTD, context, number, *, einsum):
         bias_LE = context.router_bias_LE
@@ -50,7 +58,8 @@ def make_dispatch(
         elif choice.ranks_BTk is not None:
             y_BTD = bounded(params, x_BTD, choice, cfg=cfg, einsum=einsum, rules=rules)
         else:
-            y_BTD = dropless(params, x_BTD, choice, cfg=cfg, policy=policy, rules=rules)
+            how = {"policy": policy, "rules": rules, "traffic": traffic}
+            y_BTD = dropless(params, x_BTD, choice, cfg=cfg, **how)
         if "down_bias" in params:
             gates_BTE = experts.gates_of_all(choice, cfg).astype(y_BTD.dtype)
             bias_ED = experts.on_all(params["down_bias"]).astype(y_BTD.dtype)
@@ -72,6 +81,7 @@ def dropless(
     cfg: ModelConfig,
     policy: Policy,
     rules: Rules,
+    traffic: grouped.Traffic = grouped.PLAIN,
 ) -> jax.Array:
     """Every token to each of its experts, by grouped matmuls: [B, T, D].
 
@@ -114,9 +124,8 @@ def dropless(
         of = grouped.expert_of_rows(places.sizes_E, rows)
 
         def project(name, x_RI=x_RD):
-            y_RO = grouped.grouped(
-                x_RI, weights[name], places.sizes_E, specs[name], align, policy
-            )
+            at = (places.sizes_E, specs[name], align)
+            y_RO = grouped.grouped(x_RI, weights[name], *at, policy, traffic)
             if f"{name}_bias" in weights:
                 y_RO += weights[f"{name}_bias"].astype(y_RO.dtype)[of]
             return checkpoint_name(y_RO, "ffn_in") if name != "down" else y_RO

@@ -11,6 +11,9 @@ summed otherwise, for 4. Source: ZeRO++, arXiv:2306.10209 sections 3.1 and 3.3.
 
 In a pipeline, which gathers once a step and reduces once, the layers' weights go so.
 
+Experts go so whichever way their tokens come to them: by the einsum, or (`of_experts`)
+by the grouped matmuls of "dropless".
+
 Limits: weights that `fsdp` splits, so zero 3; not the embedding and the head, which do
 not pass through the seam. Blocks are those of a shard: another mesh rounds otherwise.
 """
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxinfra import sharding
 from jaxinfra.config import CommConfig
-from jaxinfra.ops import seam
+from jaxinfra.ops import grouped, seam
 from jaxinfra.ops.seam import Einsum, Names
 from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
@@ -118,6 +121,24 @@ def in_pipeline(comm: CommConfig, policy: Policy) -> tuple[Any, Any]:
         return jax.lax.psum(shard.astype(policy.reduce), "data")
 
     return gather, reduce
+
+
+def of_experts(comm: CommConfig) -> grouped.Traffic:
+    """How experts that meet their tokens by grouped matmuls cross, as `comm` says."""
+    into, back = _FORMATS[comm.gather], _FORMATS[comm.reduce]
+
+    def gather(local: jax.Array, spec: jax.sharding.PartitionSpec, policy: Policy):
+        if into is None or not _is_split(spec):
+            return grouped.PLAIN.gather(local, spec, policy)
+        return _gathered_low(local, spec=spec, form=into, dtype=policy.compute)
+
+    def reduce(local: jax.Array, spec: jax.sharding.PartitionSpec, policy: Policy):
+        if back is None or not _is_split(spec):
+            return grouped.PLAIN.reduce(local, spec, policy)
+        shard = reduce_scatter_low(local, _split_dim(spec), back)
+        return shard.astype(policy.reduce)
+
+    return grouped.Traffic(gather, reduce)
 
 
 def _gathered_low(local: jax.Array, *, spec, form: FormatName, dtype: jnp.dtype):
