@@ -25,6 +25,7 @@ When a run in low precision fails, its metrics say where: `quant/<operand>_under
 matmul, and `_scale`, for operands input, weight and grad.
 
 `communication` puts FSDP's gathers and reductions into 8 bits for any precision of 16
-or 32 (`--comm.gather`, `--comm.reduce`); `train.adam8` keeps both moments of adamw in 8
-bits (`--optimizer.moments 8bit`). `random_bits` are all the chances.
+or 32 (`--comm.gather`, `--comm.reduce`), which pays on a slow network alone: it says
+when. `train.adam8` keeps both moments of adamw in 8 bits (`--optimizer.moments 8bit`).
+`random_bits` are all the chances.
 """

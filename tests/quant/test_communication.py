@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 import re
 
 import jax
@@ -17,12 +19,15 @@ from jaxinfra.models.specs import param_specs
 from jaxinfra.ops import seam
 from jaxinfra.parallel import expert
 from jaxinfra.params import ParamSpec
+from jaxinfra.plan import targets
 from jaxinfra.quant import communication
 from jaxinfra.tune import lora
 
 RULES = sharding.Rules()
 POLICY = precision.policy("float32")
 B, T, D, F = 8, 16, 256, 512
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "scripts" / "results" / "quant_programs.json"
 # Half a step of the block's largest value, about 3 standard deviations.
 ROUNDED = {"int8": 0.02, "fp8": 0.06}
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -270,3 +275,16 @@ def test_a_pipeline_gathers_and_reduces_its_layers_so():
     assert low_held_out[0] != held_out[0]
     far = pipelines.distance(found.grads, plain.grads)
     assert 0 < max(far.values()) < 3 * ROUNDED["int8"], far  # on the way there and back
+
+
+def test_the_price_that_is_told_is_that_of_the_results():
+    results = json.loads(RESULTS.read_text())
+    clock_hz, told = targets.parse("v6e:2x4").chip.clock_hz, communication.__doc__
+    for size in ("", " wide"):
+        plain, low = (results[f"v6e {kind}{size}"] for kind in ("bfloat16", "comm"))
+        cycles = [of["estimated_cycles"] for of in (plain, low)]
+        sent = [sum(of["collective_bytes"].values()) for of in (plain, low)]
+        assert f"{1 - sent[1] / sent[0]:.0%} fewer" in told
+        assert f"{cycles[1] / cycles[0]:.1f} times" in told
+        even = (sent[0] - sent[1]) / (cycles[1] - cycles[0]) * clock_hz
+        assert f" {even / 1e9:.0f} " in told
