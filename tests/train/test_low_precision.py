@@ -31,7 +31,7 @@ OTHER_CODES = 5e-4
 # adamw takes a whole step for a gradient that is nearly zero.
 NOISE = 1e-7
 FIRST_LOSS = 1e-4
-LATER_LOSS = 0.02
+LATER_LOSS = {"int8": 3e-3, "fp8": 0.02, "mxfp8": 0.02}
 TIMES_NOISE = 3
 
 
@@ -221,7 +221,7 @@ def test_a_mesh_of_eight_is_as_far_from_one_device_as_its_last_bits_are(
     assert np.median(far[0]) < TIMES_NOISE * np.median(far[1:], axis=1).max()
     for run in (many, *moved):
         assert run.losses[0] == pytest.approx(one.losses[0], abs=FIRST_LOSS)
-        np.testing.assert_allclose(run.losses, one.losses, atol=LATER_LOSS)
+        np.testing.assert_allclose(run.losses, one.losses, atol=LATER_LOSS[precision])
     low = distances(plain.grads, one.grads)
     assert np.median(low) > TIMES_NOISE * far[0].max(), "what rounding itself moves"
     np.testing.assert_allclose(one.losses, plain.losses, atol=0.05)
