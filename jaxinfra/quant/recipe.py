@@ -62,7 +62,13 @@ def make_recipe(precision: str, cfg: QuantConfig) -> Recipe:
 
 def chosen(specs: Tree, recipe: Recipe) -> tuple[str, ...]:
     """Paths of the parameters whose matmuls run in low precision."""
-    out = (*_EXEMPT, *recipe.skip)
+    return to_round(specs, skip=recipe.skip)
+
+
+def to_round(specs: Tree, *, skip: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Paths of the matrices that may be rounded: all but routers, and what `skip`'s
+    patterns name."""
+    out = (*_EXEMPT, *skip)
     return tuple(
         path
         for path, spec in named(specs)

@@ -1,5 +1,7 @@
 """A loss that sees its matrices rounded: its value, its gradient, what it is for."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ from tune import small
 from tune.test_frozen import built, rows
 
 from jaxinfra import experiment, params
-from jaxinfra.config import ConfigError
+from jaxinfra.config import ConfigError, LayerConfig
+from jaxinfra.models.specs import param_specs
 from jaxinfra.quant import compression
+from jaxinfra.quant.aware import quantize_aware
 from jaxinfra.quant.compression import Compression
 from jaxinfra.train import objective
 
@@ -53,6 +57,27 @@ def test_loss_and_gradient_are_those_at_the_rounded_matrices():
         params.named(ours.grads), jax.tree.leaves(theirs.grads), strict=True
     ):
         np.testing.assert_allclose(g, expected, atol=1e-4, err_msg=path)
+
+
+def test_all_matrices_but_the_router_are_rounded_where_heads_are_as_wide_as_experts():
+    model = dataclasses.replace(
+        small.MODEL,
+        head_dim=4,
+        prefix=(LayerConfig(feed_forward="experts"),),
+        num_experts=4,
+        experts_per_token=2,
+    )
+    specs = param_specs(model)
+    config = small.config(model=model, train=AWARE)
+    aware = quantize_aware(lambda params, *_: params, specs, config)
+    rng = np.random.default_rng(0)
+    draw = lambda spec: rng.normal(size=spec.shape).astype(np.float32)
+    weights = jax.tree.map(draw, specs)
+    seen = jax.jit(aware)(weights, (), None, None)
+    pairs = zip(params.named(weights), jax.tree.leaves(seen), strict=True)
+    changed = {path for (path, w), rounded in pairs if np.any(w != rounded)}
+    matrices = {path for path, spec in params.named(specs) if spec.kind == "matrix"}
+    assert changed == matrices - {"prefix/0/ffn/router"}
 
 
 def test_groups_that_do_not_divide_are_told_by_the_key():
