@@ -12,8 +12,8 @@ matrices, as lora.targets; embedding, head and norms stay as they are.
 Text, whose last tenth measures the perplexity before and after: --text FILE ..., or
 --data DATASET, prepared with SOURCE's tokenizer, which brings its own held-out part;
 default: the text that ships with the project. `--key value` says how the model runs:
---mesh.fsdp 2, --precision bfloat16, --runtime.cpu_devices 4. Exit codes: 0 done, 2
-wrong input, 12 no usable checkpoint.
+--mesh.fsdp 2, --precision bfloat16_params, --runtime.cpu_devices 4. Exit codes: 0
+done, 2 wrong input, 12 no usable checkpoint.
 """
 
 import argparse
