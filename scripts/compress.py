@@ -84,8 +84,7 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     from jaxinfra import experiment, launcher, precision, sharding
     from jaxinfra.generate import score
     from jaxinfra.interop import export, pretrained, tokenizers_of
-    from jaxinfra.quant import calibration
-    from jaxinfra.quant.compression import Compression
+    from jaxinfra.quant import calibration, compression
     from jaxinfra.tune import roles
 
     source = pretrained.open_source(args.source)
@@ -111,12 +110,13 @@ def compress(config: Config, args: argparse.Namespace) -> int:
         length=args.length,
         most=args.score_tokens,
     )
-    how = Compression(
+    how = compression.Compression(
         format=args.format,
         method=args.method,
         group=args.group,
         matrices=tuple(roles.matrices("--targets", args.targets, model.specs)),
     )
+    compression.abstract(model.specs, how, layout, policy.param)  # fails before work
     with jax.set_mesh(layout.mesh):
         weights = source.load(layout=layout, dtype=policy.param)
         before = measure(weights)
