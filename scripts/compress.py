@@ -116,7 +116,10 @@ def compress(config: Config, args: argparse.Namespace) -> int:
         group=args.group,
         matrices=tuple(roles.matrices("--targets", args.targets, model.specs)),
     )
-    compression.abstract(model.specs, how, layout, policy.param)  # fails before work
+    try:
+        compression.abstract(model.specs, how, layout, policy.param)
+    except ConfigError as error:  # before anything is read or measured
+        raise ConfigError(f"--group {args.group}: {error}") from error
     with jax.set_mesh(layout.mesh):
         weights = source.load(layout=layout, dtype=policy.param)
         before = measure(weights)

@@ -19,7 +19,8 @@ def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
     and `quantize_group` say, rounded to the nearest; a router stays as it is.
 
     `compress.py --method nearest` of what was trained computes the same. Costs a copy
-    of the parameters. Raises ConfigError where groups do not divide a dim.
+    of the parameters; no mesh limits the groups. Raises ConfigError where they do not
+    divide a dim.
     """
     how = Compression(
         format=config.train.quantize_aware,
@@ -33,6 +34,8 @@ def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
         if path not in how.matrices:
             return w
         near = arrays.dequantize(compression.in_form(w, spec, how), w.dtype)
+        if (place := jax.typeof(w).sharding.spec) != jax.typeof(near).sharding.spec:
+            near = jax.reshard(near, place)  # pairs that two devices share
         return w + jax.lax.stop_gradient(near - w)
 
     def all_rounded(params: Tree) -> Tree:

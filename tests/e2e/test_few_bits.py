@@ -101,7 +101,7 @@ def test_what_is_compressed_is_measured_and_speaks(base, tmp_path, form, method,
 def test_groups_that_do_not_fit_are_told_before_anything_is_read(unreadable, tmp_path):
     asked = ["--from", unreadable, "--to", tmp_path / "few", "--format", "int4"]
     code, _, errors = script("compress", *asked, "--group", 5)
-    assert (code, "with groups of 5" in errors) == (2, True), errors
+    assert (code, "--group 5: " in errors) == (2, True), errors
     code, _, errors = script("compress", *asked, "--group", 8)
     assert code == 12, errors
 
