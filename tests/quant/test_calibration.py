@@ -108,6 +108,16 @@ def test_every_mesh_makes_the_same_model_which_runs_as_it_is_kept(form, method, 
 
 
 @pytest.mark.slow
+def test_devices_that_share_groups_run_the_same_model():
+    """Of 24 inputs in groups of 8 each device has 12."""
+    cfg = dataclasses.replace(small.MODEL, width=24, head_dim=8)
+    alone, _ = compressed(of("nf4", "nearest", 8), {}, cfg)
+    many, _ = compressed(of("nf4", "nearest", 8), MESH, cfg)
+    for logits in many[1:]:
+        np.testing.assert_allclose(logits, alone[1], atol=SAME_FUNCTION)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_experts_and_layers_of_all_kinds_are_compressed(method):
     cfg = dataclasses.replace(
