@@ -69,7 +69,8 @@ def test_devices_share_groups_of_64_of_the_576_inputs_of_a_published_model():
     expected, _, base = trained(small.config(**few), steps=2)
     meshes = [({"fsdp": 2}, 1), ({"fsdp": 2, "pipeline": 2}, 2)]
     for mesh, microbatches in meshes:
-        cfg = small.config(**few, mesh=mesh, train={"microbatches": microbatches})
+        train = {"microbatches": microbatches}
+        cfg = small.config(**few, mesh=mesh, train=train, zero=3)
         losses, _, split = trained(cfg, steps=2)
         jax.tree.map(np.testing.assert_array_equal, split, base)
         np.testing.assert_allclose(losses, expected, rtol=OTHER_MESH)
