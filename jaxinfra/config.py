@@ -321,9 +321,9 @@ class QuantConfig:
     """How precision fp8, int8 and mxfp8 multiply; see `jaxinfra.quant.recipe`.
 
     scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
-    both backward matmuls too, or in the compute dtype. skip: parameters that stay as
-    they are, PATTERN+PATTERN such as */out+pattern/0/*. figures: measure saturation,
-    underflow and scales (metrics quant/...).
+    both backward matmuls too, or in the compute dtype. skip: `patterns` of parameters
+    that stay as they are, such as "attention/out pattern/0". figures: measure
+    saturation, underflow and scales (metrics quant/...).
     """
 
     scaling: Literal["current", "delayed"] = "current"

@@ -22,7 +22,7 @@ def bits_like(
     spec = jax.typeof(x).sharding.spec
     # A sharding is said where there is one: without a mesh, or on Auto axes, is none.
     place = spec if any(entry is not None for entry in spec) else None
-    index, stride = jnp.uint32(0), 1
+    seed, index, stride = mix(seed), jnp.uint32(0), 1  # neighbours' bits are others
     for dim in reversed(range(x.ndim)):
         if dim == 0 and rows is not None:
             # By itself: rows x stride would wrap and meet other rows' places.

@@ -6,13 +6,14 @@ does what `quant.skip` names.
 """
 
 import dataclasses
-import fnmatch
 import math
+import re
 from typing import Literal
 
 import jax
 
-from jaxinfra.config import QuantConfig
+from jaxinfra import patterns
+from jaxinfra.config import ConfigError, QuantConfig
 from jaxinfra.params import Tree, named
 from jaxinfra.quant.formats import FORMATS, FormatName
 
@@ -32,7 +33,7 @@ class Recipe:
     is_delayed: bool = False
     history: int = 16
     figures: bool = True
-    skip: tuple[str, ...] = ()
+    skip: str = ""
 
 
 # Sources: arXiv:2209.05433 (fp8: e4m3 forward, e5m2 gradients, a scale a tensor);
@@ -44,7 +45,7 @@ _RECIPES = {
     "mxfp8": Recipe(forward="mxfp8", backward="mxfp8", groups="block"),
 }
 # Routers choose: a rounded logit sends a token elsewhere.
-_EXEMPT = ("*router*",)
+ROUTERS = "*router*"
 
 
 def make_recipe(precision: str, cfg: QuantConfig) -> Recipe:
@@ -56,24 +57,31 @@ def make_recipe(precision: str, cfg: QuantConfig) -> Recipe:
         is_delayed=cfg.scaling == "delayed",
         history=cfg.history,
         figures=cfg.figures,
-        skip=tuple(filter(None, cfg.skip.split("+"))),
+        skip=cfg.skip,
     )
 
 
 def chosen(specs: Tree, recipe: Recipe) -> tuple[str, ...]:
-    """Paths of the parameters whose matmuls run in low precision."""
-    return to_round(specs, skip=recipe.skip)
+    """Paths of the parameters whose matmuls run in low precision.
+
+    Raises ConfigError for a pattern of `quant.skip` that matches none of them, or where
+    none is left.
+    """
+    inside = to_round(specs)
+    out = set(patterns.matched("quant.skip", recipe.skip, inside, "matrix"))
+    if not (left := tuple(path for path in inside if path not in out)):
+        raise ConfigError(
+            f"quant.skip={recipe.skip!r} leaves no matrix in low precision; match fewer"
+        )
+    return left
 
 
-def to_round(specs: Tree, *, skip: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Paths of the matrices that may be rounded: all but routers, and what `skip`'s
-    patterns name."""
-    out = (*_EXEMPT, *skip)
+def to_round(specs: Tree) -> tuple[str, ...]:
+    """Paths of the matrices that may be rounded: all but the routers."""
     return tuple(
         path
         for path, spec in named(specs)
-        if spec.kind == "matrix"
-        and not any(fnmatch.fnmatch(path, pattern) for pattern in out)
+        if spec.kind == "matrix" and not patterns.is_match(path, ROUTERS)
     )
 
 
@@ -113,7 +121,8 @@ def has_units(device: jax.Device, format: FormatName) -> bool:
             kinds = ("TPU v5", "TPU v6", "TPU7", "TPU v7") if is_int8 else ("TPU7",)
             return device.device_kind.startswith(kinds)
         case "gpu" | "cuda":
-            major, minor = map(int, str(device.compute_capability).split("."))
-            return (major, minor) >= ((7, 5) if is_int8 else (8, 9))
+            found = re.fullmatch(r"(\d+)\.(\d+)", str(device.compute_capability))
+            capability = tuple(map(int, found.groups())) if found else (0, 0)
+            return capability >= ((7, 5) if is_int8 else (8, 9))
         case _:
             return False

@@ -133,14 +133,16 @@ def first_state(specs: Tree, recipe: Recipe, inner: Any = ()) -> Any:
 def next_state(update_inner, model_state: Any, stats: Any) -> Any:
     """The model state after a step; `update_inner(inner, stats)` makes the inner one.
 
-    The newest maxima enter the history, the oldest leave it. Source: Transformer
+    The newest maxima enter the history, the oldest leave it; one that is not finite
+    counts as none, so that the scale stays what the others say. Source: Transformer
     Engine's DelayedScaling recipe (`amax_compute_algo` max).
     """
     if not isinstance(model_state, Delayed):
         return update_inner(model_state, stats)
     inner, largest = stats
+    newest = {k: jnp.where(jnp.isfinite(x), x, 0) for k, x in largest.tree.items()}
     history = {
-        path: jnp.concatenate([largest.tree[path][..., None], old[..., :-1]], axis=-1)
+        path: jnp.concatenate([newest[path][..., None], old[..., :-1]], axis=-1)
         for path, old in model_state.largest.items()
     }
     return Delayed(update_inner(model_state.inner, inner), history)

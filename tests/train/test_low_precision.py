@@ -14,7 +14,7 @@ from parallel import tiny_runs
 
 from jaxinfra import options
 from jaxinfra import precision as precisions
-from jaxinfra.config import QuantConfig
+from jaxinfra.config import ConfigError, QuantConfig
 from jaxinfra.data import batches, device
 from jaxinfra.models.specs import param_specs
 from jaxinfra.quant import recipe as recipes
@@ -31,7 +31,7 @@ OTHER_CODES = 5e-4
 # adamw takes a whole step for a gradient that is nearly zero.
 NOISE = 1e-7
 FIRST_LOSS = 1e-4
-LATER_LOSS = 0.02
+LATER_LOSS = {"int8": 3e-3, "fp8": 0.02, "mxfp8": 0.02}
 TIMES_NOISE = 3
 
 
@@ -122,9 +122,23 @@ def test_matrices_of_blocks_are_in_and_heads_routers_and_vectors_are_not():
     names = recipes.chosen(param_specs(model("tiny_moe", qkv_bias=True)), recipe)
     last = {name.rpartition("/")[2] for name in names}
     assert last == {"query", "key", "value", "out", "up", "gate", "down"}
-    skip = QuantConfig(skip="*/down+*/attention/*")
+    skip = QuantConfig(skip="down attention")
     names = recipes.chosen(param_specs(model()), recipes.make_recipe("int8", skip))
     assert {name.rpartition("/")[2] for name in names} == {"up", "gate"}
+
+
+@pytest.mark.parametrize(
+    ("skip", "text"),
+    [
+        ("dwon", r"quant.skip='dwon': 'dwon' matches no matrix.*did you mean.*down"),
+        ("attention ffn", "leaves no matrix in low precision"),
+        ("*/down+*/out", "matches no matrix"),
+    ],
+)
+def test_a_pattern_that_skips_nothing_or_all_is_refused(skip, text):
+    recipe = recipes.make_recipe("fp8", QuantConfig(skip=skip))
+    with pytest.raises(ConfigError, match=text):
+        recipes.chosen(param_specs(model()), recipe)
 
 
 def test_at_least_nine_tenths_of_tinys_flops_outside_the_head_are_low():
@@ -160,7 +174,9 @@ def test_delayed_scales_are_those_of_the_published_recipe():
         formats = np.array([448.0, 448.0, 57344.0])
         np.testing.assert_allclose(scales, np.where(last, last / formats, 1), rtol=1e-6)
         now = rng.uniform(0.1, 10, (4, 3))
+        now[0, 0] = np.inf  # not finite: as if nothing had been seen
         largest = {p: jnp.asarray(now, jnp.float32) for p in state.largest}
+        now[0, 0] = 0
         stats = (jnp.float32(1), Maxima(largest))
         state = low_precision.next_state(update, state, stats)
         seen = np.concatenate([seen, now[None]])
@@ -205,7 +221,7 @@ def test_a_mesh_of_eight_is_as_far_from_one_device_as_its_last_bits_are(
     assert np.median(far[0]) < TIMES_NOISE * np.median(far[1:], axis=1).max()
     for run in (many, *moved):
         assert run.losses[0] == pytest.approx(one.losses[0], abs=FIRST_LOSS)
-        np.testing.assert_allclose(run.losses, one.losses, atol=LATER_LOSS)
+        np.testing.assert_allclose(run.losses, one.losses, atol=LATER_LOSS[precision])
     low = distances(plain.grads, one.grads)
     assert np.median(low) > TIMES_NOISE * far[0].max(), "what rounding itself moves"
     np.testing.assert_allclose(one.losses, plain.losses, atol=0.05)

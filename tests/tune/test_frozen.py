@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tune import small
 
-from jaxinfra import experiment, options, params
+from jaxinfra import experiment, options, params, patterns
 from jaxinfra.config import ConfigError, LoraConfig, ParallelConfig
 from jaxinfra.data import packing
 from jaxinfra.models.specs import param_specs
 from jaxinfra.train import state as states
-from jaxinfra.tune import frozen, roles
+from jaxinfra.tune import frozen
 
 # float32 sums in another order, carried through 4 updates.
 OTHER_MESH = 2e-5
@@ -239,7 +239,7 @@ def test_patterns_and_groups_that_do_not_fit_are_told(settings, words):
     ],
 )
 def test_a_pattern_is_of_whole_parts_of_a_path(pattern, path, expected):
-    assert roles.is_match(path, pattern) == expected
+    assert patterns.is_match(path, pattern) == expected
 
 
 def test_a_checkpoint_holds_no_frozen_parameter():
