@@ -232,6 +232,7 @@ def test_low_precision_over_four_processes_goes_on_as_one_process_does(
 @pytest.mark.slow
 def test_moments_are_made_narrow_by_the_processes_that_share_them(tmp_path, cache_dir):
     more = {
+        "model.repeats": 1,
         "model.width": 32,
         "model.ffn_width": 64,
         "train.length": 16,
