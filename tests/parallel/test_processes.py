@@ -250,8 +250,8 @@ def test_moments_are_made_narrow_by_the_processes_that_share_them(tmp_path, cach
     assert starts == [0, 2]
     losses = [line["train/loss"] for line in read(run_dir, "metrics.jsonl")]
     assert len(losses) == 4
-    # Moments that had lost their scale would throw it far off within a step.
-    assert losses[-1] < losses[0]
+    # Moments that had lost their scale would throw it off by far more within a step.
+    assert max(losses) - min(losses) < 0.5
 
 
 @pytest.mark.parametrize(
