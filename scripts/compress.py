@@ -12,8 +12,8 @@ matrices, as lora.targets; embedding, head and norms stay as they are.
 Text, whose last tenth measures the perplexity before and after: --text FILE ..., or
 --data DATASET, prepared with SOURCE's tokenizer, which brings its own held-out part;
 default: the text that ships with the project. `--key value` says how the model runs:
---mesh.fsdp 2, --precision bfloat16, --runtime.cpu_devices 4. Exit codes: 0 done, 2
-wrong input, 12 no usable checkpoint.
+--mesh.fsdp 2, --precision bfloat16_params, --runtime.cpu_devices 4. Exit codes: 0
+done, 2 wrong input, 12 no usable checkpoint.
 """
 
 import argparse
@@ -84,8 +84,7 @@ def compress(config: Config, args: argparse.Namespace) -> int:
     from jaxinfra import experiment, launcher, precision, sharding
     from jaxinfra.generate import score
     from jaxinfra.interop import export, pretrained, tokenizers_of
-    from jaxinfra.quant import calibration
-    from jaxinfra.quant.compression import Compression
+    from jaxinfra.quant import calibration, compression
     from jaxinfra.tune import roles
 
     source = pretrained.open_source(args.source)
@@ -111,12 +110,16 @@ def compress(config: Config, args: argparse.Namespace) -> int:
         length=args.length,
         most=args.score_tokens,
     )
-    how = Compression(
+    how = compression.Compression(
         format=args.format,
         method=args.method,
         group=args.group,
         matrices=tuple(roles.matrices("--targets", args.targets, model.specs)),
     )
+    try:
+        compression.abstract(model.specs, how, layout, policy.param)
+    except ConfigError as error:  # before anything is read or measured
+        raise ConfigError(f"--group {args.group}: {error}") from error
     with jax.set_mesh(layout.mesh):
         weights = source.load(layout=layout, dtype=policy.param)
         before = measure(weights)

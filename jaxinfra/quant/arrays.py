@@ -10,8 +10,8 @@ loop over layers may take the first dim off.
 
 Groups: all values along `dims` share a scale (per tensor: all dims; per channel: the
 dims that a matmul contracts), or, with `block`, so many neighbours along the last of
-`dims`. A dim that is split over devices must be split between blocks, and between the
-two values that share a byte.
+`dims`. Where devices split a dim within blocks, each has the scales of all of it: no
+mesh limits a block. Only the two values that share a byte must lie on one device.
 """
 
 import dataclasses
@@ -133,7 +133,13 @@ def scales_of(
             f"dim {dim} of an array {list(x.shape)} does not divide into blocks of "
             f"{block}; choose a divisor of {x.shape[dim]}"
         )
-    return scale_for(jnp.max(split(magnitudes, dim, block), axis=dim + 1), format)
+    part = _undivided(x, dim, block)
+    largest = jnp.max(split(magnitudes, dim, part), axis=dim + 1)
+    if part < block:  # the largest of the parts, which are few, meet on all devices
+        largest = jnp.max(
+            split(_relaid(largest, dim), dim, block // part), axis=dim + 1
+        )
+    return scale_for(largest, format)
 
 
 def encode(
@@ -198,9 +204,24 @@ def quantize_parameter(
 
 def shardings(q: QuantizedArray, place: jax.NamedSharding) -> QuantizedArray:
     """NamedShardings of the two arrays of `q` (shapes will do), for an array that lies
-    as `place` says: scales lie with their values, those of a whole dim are whole."""
+    as `place` says: scales lie with their values, but whole along a dim that is split
+    within blocks.
+
+    Raises:
+      ValueError: a dim is split within the pairs that share a byte.
+    """
     spec = (*place.spec, *(None,) * (len(q.values.shape) - len(place.spec)))
-    scales = [name if size > 1 else None for size, name in zip(q.scales.shape, spec)]
+    parts = [sharding.axis_product(place.mesh, sharding.axes_of(e)) for e in spec]
+    if q.values.shape[q.dim] % parts[q.dim]:
+        raise ValueError(
+            f"dim {len(spec) + q.dim} of an array {list(q.shape)} is split over mesh "
+            f"axes {sharding.axes_of(spec[q.dim])} of size {parts[q.dim]}, and 4-bit "
+            "values are stored in pairs; use int8, or fewer devices along these axes"
+        )
+    scales = [
+        None if size == 1 or size % n else entry
+        for size, n, entry in zip(q.scales.shape, parts, spec)
+    ]
     make = lambda entries: jax.NamedSharding(place.mesh, jax.P(*entries))
     return dataclasses.replace(q, values=make(spec), scales=make(scales))
 
@@ -221,6 +242,7 @@ def is_quantized(leaf: Any) -> bool:
 
 def pack(codes: jax.Array, dim: int) -> jax.Array:
     """Two 4-bit codes a byte: of neighbours along `dim`, the first in the low bits.
+    Where two devices share a pair, all have the dim whole.
 
     Raises:
       ValueError: the dim is odd.
@@ -231,6 +253,8 @@ def pack(codes: jax.Array, dim: int) -> jax.Array:
             f"dim {dim} of an array {list(codes.shape)} is odd, and 4-bit values are "
             "stored in pairs; use int8 or another dim"
         )
+    if _undivided(codes, dim, 2) < 2:
+        codes = _relaid(codes, dim)
     pairs = split(codes, dim, 2)
     low, high = (
         jax.lax.index_in_dim(pairs, i, dim + 1, keepdims=False) for i in range(2)
@@ -263,9 +287,27 @@ def _by_groups(operation, x: jax.Array, scales: jax.Array) -> jax.Array:
     compiler would write it out before it reads it."""
     for dim, (parts, size) in enumerate(zip(scales.shape, x.shape, strict=True)):
         if parts not in (1, size):  # the one dim that has blocks
-            blocks = split(x, dim, size // parts)
+            block = size // parts
+            part = _undivided(x, dim, block)
+            if part < block:
+                scales = jnp.repeat(scales, block // part, axis=dim)
+                scales = _relaid(scales, dim, jax.typeof(x).sharding.spec[dim])
+            blocks = split(x, dim, part)
             return _join(operation(blocks, jnp.expand_dims(scales, dim + 1)), dim)
     return operation(x, scales)
+
+
+def _undivided(x: jax.Array, dim: int, block: int) -> int:
+    """The largest part of a block of `dim` that no two devices share."""
+    place = jax.typeof(x).sharding
+    axes = sharding.axes_of(place.spec[dim])
+    return math.gcd(block, x.shape[dim] // sharding.axis_product(place.mesh, axes))
+
+
+def _relaid(x: jax.Array, dim: int, entry: Any = None) -> jax.Array:
+    """`x` with `dim` over the mesh axes of `entry`; default: whole."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.reshard(x, jax.P(*spec[:dim], entry, *spec[dim + 1 :]))
 
 
 def _join(x: jax.Array, dim: int) -> jax.Array:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jaxinfra.config import Config, ConfigError
-from jaxinfra.params import ParamSpec, Tree
-from jaxinfra.quant import arrays, compression
+from jaxinfra.params import ParamSpec, Tree, named, unflatten
+from jaxinfra.quant import arrays, compression, recipe
 from jaxinfra.quant.compression import Compression
 
 
@@ -19,24 +19,30 @@ def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
     and `quantize_group` say, rounded to the nearest; a router stays as it is.
 
     `compress.py --method nearest` of what was trained computes the same. Costs a copy
-    of the parameters. Raises ConfigError where groups do not divide a dim.
+    of the parameters; no mesh limits the groups. Raises ConfigError where they do not
+    divide a dim.
     """
     how = Compression(
         format=config.train.quantize_aware,
         method="nearest",
         group=config.train.quantize_group,
-        matrices=(),
+        matrices=recipe.to_round(specs),
     )
 
-    def rounded(spec: ParamSpec, w: jax.Array) -> jax.Array:
+    def rounded(path: str, spec: ParamSpec, w: jax.Array) -> jax.Array:
         """The numbers that w's codes stand for, with w's gradient."""
-        if spec.kind != "matrix" or spec.shape[-1] == config.model.num_experts:
+        if path not in how.matrices:
             return w
         near = arrays.dequantize(compression.in_form(w, spec, how), w.dtype)
+        if (place := jax.typeof(w).sharding.spec) != jax.typeof(near).sharding.spec:
+            near = jax.reshard(near, place)  # pairs that two devices share
         return w + jax.lax.stop_gradient(near - w)
 
     def all_rounded(params: Tree) -> Tree:
-        return jax.tree.map(rounded, specs, params)
+        leaves = jax.tree.leaves(params)
+        return unflatten(
+            specs, [rounded(*at, w) for at, w in zip(named(specs), leaves, strict=True)]
+        )
 
     def aware(params: Tree, model_state: Any, batch: Any, key: Any) -> Any:
         return loss_fn(all_rounded(params), model_state, batch, key)

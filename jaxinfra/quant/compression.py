@@ -62,7 +62,7 @@ def from_json(fields: Any) -> Compression:
 def abstract(specs: Tree, how: Compression, layout: Layout, dtype: jnp.dtype) -> Tree:
     """Shapes, dtypes and shardings of the compressed parameters.
 
-    Raises ConfigError if groups do not divide a dim, or a device's part of it.
+    Raises ConfigError if groups do not divide a dim, or devices a dim's bytes.
     """
     plain = params.abstract(specs, layout, layout.params, dtype)
     known = dict(params.named(specs))
@@ -79,10 +79,7 @@ def abstract(specs: Tree, how: Compression, layout: Layout, dtype: jnp.dtype) ->
             )
             return placed(shapes, spec, layout)
         except ValueError as error:
-            raise ConfigError(
-                f"{path} with groups of {how.group}: {error}; choose another --group, "
-                "or a smaller mesh"
-            ) from error
+            raise ConfigError(f"{path} with groups of {how.group}: {error}") from error
 
     leaves = [
         one(path, spec, leaf)
@@ -112,13 +109,6 @@ def placed(tree: Any, spec: ParamSpec, layout: Layout) -> Any:
 
     def put(x: Any, place: jax.NamedSharding) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            for size, axes in zip(x.shape, place.spec):
-                named = (axes,) if isinstance(axes, str) else axes or ()
-                if size % (parts := sharding.axis_product(layout.mesh, named)):
-                    raise ValueError(
-                        f"{size} groups do not divide over {parts} devices of mesh "
-                        f"axes {named}"
-                    )
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         return jax.device_put(x, place)
 

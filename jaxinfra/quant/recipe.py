@@ -67,15 +67,22 @@ def chosen(specs: Tree, recipe: Recipe) -> tuple[str, ...]:
     Raises ConfigError for a pattern of `quant.skip` that matches none of them, or where
     none is left.
     """
-    matrices = [path for path, spec in named(specs) if spec.kind == "matrix"]
-    routed = [path for path in matrices if patterns.is_match(path, ROUTERS)]
-    inside = [path for path in matrices if path not in routed]
+    inside = to_round(specs)
     out = set(patterns.matched("quant.skip", recipe.skip, inside, "matrix"))
     if not (left := tuple(path for path in inside if path not in out)):
         raise ConfigError(
             f"quant.skip={recipe.skip!r} leaves no matrix in low precision; match fewer"
         )
     return left
+
+
+def to_round(specs: Tree) -> tuple[str, ...]:
+    """Paths of the matrices that may be rounded: all but the routers."""
+    return tuple(
+        path
+        for path, spec in named(specs)
+        if spec.kind == "matrix" and not patterns.is_match(path, ROUTERS)
+    )
 
 
 def share_of_flops(

@@ -111,17 +111,17 @@ def other_moments(
 
     def convert(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         arrays = dict(arrays)
+        place = lambda name: abstract[name].sharding
         for name in wide:
-            make = jax.jit(lambda x, name=name: encode(name, x, jnp.uint32(0)))
-            moment = make(jax.device_get(arrays.pop(name)))
-            arrays |= {f"{name}/{k}": v for k, v in moment._asdict().items()}
+            whole = lambda x, name=name: encode(name, x, jnp.uint32(0))
+            parts = [f"{name}/{part}" for part in Moment._fields]
+            moment = _in_place(whole, Moment(*map(place, parts)))(arrays.pop(name))
+            arrays |= dict(zip(parts, moment, strict=True))
         for name in narrow:
-            pair = [jax.device_get(arrays.pop(f"{name}/{k}")) for k in Moment._fields]
-            arrays[name] = jax.jit(decode, static_argnums=0)(name, Moment(*pair))
-        return {
-            name: jax.device_put(arrays[name], like.sharding)
-            for name, like in abstract.items()
-        }
+            moment = Moment(*(arrays.pop(f"{name}/{part}") for part in Moment._fields))
+            back = lambda moment, name=name: decode(name, moment)
+            arrays[name] = _in_place(back, place(name))(moment)
+        return {name: arrays[name] for name in abstract}
 
     return plain, convert
 
@@ -149,6 +149,12 @@ def decode(name: str, moment: Any) -> jax.Array:
     root = blocks.reshape(moment.values.shape)
     cube = root * root * root
     return cube * cube if _is_second(name) else cube
+
+
+def _in_place(function: Callable, places: Any) -> Callable:
+    """`function` by all the devices that have parts of its arrays, whichever process
+    they are of; its results lie at `places`."""
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=places))
 
 
 def _is_second(name: str) -> bool:

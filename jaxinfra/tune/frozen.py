@@ -71,12 +71,13 @@ def make_parts(
         lambda s: jax.ShapeDtypeStruct(params.physical_shape(s, layout), policy.param),
         specs,
     )
+    whole_places = params.shardings(specs, layout, layout.params)
     try:
         shapes = jax.eval_shape(based, shapes)
+        places = jax.tree.map(_place, whole_places, shapes)
     except ValueError as error:
-        raise ConfigError(f"lora.group={config.lora.group}: {error}") from error
-    whole_places = params.shardings(specs, layout, layout.params)
-    places = jax.tree.map(_place, whole_places, shapes)
+        few = f"lora.base={config.lora.base} with lora.group={config.lora.group}"
+        raise ConfigError(f"{few}: {error}") from error
 
     def adopt(weights: Tree) -> tuple[Tree, Frozen]:
         new = params.initialize(
@@ -165,8 +166,8 @@ def tuned_specs(
     parts = make_parts(specs, config, layout, policy)
 
     def lies(spec: ParamSpec, base: Any) -> Any:
-        shared = lambda x: zip(x.shape, spec.axes, strict=True)
-        axes = lambda x: tuple(name if size > 1 else None for size, name in shared(x))
+        shared = lambda x: zip(x.sharding.spec, spec.axes, strict=True)
+        axes = lambda x: tuple(name if entry else None for entry, name in shared(x))
         return jax.tree.map(lambda x: dataclasses.replace(spec, axes=axes(x)), base)
 
     base = jax.tree.map(lies, specs, parts.frozen)

@@ -1,6 +1,9 @@
 """Fewer bits by the commands that a user has: compress, adapters, every mesh axis."""
 
+import itertools
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -49,6 +52,17 @@ def adapted(adapting, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def unreadable(base, tmp_path):
+    """The base with damaged parameters: what reads them ends by exit code 12."""
+    folder = tmp_path / "unreadable"
+    shutil.copytree(base, folder)
+    for file in (folder / "checkpoints").glob("*/arrays/params/embedding/c/**/*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+    return folder
+
+
 def perplexity(source, out):
     run("evaluate", "--from", source, "--text", out.with_name("held_out.txt"),
         "--out", out)  # fmt: skip
@@ -82,6 +96,23 @@ def test_what_is_compressed_is_measured_and_speaks(base, tmp_path, form, method,
     assert len(run("generate", few, *asked)) > len("ROMEO.") + 5
     code, _, errors = script("compress", "--from", base, "--to", few, "--format", form)
     assert (code, "is there already" in errors) == (2, True), errors
+
+
+def test_groups_that_do_not_fit_are_told_before_anything_is_read(unreadable, tmp_path):
+    asked = ["--from", unreadable, "--to", tmp_path / "few", "--format", "int4"]
+    code, _, errors = script("compress", *asked, "--group", 5)
+    assert (code, "--group 5: " in errors) == (2, True), errors
+    code, _, errors = script("compress", *asked, "--group", 8)
+    assert code == 12, errors
+
+
+def test_the_settings_that_compress_gives_as_examples_are_taken(unreadable, tmp_path):
+    told = run("compress", "--help").partition("`--key value`")[2]
+    pairs = re.findall(r"(--[a-z_]+(?:\.[a-z_]+)?) (\w+)", told.partition("Exit")[0])
+    assert len(pairs) == 3, told
+    asked = ["--from", unreadable, "--to", tmp_path / "few", "--format", "int8"]
+    code, _, errors = script("compress", *asked, *itertools.chain(*pairs))
+    assert code == 12, errors
 
 
 def test_adapters_go_on_bit_for_bit(adapting, adapted, tmp_path):

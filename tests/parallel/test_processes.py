@@ -229,6 +229,31 @@ def test_low_precision_over_four_processes_goes_on_as_one_process_does(
     assert all(line["quant/input_underflow"] > 0 for line in found)
 
 
+@pytest.mark.slow
+def test_moments_are_made_narrow_by_the_processes_that_share_them(tmp_path, cache_dir):
+    more = {
+        "model.repeats": 1,
+        "model.width": 32,
+        "model.ffn_width": 64,
+        "train.length": 16,
+        "sample.tokens": 0,
+        "eval.every": 0,
+        "runtime.cpu_devices": 1,
+        "run.accept_changes": "true",
+    }
+    run_dir = tmp_path / "run"
+    for turn, kind in enumerate(("float32", "8bit"), 1):
+        how = {"steps": 2 * turn, "more": more | {"optimizer.moments": kind}}
+        with Job(run_dir, cache_dir, mesh={"fsdp": 2}, **how) as job:
+            assert job.codes() == [0, 0], job.text()
+    starts = [e["step"] for e in read(run_dir, "events.jsonl") if e["event"] == "start"]
+    assert starts == [0, 2]
+    losses = [line["train/loss"] for line in read(run_dir, "metrics.jsonl")]
+    assert len(losses) == 4
+    # Moments that had lost their scale would throw it off by far more within a step.
+    assert max(losses) - min(losses) < 0.5
+
+
 @pytest.mark.parametrize(
     ("killed", "codes"),
     [

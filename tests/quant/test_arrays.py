@@ -177,6 +177,34 @@ def test_a_split_array_is_quantized_where_it_lies_to_the_same_bits(name):
     np.testing.assert_array_equal(back, arrays.dequantize(whole))
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "block"), [("nf4", 24, 8), ("int8", 24, 24), ("int4", 12, 4)]
+)
+def test_no_mesh_limits_the_blocks(name, size, block):
+    """Devices that share a block, or the two values of a byte, find the same bits."""
+    x = normal((size, 8))
+    how = {"dims": (0,), "block": block}
+    whole = arrays.quantize(x, name, **how)
+    mesh = jaxinfra.make_mesh({"fsdp": 4, "tensor": 2})
+    place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    with jax.set_mesh(mesh):
+        quantize = jax.jit(lambda x: arrays.quantize(x, name, **how))
+        parts = quantize(jax.device_put(x, place))
+        back = jax.jit(arrays.dequantize)(parts)
+    np.testing.assert_array_equal(parts.values, whole.values)
+    np.testing.assert_array_equal(parts.scales, whole.scales)
+    np.testing.assert_array_equal(back, arrays.dequantize(whole))
+    if whole.values.shape[0] % 4:
+        with pytest.raises(ValueError, match=r"'fsdp'.* stored in pairs; use int8"):
+            arrays.shardings(parts, place)
+    else:
+        assert back.sharding.is_equivalent_to(place, 2)
+        places = arrays.shardings(parts, place)
+        assert parts.values.sharding.is_equivalent_to(places.values, 2)
+        assert parts.scales.sharding.is_equivalent_to(places.scales, 2)
+        assert places.scales.spec == jax.P(None, "tensor")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_holds_quantized_arrays(name, tmp_path):
     tree = {"w": arrays.quantize(normal((4, 64)), name, dims=(1,)), "b": normal((3,))}

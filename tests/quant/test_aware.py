@@ -1,14 +1,18 @@
 """A loss that sees its matrices rounded: its value, its gradient, what it is for."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from tune import small
 from tune.test_frozen import built, rows
 
-from jaxinfra import experiment, params
-from jaxinfra.config import ConfigError
+from jaxinfra import experiment, options, params
+from jaxinfra.config import ConfigError, LayerConfig
+from jaxinfra.models.specs import param_specs
 from jaxinfra.quant import compression
+from jaxinfra.quant.aware import quantize_aware
 from jaxinfra.quant.compression import Compression
 from jaxinfra.train import objective
 
@@ -52,6 +56,65 @@ def test_loss_and_gradient_are_those_at_the_rounded_matrices():
     for (path, g), expected in zip(
         params.named(ours.grads), jax.tree.leaves(theirs.grads), strict=True
     ):
+        np.testing.assert_allclose(g, expected, atol=1e-4, err_msg=path)
+
+
+def test_all_matrices_but_the_router_are_rounded_where_heads_are_as_wide_as_experts():
+    model = dataclasses.replace(
+        small.MODEL,
+        head_dim=4,
+        prefix=(LayerConfig(feed_forward="experts"),),
+        num_experts=4,
+        experts_per_token=2,
+    )
+    specs = param_specs(model)
+    config = small.config(model=model, train=AWARE)
+    aware = quantize_aware(lambda params, *_: params, specs, config)
+    rng = np.random.default_rng(0)
+    draw = lambda spec: rng.normal(size=spec.shape).astype(np.float32)
+    weights = jax.tree.map(draw, specs)
+    seen = jax.jit(aware)(weights, (), None, None)
+    pairs = zip(params.named(weights), jax.tree.leaves(seen), strict=True)
+    changed = {path for (path, w), rounded in pairs if np.any(w != rounded)}
+    matrices = {path for path, spec in params.named(specs) if spec.kind == "matrix"}
+    assert changed == matrices - {"prefix/0/ffn/router"}
+
+
+TINY = dataclasses.replace(options.load_config("tiny").model, vocab_size=64)
+ODD = dataclasses.replace(small.MODEL, width=12, head_dim=4, ffn_width=36)
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "mesh"),
+    [
+        (TINY, {"quantize_aware": "int8"}, {"fsdp": 4}),
+        # Devices share groups of both dims, and of the width the two codes of a byte.
+        (
+            ODD,
+            {"quantize_aware": "int4", "quantize_group": 12},
+            {"fsdp": 4, "tensor": 2},
+        ),
+    ],
+    ids=["tiny", "odd"],
+)
+@pytest.mark.slow
+def test_a_mesh_does_not_limit_the_groups(model, train, mesh):
+    results = []
+    for sizes in ({}, mesh):
+        e = built(small.config(model=model, train=train, mesh=sizes))
+        with jax.set_mesh(e.layout.mesh):
+            weights = small.weights(e.layout, model)
+            batch = rows(0, e.config, experiment.batch_sharding(e.layout))
+            grad_fn = e.task.on_batch(objective.grad_of(e.task.loss_fn))
+            found = jax.jit(grad_fn)(weights, (), batch, None)
+            results.append((found.loss_sum, small.host(found.grads)))
+    (loss, grads), (other, others) = results
+    np.testing.assert_allclose(loss, other, rtol=SUMS)
+    for (path, g), expected in zip(
+        params.named(grads), jax.tree.leaves(others), strict=True
+    ):
+        # A vocabulary is padded over tensor.
+        expected = expected[: len(g)]
         np.testing.assert_allclose(g, expected, atol=1e-4, err_msg=path)
 
 

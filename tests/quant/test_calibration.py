@@ -108,6 +108,16 @@ def test_every_mesh_makes_the_same_model_which_runs_as_it_is_kept(form, method, 
 
 
 @pytest.mark.slow
+def test_devices_that_share_groups_run_the_same_model():
+    """Of 24 inputs in groups of 8 each device has 12."""
+    cfg = dataclasses.replace(small.MODEL, width=24, head_dim=8)
+    alone, _ = compressed(of("nf4", "nearest", 8), {}, cfg)
+    many, _ = compressed(of("nf4", "nearest", 8), MESH, cfg)
+    for logits in many[1:]:
+        np.testing.assert_allclose(logits, alone[1], atol=SAME_FUNCTION)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_experts_and_layers_of_all_kinds_are_compressed(method):
     cfg = dataclasses.replace(
@@ -224,13 +234,19 @@ def test_only_the_matrices_that_are_named_change():
     assert changed == ["pattern/0/ffn/up"]
 
 
-def test_groups_that_do_not_divide_are_told_with_the_path_and_the_option():
+def test_groups_that_do_not_divide_are_told_with_the_path_and_a_mesh_limits_none():
     specs = param_specs(small.MODEL)
-    for group, sizes in ((5, {}), (8, {"tensor": 2})):
-        with small.mesh_of(sizes) as layout:
-            how = of("int4", "gptq", group)(specs)
-            with pytest.raises(ConfigError, match=r"groups of .*divide.*--group"):
-                compression.abstract(specs, how, layout, jnp.dtype("float32"))
+    abstract = lambda group, layout: compression.abstract(
+        specs, of("int4", "gptq", group)(specs), layout, jnp.dtype("float32")
+    )
+    with small.mesh_of({}) as layout:
+        told = r"attention/.*groups of 5: .*divide into blocks of 5; choose a divisor"
+        with pytest.raises(ConfigError, match=told):
+            abstract(5, layout)
+    with small.mesh_of({"tensor": 2}) as layout:
+        down = abstract(8, layout)["pattern"][0]["ffn"]["down"]
+        assert down.values.sharding.spec[1] == "tensor"  # 12 of 24 on each device
+        assert down.scales.sharding.spec[1] is None
 
 
 def test_a_record_comes_back_from_json_and_a_strange_one_is_refused():

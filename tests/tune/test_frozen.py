@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tune import small
 
-from jaxinfra import experiment, params, patterns
+from jaxinfra import experiment, options, params, patterns
 from jaxinfra.config import CommConfig, ConfigError, LoraConfig, ParallelConfig
 from jaxinfra.data import packing
 from jaxinfra.models.specs import param_specs
@@ -61,6 +61,21 @@ def test_every_mesh_and_any_microbatches_train_the_same_adapters(lora):
     losses, _, _ = trained(cfg)
     np.testing.assert_allclose(losses, expected, atol=OTHER_MESH)
     assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.slow
+def test_devices_share_groups_of_64_of_the_576_inputs_of_a_published_model():
+    model = options.load_config("smollm2_135m").model
+    model = dataclasses.replace(model, repeats=2, vocab_size=30)
+    few = {"model": model, "lora": LoraConfig(rank=2, base="nf4")}
+    expected, _, base = trained(small.config(**few), steps=2)
+    meshes = [({"fsdp": 2}, 1), ({"fsdp": 2, "pipeline": 2}, 2)]
+    for mesh, microbatches in meshes:
+        train = {"microbatches": microbatches}
+        cfg = small.config(**few, mesh=mesh, train=train, zero=3)
+        losses, _, split = trained(cfg, steps=2)
+        jax.tree.map(np.testing.assert_array_equal, split, base)
+        np.testing.assert_allclose(losses, expected, rtol=OTHER_MESH)
 
 
 @pytest.mark.slow
@@ -190,13 +205,12 @@ def test_the_digest_is_the_same_on_every_mesh_and_tells_any_change():
             assert (other != found[0]).all()
 
 
-def test_adapters_of_a_published_model_are_a_fiftieth_of_it():
-    from jaxinfra import options
-
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2}])
+def test_adapters_of_a_published_model_are_a_fiftieth_of_it(sizes):
     model = options.load_config("smollm2_135m").model
-    cfg = small.config(model=model, lora=LoraConfig(rank=8))
+    cfg = small.config(model=model, lora=LoraConfig(rank=8, base="nf4"))
     specs = param_specs(model)
-    with small.mesh_of({}) as layout:
+    with small.mesh_of(sizes) as layout:
         parts = frozen.make_parts(specs, cfg, layout, small.POLICY)
     # Moments are as large as what they are of, on both sides.
     assert params.count(parts.specs) < 0.02 * params.count(specs)
@@ -215,6 +229,14 @@ def test_adapters_of_a_published_model_are_a_fiftieth_of_it():
         ({"train": {"freeze": "embeding"}}, ["train.freeze", "mean embedding?"]),
         ({"train": {"freeze": "*"}}, ["leaves nothing to train"]),
         ({"lora": dataclasses.replace(NF4, group=5)}, ["lora.group=5", "divide"]),
+        (
+            {
+                "lora": NF4,
+                "model": dataclasses.replace(small.MODEL, width=12, head_dim=4),
+                "mesh": {"fsdp": 4},
+            },
+            ["lora.base=nf4", "'fsdp'", "stored in pairs; use int8"],
+        ),
     ],
 )
 def test_patterns_and_groups_that_do_not_fit_are_told(settings, words):
