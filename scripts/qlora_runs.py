@@ -22,7 +22,9 @@ STEPS, ROWS, LENGTH, PASSAGE = 40, 4, 64, 1000
 EVAL_BATCHES, EVAL_ROWS = 6, 8
 # Of the logits' standard deviation: float32 sums in another order, through 30 layers.
 MERGED = 1e-4
-_LORA = ["--lora.rank", "8", "--lora.alpha", "16", "--lora.base", "nf4"]
+_LORA = ["--lora.rank", "16", "--lora.alpha", "32", "--lora.base", "nf4"]
+# With moments in 8 bits, as QLoRA has them, twice the rank takes as many bytes.
+_LORA += ["--lora.group", "32", "--optimizer.moments", "8bit"]
 # Kind -> (settings, peak learning rates).
 KINDS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "full": ([], (2e-5, 5e-5, 1e-4)),
