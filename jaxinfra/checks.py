@@ -311,7 +311,7 @@ def _check_features(config: Config, sizes: dict[str, int]) -> None:
     if max(sizes.values(), default=1) > 1 or any(
         _get(config, key) != _get(plain, key) for key in _FEATURES
     ):
-        jaxinfra.check_features(config, sizes)
+        jaxinfra.check_features(config, sizes, resolve_zero(config))
         jaxinfra.check_compositions(config, sizes)
 
 

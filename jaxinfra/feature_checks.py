@@ -27,14 +27,14 @@ from jaxinfra.config import (
 Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
 
 
-def check_features(config: Config, sizes: Sizes) -> None:
+def check_features(config: Config, sizes: Sizes, zero: int) -> None:
     """Raises ConfigError at the first broken rule."""
     _check_processes(config.runtime)
     _check_best(config)
     if config.task == "text":
         _check_tuning(config)
     _check_quant(config, sizes)
-    _check_low_bit_state(config, sizes)
+    _check_low_bit_state(config, sizes, zero)
     _check_pipeline(config, sizes)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
@@ -139,7 +139,7 @@ def _check_quant(config: Config, sizes: Sizes) -> None:
         )
 
 
-def _check_low_bit_state(config: Config, sizes: Sizes) -> None:
+def _check_low_bit_state(config: Config, sizes: Sizes, zero: int) -> None:
     optimizer = config.optimizer
     if optimizer.moments == "8bit" and optimizer.name != "adamw":
         raise ConfigError(
@@ -153,7 +153,6 @@ def _check_low_bit_state(config: Config, sizes: Sizes) -> None:
                 f" mesh.fsdp=1; set mesh.fsdp to 2 or more, or comm.{key} to compute"
             )
         has_stages = sizes.get("pipeline", 1) > 1
-        zero = config.zero if config.zero != -1 else 1 if has_stages else 3
         # Stages sum gradients once a step, into the shards that zero 2 makes already.
         least = 2 if key == "reduce" and has_stages else 3
         if zero < least:
@@ -177,13 +176,11 @@ def _check_tuning(config: Config) -> None:
                 f"lora.{name}={value!r} is of adapted matrices, and lora.rank=0 adapts"
                 f" none; set lora.rank, or leave lora.{name} out"
             )
-    train, plain = config.train, TrainConfig()
+    aware, blocks = config.train.quantize_aware, config.train.quantize_group
+    usual = TrainConfig().quantize_group
     for key, form, name, group, default in (
         ("lora.base", lora.base, "lora.group", lora.group, LoraConfig().group),
-        (
-            *("train.quantize_aware", train.quantize_aware),
-            *("train.quantize_group", train.quantize_group, plain.quantize_group),
-        ),
+        ("train.quantize_aware", aware, "train.quantize_group", blocks, usual),
     ):
         if form == "nf4" and not group:
             raise ConfigError(f"{name}=0: nf4 has groups by definition; set it to 64")

@@ -40,7 +40,7 @@ KINDS = {
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == [] or argv[0] not in KINDS:
+    if not argv or argv[0] not in KINDS:
         print(f"KIND is one of: {', '.join(KINDS)}", file=sys.stderr)
         return 2
     kind, seeds = argv[0], tuple(map(int, argv[1:])) or SEEDS
