@@ -12,7 +12,7 @@ theirs, for minutes on a busy machine. `compiled_by_all` lets none run before al
 Limits: a process that lives and does not get on is not noticed. What is compiled after
 training, to sample, is not waited for. The death of the first
 process, which holds the store, may end the others through jax's own client (SIGABRT).
-Imports no jax. Loaded where there are several processes.
+Loaded where there are several processes.
 """
 
 import contextlib
@@ -22,6 +22,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
+import numpy as np
 
 from jaxinfra.resilience import exitcodes
 
@@ -90,7 +93,7 @@ def watched(
 
 def compiled_by_all(experiment: Any, store: Any) -> Any:
     """`experiment`, whose steps first run when every process of the job has compiled
-    them."""
+    them; again where a batch (the last argument) comes in new shapes, as on a ramp."""
     steps = {
         name: _met(getattr(experiment, name), store, f"jaxinfra/compiled/{name}")
         for name in ("train_step", "eval_step")
@@ -99,14 +102,15 @@ def compiled_by_all(experiment: Any, store: Any) -> Any:
 
 
 def _met(function: Any, store: Any, topic: str) -> Callable[..., Any]:
-    is_compiled = False
+    compiled = set()
 
     def call(*args: Any) -> Any:
-        nonlocal is_compiled
-        if not is_compiled:
+        shapes = tuple(np.shape(x) for x in jax.tree.leaves(args[-1]))
+        if shapes not in compiled:
             function.lower(*args).compile()  # kept by jax: the call finds it
-            store.wait_at_barrier(topic, int(1000 * COMPILE_LIMIT_SECS))
-            is_compiled = True
+            nth = f"{topic}/{len(compiled)}"
+            store.wait_at_barrier(nth, int(1000 * COMPILE_LIMIT_SECS))
+            compiled.add(shapes)
         return function(*args)
 
     return call

@@ -4,6 +4,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxinfra.resilience import peers
 
 QUICK = {"limit_secs": 0.4, "every_secs": 0.02}
@@ -86,7 +88,7 @@ class Barriers:
 
     def wait_at_barrier(self, topic, timeout_in_ms):
         assert timeout_in_ms >= 600_000, "compiling may take minutes"
-        self.notes.append(f"wait {topic.rpartition('/')[2]}")
+        self.notes.append(f"wait {topic.removeprefix('jaxinfra/compiled/')}")
 
 
 def test_a_step_waits_for_all_once_between_compiling_and_running():
@@ -100,11 +102,22 @@ def test_a_step_waits_for_all_once_between_compiling_and_running():
     assert notes == [
         "lower train (1,)",
         "compile train",
-        "wait train_step",
+        "wait train_step/0",
         "run train (1,)",
         "run train (2,)",
         "lower eval (3, 4)",
         "compile eval",
-        "wait eval_step",
+        "wait eval_step/0",
         "run eval (3, 4)",
+    ]
+
+
+def test_a_batch_of_new_shapes_is_waited_for_as_the_first_was():
+    notes = []
+    met = peers.compiled_by_all(Steps(Jitted("", notes), None), Barriers(notes))
+    for rows in (4, 4, 8, 4):
+        met.train_step("state", {"ids": np.zeros((rows, 2))})
+    assert [note for note in notes if "wait" in note] == [
+        "wait train_step/0",
+        "wait train_step/1",
     ]
