@@ -146,12 +146,6 @@ APART = (
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
     ),
-    Pair(
-        "aware",
-        "pipeline",
-        "it gives its gradients itself, at matrices that are not rounded",
-        "set mesh.pipeline to 1",
-    ),
     *(
         Pair(part, "quantized", "it scales what is trained alone", fix)
         for part, fix in (

@@ -171,6 +171,7 @@ def text(
     if train.quantize_aware != "none":
         # By its public name, which loads the module: a plain run needs none of it.
         loss_fn = jaxinfra.quantize_aware(loss_fn, model.specs, config)
+        grad_fn = grad_fn and jaxinfra.quantize_aware(grad_fn, model.specs, config)
     per_token = facts.train_flops_per_token(
         config.model, model.specs, length=train.length
     )

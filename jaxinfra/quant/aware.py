@@ -1,5 +1,6 @@
 """Quantization-aware training: a loss that sees its matrices rounded, as they will be
-kept, and hands their gradients on as if they were not.
+kept, and hands their gradients on as if they were not; so does a pipeline, which gives
+its gradients itself.
 
 Source: arXiv:1308.3432 (straight-through estimator), arXiv:1712.05877 section 3.
 """
@@ -14,9 +15,10 @@ from jaxinfra.quant import arrays, compression, recipe
 from jaxinfra.quant.compression import Compression
 
 
-def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
-    """`loss_fn`, of a model with `specs`, at its matrices as `train.quantize_aware`
-    and `quantize_group` say, rounded to the nearest; a router stays as it is.
+def quantize_aware(function: Any, specs: Tree, config: Config) -> Any:
+    """`function` of the parameters of `specs` and more, a loss or a GradFn, at its
+    matrices as `train.quantize_aware` and `quantize_group` say, rounded to the
+    nearest; a router stays as it is.
 
     `compress.py --method nearest` of what was trained computes the same. Costs a copy
     of the parameters; no mesh limits the groups. Raises ConfigError where they do not
@@ -44,8 +46,8 @@ def quantize_aware(loss_fn: Any, specs: Tree, config: Config) -> Any:
             specs, [rounded(*at, w) for at, w in zip(named(specs), leaves, strict=True)]
         )
 
-    def aware(params: Tree, model_state: Any, batch: Any, key: Any) -> Any:
-        return loss_fn(all_rounded(params), model_state, batch, key)
+    def aware(params: Tree, *rest: Any) -> Any:
+        return function(all_rounded(params), *rest)
 
     try:
         jax.eval_shape(

@@ -94,8 +94,13 @@ ODD = dataclasses.replace(small.MODEL, width=12, head_dim=4, ffn_width=36)
             {"quantize_aware": "int4", "quantize_group": 12},
             {"fsdp": 4, "tensor": 2},
         ),
+        (
+            TINY,
+            {"quantize_aware": "int4", "quantize_group": 16, "microbatches": 2},
+            {"fsdp": 2, "tensor": 2, "pipeline": 2},
+        ),
     ],
-    ids=["tiny", "odd"],
+    ids=["tiny", "odd", "stages"],
 )
 @pytest.mark.slow
 def test_a_mesh_does_not_limit_the_groups(model, train, mesh):
@@ -105,8 +110,8 @@ def test_a_mesh_does_not_limit_the_groups(model, train, mesh):
         with jax.set_mesh(e.layout.mesh):
             weights = small.weights(e.layout, model)
             batch = rows(0, e.config, experiment.batch_sharding(e.layout))
-            grad_fn = e.task.on_batch(objective.grad_of(e.task.loss_fn))
-            found = jax.jit(grad_fn)(weights, (), batch, None)
+            grad_fn = e.task.grad_fn or objective.grad_of(e.task.loss_fn)
+            found = jax.jit(e.task.on_batch(grad_fn))(weights, (), batch, None)
             results.append((found.loss_sum, small.host(found.grads)))
     (loss, grads), (other, others) = results
     np.testing.assert_allclose(loss, other, rtol=SUMS)
