@@ -33,7 +33,7 @@ def check_features(config: Config, sizes: Sizes, zero: int) -> None:
     _check_best(config)
     if config.task == "text":
         _check_tuning(config)
-    _check_quant(config, sizes)
+    _check_quant(config)
     _check_low_bit_state(config, sizes, zero)
     _check_pipeline(config, sizes)
     if config.task == "text" and sizes.get("context", 1) > 1:
@@ -103,7 +103,7 @@ def _check_best(config: Config) -> None:
         )
 
 
-def _check_quant(config: Config, sizes: Sizes) -> None:
+def _check_quant(config: Config) -> None:
     precision, quant = config.precision, config.quant
     if precision in LOW_PRECISION and config.task == "own":
         raise ConfigError(
@@ -130,12 +130,6 @@ def _check_quant(config: Config, sizes: Sizes) -> None:
         raise ConfigError(
             "quant.scaling='delayed' keeps scales of gradients too; set quant.backward"
             " to low, or quant.scaling to current"
-        )
-    if quant.scaling == "delayed" and sizes.get("pipeline", 1) > 1:
-        raise ConfigError(
-            f"quant.scaling='delayed' keeps the largest of all microbatches, and stages"
-            f" of mesh.pipeline={sizes['pipeline']} only add up what they find; set"
-            " quant.scaling to current, or mesh.pipeline to 1"
         )
 
 

@@ -29,9 +29,9 @@ SAMPLE = 25  # about so many make every pair of axis size, schedule, kind, model
 
 # What a case must keep to; float32 sums in another order, over 12 updates.
 LOSS, GRADIENT, FALL = 1e-5, 1e-4, 0.05
-# Of the gradients' typical 1e-3. Adam's first step is by the sign of a gradient: with its
-# usual 1e-8, one element whose first gradient is 5e-10 by chance, the noise of the sums,
-# moved by 1.3e-4 more on one mesh than on another.
+# Adam's first step is by the sign of a gradient. With its usual 1e-8, one element whose
+# first gradient was 5e-10 by chance, the noise of sums, moved by 1.3e-4 more on one
+# mesh than on another; typical gradients are 1e-3.
 EPS = 1e-6
 
 

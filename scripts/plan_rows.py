@@ -57,6 +57,8 @@ ROWS = {
     " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
     " --parallel.context ring",
     "8B, 8 H100, full": f"{_8B} --target h100:1x8 --model.document_mask false",
+    "8B, 8 H100, full, fp8": f"{_8B} --target h100:1x8 --model.document_mask false"
+    " --precision fp8",
     "8B, 8 H100, most saved": f"{_8B} --target h100:1x8 --model.document_mask false"
     " --train.remat save:query+key+value+attention+attention_out+ffn_in",
     "8B, 64 H100, full": "--config llama3_8b --target h100:8x8 --train.batch_size 128"

@@ -62,9 +62,11 @@ def cycles_at(clock_hz: float) -> Clock:
     return lambda program, where, line: line.cycles / clock_hz
 
 
-def roofline(peak_flops: float, bytes_per_sec: float) -> Clock:
+def roofline(peak_flops: float, bytes_per_sec: float, peak_8bit: float = 0) -> Clock:
     """A clock where the compiler tells no time: of each kernel the longer of its
-    matmuls at `peak_flops` and of what it reads and writes at `bytes_per_sec`."""
+    matmuls at `peak_flops` (of 8-bit operands `peak_8bit`, unless that is 0) and of
+    what it reads and writes at `bytes_per_sec`."""
+    few_bits = peak_flops / peak_8bit if peak_8bit else 1.0
     silent = (
         "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
         "conditional", "call", "after-all",
@@ -75,7 +77,7 @@ def roofline(peak_flops: float, bytes_per_sec: float) -> Clock:
             return 0.0
         if line.op.endswith(("-start", "-done", "-update")):
             return 0.0
-        flops = matmul_flops(program, where, line)
+        flops = matmul_flops(program, where, line, few_bits=few_bits)
         moved = moved_bytes(program, where, line)
         return max(flops / peak_flops, moved / bytes_per_sec)
 
@@ -111,11 +113,14 @@ def play(
     )
 
 
-def matmul_flops(program: Program, where: str, line: Instruction) -> float:
-    """2MKN of the matmuls of one instruction, those fused into it included."""
+def matmul_flops(
+    program: Program, where: str, line: Instruction, *, few_bits: float = 1.0
+) -> float:
+    """2MKN of the matmuls of one instruction, those fused into it included; one of
+    8-bit operands counts `few_bits`."""
     if line.op == "fusion":
         return sum(
-            matmul_flops(program, name, inner)
+            matmul_flops(program, name, inner, few_bits=few_bits)
             for name in line.called
             for inner in program[name]
         )
@@ -135,7 +140,8 @@ def matmul_flops(program: Program, where: str, line: Instruction) -> float:
             batch *= sizes[0][0].dims[n]
     for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
         batch *= int(count)
-    return 2.0 * (a * b * out / batch) ** 0.5
+    is_8bit = sizes[0][0].bytes == a and sizes[1][0].bytes == b
+    return (few_bits if is_8bit else 1.0) * 2.0 * (a * b * out / batch) ** 0.5
 
 
 def moved_bytes(program: Program, where: str, line: Instruction) -> float:

@@ -36,7 +36,7 @@ def plan_step(
     clock = (
         cost.cycles_at(chip.clock_hz)
         if chip.clock_hz
-        else cost.roofline(chip.peak_flops, chip.hbm_bytes_per_sec)
+        else cost.roofline(chip.peak_flops, chip.hbm_bytes_per_sec, chip.peak_8bit)
     )
     played = cost.play(
         program.parse(compiled.text),

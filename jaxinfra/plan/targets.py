@@ -13,9 +13,10 @@ from jaxinfra.config import ConfigError, did_you_mean
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """One device. hbm_bytes: what a program may use. peak_flops: dense bfloat16, a
-    second. link_bytes: on the wire a second and device, one way, all links together
-    that a ring over one mesh axis can use. attention_share: of peak that the fused
-    attention kernel reaches, forward and backward together: an assumption.
+    second; peak_8bit: fp8 and int8, where the compiler tells no cycles. link_bytes: on
+    the wire a second and device, one way, all links together that a ring over one mesh
+    axis can use. attention_share: of peak that the fused attention kernel reaches,
+    forward and backward together: an assumption.
     """
 
     platform: str
@@ -23,6 +24,7 @@ class Chip:
     hbm_bytes: int
     hbm_bytes_per_sec: float
     peak_flops: float
+    peak_8bit: float = 0.0
     link_bytes_per_sec: float
     clock_hz: float = 0.0  # of a TPU's core, by which the compiler's cycles are seconds
     attention_share: float = 0.5
@@ -31,7 +33,7 @@ class Chip:
 # TPUs: cloud.google.com/tpu/docs system architecture pages (peak, HBM, interchip links;
 # a ring over an axis uses two of a chip's links); HBM as the compiler has it, less
 # what it keeps. Clocks: peak / (FLOP a cycle of the matrix units). GPU: NVIDIA H100
-# SXM data sheet (NVLink 900 GB/s both ways); 600 TFLOP/s of attention on H100:
+# SXM data sheet (dense; NVLink 900 GB/s both ways); 600 TFLOP/s of attention on H100:
 # arXiv:2407.08608 figure 5.
 CHIPS = {
     "v5p": Chip(
@@ -67,6 +69,7 @@ CHIPS = {
         hbm_bytes=int(79.1 * 2**30),
         hbm_bytes_per_sec=3.35e12,
         peak_flops=989.5e12,
+        peak_8bit=1979e12,
         link_bytes_per_sec=4.5e11,
         attention_share=0.55,
     ),

@@ -18,7 +18,7 @@ layer, parameter and global row, so no mesh changes a result but for the order o
 scales are of whole tensors or channels across all devices. Current scales are those of
 a microbatch; delayed ones (`--quant.scaling delayed`) are the same for any number. In
 a pipeline weights come to the stages wrapped, and their rows by turns; figures are
-means over microbatches, and scales cannot be delayed.
+means over microbatches, and for delayed scales each microbatch tells its own.
 
 When a run in low precision fails, its metrics say where: `quant/<operand>_underflow`
 (what became zero), `_saturation` (what was beyond the scale), each with its `_worst`

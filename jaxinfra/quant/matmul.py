@@ -62,9 +62,10 @@ class Weight:
     gradient with respect to a tree of them exists.
 
     array: the parameter. probe: zeros [3 operands, 3 figures]; its gradient *is* the
-    figures of the three operands. scales: [3], of the operands, where they are known
-    before; None: from the operands themselves. seed: below 2^24, of rounding by chance.
-    rows: [B], global row ids. In a stack of layers each has that dim in front.
+    figures of the three operands; or [M, 3, 3], for a microbatch each, where a pipeline
+    adds gradients up. scales: [3], of the operands, where they are known before; None:
+    from the operands themselves. seed: below 2^24, of rounding by chance. rows: [B],
+    global row ids. In a stack of layers each has that dim in front.
     """
 
     array: jax.Array
@@ -215,6 +216,12 @@ def _plain_backward(policy: Policy, to_x: str, to_w: str, x, w, g):
 def _cotangent(w: Weight, dw: jax.Array, figures) -> Weight:
     zeros = lambda leaf: None if leaf is None else jnp.zeros_like(leaf)
     probe = jnp.stack(figures).astype(w.probe.dtype)
+    if w.probe.ndim > probe.ndim:  # row r is in microbatch r % M (objective.split)
+        assert w.rows is not None
+        microbatches = len(w.probe)
+        mine = jnp.max(w.rows).astype(jnp.int32) % microbatches
+        is_mine = jnp.arange(microbatches) == mine
+        probe = jnp.where(is_mine[:, None, None], probe, 0)
     return Weight(dw, probe, zeros(w.scales), zeros(w.seed), zeros(w.rows))
 
 

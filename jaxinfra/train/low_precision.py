@@ -55,6 +55,15 @@ class Delayed(NamedTuple):
     largest: dict[str, jax.Array]
 
 
+class Turns(NamedTuple):
+    """How often in a step a pipeline uses a weight: once a microbatch, by as many
+    devices as have rows of their own. Gradients, and so figures, are added up over
+    both."""
+
+    microbatches: int
+    devices: int
+
+
 class LowPrecision(NamedTuple):
     """What config.precision makes of a text model.
 
@@ -82,10 +91,10 @@ def low_precision_training(
             config.precision,
             device.device_kind,
         )
-    model, sizes = config.model, layout.mesh.shape
-    turns = 0
+    model, sizes, turns = config.model, layout.mesh.shape, None
     if sizes["pipeline"] > 1:
-        turns = config.train.microbatches * math.prod(sizes[a] for a in ROW_AXES)
+        devices = math.prod(sizes[axis] for axis in ROW_AXES)
+        turns = Turns(config.train.microbatches, devices)
 
     def einsum_of(rules: Rules) -> Einsum:
         plain = plain_of(rules)
@@ -104,10 +113,10 @@ def low_precision_training(
 
 
 def in_low_precision(
-    task: Any, recipe: Recipe, *, notes: str = "", turns: int = 0
+    task: Any, recipe: Recipe, *, notes: str = "", turns: Turns | None = None
 ) -> Any:
     """`task`, a `tasks.Task` whose model has `low_precision_einsum`, trained so. turns:
-    as of `low_precision`, if its own `grad_fn` is that of a model `in_stages`."""
+    if its own `grad_fn` is that of a model `in_stages`."""
     grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
     return task._replace(
         grad_fn=low_precision(grad_fn, task.specs, recipe, turns=turns),
@@ -171,11 +180,13 @@ def in_stages(model: Model, recipe: Recipe, *, is_random: bool) -> Model:
         lead = spec.axes[:1] if _stack(spec, spec) else ()
         like = lambda *axes: dataclasses.replace(spec, axes=(*lead, *axes))
         seed = like() if by_chance else None
+        if recipe.is_delayed:
+            return Weight(spec, like(None, None, None), like(None), seed, None)
         return Weight(spec, like(None, None), None, seed, None)
 
     def block(params, x_BTD, context: Context, layer, number, cache):
         def with_rows(leaf):
-            if not isinstance(leaf, Weight) or leaf.seed is None:
+            if not _is_weight(leaf) or not (recipe.is_delayed or by_chance):
                 return leaf
             return dataclasses.replace(leaf, rows=context.rows_B.astype(jnp.float32))
 
@@ -187,16 +198,14 @@ def in_stages(model: Model, recipe: Recipe, *, is_random: bool) -> Model:
 
 
 def low_precision(
-    grad_fn: GradFn, specs: Tree, recipe: Recipe, *, turns: int = 0
+    grad_fn: GradFn, specs: Tree, recipe: Recipe, *, turns: Turns | None = None
 ) -> GradFn:
     """`grad_fn` with the recipe's weights wrapped on the way in, and their gradients
-    and figures taken apart on the way out.
-
-    turns: 0, or of a pipeline, how often in a step a weight is used by devices that
-    each have rows of their own; figures are added up over them.
-    """
+    and figures taken apart on the way out. turns: of a pipeline."""
     names = frozenset(chosen(specs, recipe))
     by_path = dict(named(specs))
+    # Sums would do for means over microbatches, and not for the largest of them.
+    apart = (turns.microbatches,) if turns and recipe.is_delayed else ()
 
     def wrapped(params, model_state, batch, key):
         is_delayed = isinstance(model_state, Delayed)
@@ -206,12 +215,15 @@ def low_precision(
             if path not in names:
                 return array
             stack = _stack(by_path[path], array)
-            scales = (
-                delayed_scales(model_state.largest[path], recipe)
-                if is_delayed
-                else None
-            )
-            probe = _laid_out(jnp.zeros((*stack, len(OPERANDS), 3)), stack, array)
+            scales = None
+            if is_delayed:
+                scales = delayed_scales(model_state.largest[path], recipe)
+                if stack:  # stages pad their layers
+                    more = stack[0] - len(scales)
+                    scales = jnp.pad(scales, ((0, more), (0, 0)), constant_values=1)
+                scales = _laid_out(scales, stack, array)
+            zeros = jnp.zeros((*stack, *apart, len(OPERANDS), 3))
+            probe = _laid_out(zeros, stack, array)
             seed = _seed(key, path, stack, recipe)
             if seed is None:
                 return Weight(array, probe, scales)
@@ -224,11 +236,17 @@ def low_precision(
         result = grad_fn(unflatten(params, leaves), inner, batch, key)
         found = jax.tree.leaves(result.grads, is_leaf=_is_weight)
         paths = [path for path, _ in named(params)]
-        probes = {
-            path: _told(leaf.probe, by_path[path]) / max(turns, 1)
-            for path, leaf in zip(paths, found)
-            if _is_weight(leaf)
-        }
+        probes, largest = {}, {}
+        for path, leaf in zip(paths, found, strict=True):
+            if _is_weight(leaf):
+                probe = _told(leaf.probe, by_path[path])
+                if turns:
+                    probe /= turns.devices if apart else math.prod(turns)
+                largest[path] = probe[..., _LARGEST]
+                if apart:
+                    largest[path] = jnp.max(largest[path], axis=-2)
+                    probe = jnp.mean(probe, axis=-3)
+                probes[path] = probe
         grads = [leaf.array if _is_weight(leaf) else leaf for leaf in found]
         aux = result.aux
         metrics = aux.metrics
@@ -239,7 +257,6 @@ def low_precision(
             metrics = metrics | {k: v * aux.weight_sum for k, v in shown.items()}
         stats = aux.stats
         if is_delayed:
-            largest = {path: probe[..., _LARGEST] for path, probe in probes.items()}
             stats = (stats, Maxima(largest))
         return result._replace(
             grads=unflatten(params, grads),

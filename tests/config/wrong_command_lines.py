@@ -134,10 +134,6 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["keeps scales of gradients", "quant.backward to low"],
     ),
     (
-        ["--precision=fp8", "--quant.scaling=delayed", "--mesh.pipeline=2"],
-        ["only add up what they find", "quant.scaling to current"],
-    ),
-    (
         ["--quant.backward", "compute"],
         ["quant.backward='compute'", "fp8, int8, mxfp8", "precision=float32"],
     ),

@@ -93,6 +93,11 @@ def test_a_roofline_takes_the_longer_of_matmul_and_memory():
     clock = cost.roofline(peak_flops=flops * 8, bytes_per_sec=bytes_moved / 0.25)
     assert clock(read, "body.1", dot) == pytest.approx(0.25)
     assert clock(read, "main.1", read.by_name("main.1")["x.1"]) == 0.0
+    clock = cost.roofline(flops, bytes_moved * 1e6, peak_8bit=2 * flops)
+    assert clock(read, "body.1", dot) == pytest.approx(1.0)
+    in_8_bits = program.parse(programs.LOOP.replace("bf16[", "f8e4m3fn["))
+    dot = in_8_bits.by_name("body.1")["dot.1"]
+    assert clock(in_8_bits, "body.1", dot) == pytest.approx(0.5)
 
 
 def test_of_an_array_that_is_sliced_or_updated_in_place_the_slice_alone_moves():
