@@ -172,9 +172,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "Made by `scripts/plan_rows.py` (the commands are in `plan.json`): the real",
         "step through the target's own compiler. Price: compute and waiting for the",
         "link, attention kernels free; step: with them, at the share of peak that",
-        "`jaxinfra/plan/targets.py` assumes. Predictions, not measured times. Peak:",
-        "arguments, temporaries and code of a device. Rows without times were compiled",
-        "at less effort (`--quick`).",
+        "`jaxinfra/plan/targets.py` assumes. Predictions, not measured times. MFU: of",
+        "the bfloat16 peak, for fp8 too. Peak: arguments, temporaries and code of a",
+        "device. Rows without times were compiled at less effort (`--quick`).",
         "",
         "| what | arguments + temporaries, GB | peak of HBM, GB | by arithmetic"
         " | price: compute + waiting, s | step, s | MFU | on the wire, GB"

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
             _write_passages(source, data)
         if "before" not in results:
             _write(results | {"before": _before(source, data)})
-        _record(kind, rate, run(source, data, work / f"{kind}_{rate:g}", kind, rate))
+        folder = work / f"{kind}_{rate:g}_{STEPS}"
+        _record(kind, rate, run(source, data, folder, kind, rate))
     return 0
 
 
@@ -210,7 +211,10 @@ def _write(results: dict[str, Any]) -> None:
 
 def _results() -> dict[str, Any]:
     about = {"steps": STEPS, "tokens_a_step": ROWS * LENGTH}
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else about
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else about
+    if any(found[key] != value for key, value in about.items()):
+        raise SystemExit(f"{RESULTS} is of other settings; move it away")
+    return found
 
 
 if __name__ == "__main__":

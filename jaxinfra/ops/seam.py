@@ -132,7 +132,8 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
         return _einsum(equation, x, gather(w, policy), sharding.spec(rules, *out), None)
 
     def forward(equation, x, w, out):
-        return contract(equation, x, w, out), (x, w)
+        # Not as a custom_vjp, in which remat's policies do not see the dot.
+        return contract.__wrapped__(equation, x, w, out), (x, w)
 
     def backward(equation, out, residuals, g):
         x, w = residuals

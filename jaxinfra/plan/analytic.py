@@ -129,28 +129,28 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
     into = ffn * (2 if model.activation in GATED else 1)
     # float32 sums of the attention kernel, one a query and head, counted in bfloat16.
     sums = 2 * model.num_heads // split
+    # What blocks pass on is cut along the length too: parallel.sequence.
+    between = model.width // (split if config.parallel.sequence else 1)
     named = {
         "query": heads,
         "key": keys,
         "value": keys,
         "attention": heads + sums,
-        "attention_out": model.width,
+        "attention_out": between,
         "ffn_in": into,
-        "ffn_out": model.width,
+        "ffn_out": between,
     }
     match remat.partition(":"):
         case ("full", _, _):
             widths = 0
         case ("dots", _, _):
-            widths = heads + 2 * keys + model.width + into
+            widths = heads + 2 * keys + between + into
         case ("save", _, names):
             widths = sum(named[name] for name in names.split("+"))
         case _:  # both norms' results, and in float32 what they are made of; the parts
             # of a gated product; the kernel's own layouts of queries and keys
-            widths = sum(named.values()) + (2 + 8) * model.width
+            widths = sum(named.values()) + (2 + 8) * between
             widths += into + ffn + heads + keys
-    # What blocks pass on is cut along the length too: parallel.sequence.
-    between = model.width // (split if config.parallel.sequence else 1)
     return _token_bytes(config, sizes, between + widths)
 
 

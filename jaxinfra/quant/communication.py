@@ -76,7 +76,8 @@ def low_bit_traffic(
         )
 
     def forward(equation, x, w, out):
-        return contract(equation, x, w, out), (x, w)
+        # As in the seam: in the sight of remat's policies.
+        return contract.__wrapped__(equation, x, w, out), (x, w)
 
     def backward(equation, out, residuals, g):
         x, w = residuals

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxinfra.resilience import exitcodes
@@ -102,6 +101,8 @@ def compiled_by_all(experiment: Any, store: Any) -> Any:
 
 
 def _met(function: Any, store: Any, topic: str) -> Callable[..., Any]:
+    import jax
+
     compiled = set()
 
     def call(*args: Any) -> Any:

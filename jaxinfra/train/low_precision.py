@@ -209,15 +209,17 @@ def low_precision(
 
     def wrapped(params, model_state, batch, key):
         is_delayed = isinstance(model_state, Delayed)
-        inner = model_state.inner if is_delayed else model_state
+        inner, in_use = model_state, {}
+        if is_delayed:
+            inner, largest = model_state
+            in_use = {k: delayed_scales(x, recipe) for k, x in largest.items()}
 
         def wrap(path: str, array: jax.Array):
             if path not in names:
                 return array
             stack = _stack(by_path[path], array)
-            scales = None
-            if is_delayed:
-                scales = delayed_scales(model_state.largest[path], recipe)
+            scales = in_use.get(path)
+            if scales is not None:
                 if stack:  # stages pad their layers
                     more = stack[0] - len(scales)
                     scales = jnp.pad(scales, ((0, more), (0, 0)), constant_values=1)
@@ -251,8 +253,7 @@ def low_precision(
         aux = result.aux
         metrics = aux.metrics
         if recipe.figures:
-            scales = [leaf.scales for leaf in leaves if _is_weight(leaf)]
-            shown = _metrics(list(probes.values()), scales, recipe)
+            shown = _metrics(list(probes.values()), list(in_use.values()), recipe)
             # A metric is shown divided by the weight, which it is multiplied by here.
             metrics = metrics | {k: v * aux.weight_sum for k, v in shown.items()}
         stats = aux.stats
@@ -326,7 +327,7 @@ def _metrics(probes: list[jax.Array], scales: list, recipe: Recipe) -> dict:
     for i, operand in enumerate(operands):
         figures = flat[:, i]
         largest = FORMATS[formats[i]].largest
-        in_use = [jnp.max(scale[..., i]) for scale in scales if scale is not None]
+        in_use = [jnp.max(scale[..., i]) for scale in scales]
         scale = functools.reduce(jnp.maximum, in_use) if in_use else None
         metrics |= {
             f"quant/{operand}_saturation": jnp.mean(figures[:, _SATURATION]),

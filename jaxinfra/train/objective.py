@@ -39,7 +39,7 @@ class Aux(NamedTuple):
 
 
 class Maxima(NamedTuple):
-    """A tree of statistics of which microbatches keep the largest, not the sum."""
+    """A tree of magnitudes of which microbatches keep the largest, not the sum."""
 
     tree: Any
 
@@ -294,18 +294,18 @@ def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
         return result._replace(grads=optax.tree.cast(grads, jnp.float32))
 
     def accumulated(params, model_state, batch, key):
+        one = lambda part: placed(grad_fn(params, model_state, part, key))
         if microbatches == 1:
-            return placed(grad_fn(params, model_state, batch, key))
+            return one(batch)
 
         def add(total, part):
-            result = placed(grad_fn(params, model_state, part, key))
-            return jax.tree.map(_merge, total, result, is_leaf=_is_maxima), None
+            return jax.tree.map(_merge, total, one(part), is_leaf=_is_maxima), None
 
+        # From zeros: were the first part outside, a loop of one turn would be none, and
+        # the compiler keep the activations of both at once.
         parts = split(batch, microbatches)
-        first = jax.tree.map(lambda x: x[0], parts)
-        total = placed(grad_fn(params, model_state, first, key))
-        rest = jax.tree.map(lambda x: x[1:], parts)
-        return jax.lax.scan(add, total, rest)[0]
+        like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        return jax.lax.scan(add, jax.tree.map(_zeros, like), parts)[0]
 
     return accumulated
 
@@ -323,6 +323,10 @@ def split(batch: Any, microbatches: int) -> Any:
         return jnp.swapaxes(parts, 0, 1)
 
     return jax.tree.map(one, batch)
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec)
 
 
 def _is_maxima(node: Any) -> bool:

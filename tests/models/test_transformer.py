@@ -272,6 +272,18 @@ def test_rematerialisation_does_not_change_the_gradients(remat):
     assert_close(grads_of(SMALL, params, remat=remat), plain, atol=10 * SAME_SUMS)
 
 
+def test_each_rematerialisation_makes_again_what_it_does_not_keep():
+    """By the matmuls of the loss and its gradients, in which layers are a loop."""
+    params, batch = random_params(SMALL), place_batch(tokens_BT1, segments_BT1)
+
+    def matmuls(remat):
+        program = grads_program(jax.sharding.get_mesh(), SMALL, (("remat", remat),))
+        return program.lower(place(params, SMALL), batch).as_text().count("dot_general")
+
+    none, dots, some, full = map(matmuls, ("none", "dots", "save:ffn_in", "full"))
+    assert none == dots < some < full
+
+
 def test_an_unknown_rematerialisation_is_refused():
     with pytest.raises(ValueError, match="use none, full, dots or save:NAMES"):
         make(SMALL, remat="ful")

@@ -18,6 +18,7 @@ LOSS = 1e-6  # relative, float32 sums in another order
 # batches are several, of which one is to have no more than this; what is wrong is so in
 # all. Scales by device, and not by microbatch, are 6e-3 and more off.
 OTHER_CODES = 2e-3
+CARRIED = 0.02
 SEEDS = (0, 1, 2)
 # Of all matmuls on the mean; microbatches count alike here, else by their targets.
 FIGURES = 0.25
@@ -52,8 +53,8 @@ def compute_float32(monkeypatch):
         monkeypatch.setitem(precisions.POLICIES, name, wide)
 
 
-def gradients(config, model_state=()):
-    """Of a batch by each of the SEEDS, of the same microbatches on every mesh; without
+def gradients(config, model_state=(), seeds=SEEDS):
+    """Of a batch by each of the seeds, of the same microbatches on every mesh; without
     padding."""
     built = pipelines.build(config)
     weights = pipelines.first_params(built)
@@ -67,7 +68,7 @@ def gradients(config, model_state=()):
         here = pipelines.placed(built, weights)
         step = jax.jit(grad_fn, compiler_options=pipelines.QUICK)
         made = []
-        for seed in SEEDS:
+        for seed in seeds:
             batch, key = pipelines.rows(built, seed), jax.random.key(5 + seed)
             made.append(jax.device_get(step(here, model_state, batch, key)))
     cut = lambda g, w: g[tuple(map(slice, w.shape))]
@@ -99,6 +100,7 @@ def test_gradients_and_figures_are_those_of_one_device(case):
     distance = distance_at_the_last if precision == "fp8" else farthest
     far = [distance(found.grads, expected.grads) for found, expected in pairs]
     assert min(far) < OTHER_CODES, far
+    assert max(far) < CARRIED, far
     found, expected = pairs[0]
     mean = lambda made, name: made.aux.metrics[name] / made.aux.weight_sum
     assert found.aux.metrics.keys() == expected.aux.metrics.keys()
@@ -110,12 +112,14 @@ def test_gradients_and_figures_are_those_of_one_device(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
-def test_delayed_scales_follow_from_the_largest_of_all_microbatches(schedule):
+@pytest.mark.parametrize(
+    ("schedule", "axis"), [("1f1b", "tensor"), ("zero_bubble", "data")]
+)
+def test_delayed_scales_follow_from_the_largest_of_all_microbatches(schedule, axis):
     """As on one device, first where nothing was seen and then by a history; the layers
     of the stages are padded."""
     config = pipelines.config(
-        {"pipeline": 2, "fsdp": 2},
+        {"pipeline": 2, "fsdp": 2, axis: 2},
         precision_name="fp8",
         schedule=schedule,
         model={"repeats": 3},
@@ -125,7 +129,7 @@ def test_delayed_scales_follow_from_the_largest_of_all_microbatches(schedule):
     recipe = make_recipe("fp8", config.quant)
     state = low_precision.first_state(pipelines.build(one).task.specs, recipe)
     for _ in range(2):
-        [expected, *_], [found, *_] = gradients(one, state), gradients(config, state)
+        [expected], [found] = (gradients(c, state, seeds=[0]) for c in (one, config))
         assert found.loss_sum == pytest.approx(expected.loss_sum, rel=LOSS)
         theirs, ours = (made.aux.stats[1].tree for made in (expected, found))
         for path, largest in theirs.items():
@@ -139,6 +143,9 @@ def test_delayed_scales_follow_from_the_largest_of_all_microbatches(schedule):
                 ours[path][:, 2], largest[:, 2], rtol=0.05, err_msg=path
             )
         assert distance_at_the_last(found.grads, expected.grads) < OTHER_CODES
+        for name in ("input", "weight", "grad"):
+            name = f"quant/{name}_scale"
+            assert found.aux.metrics[name] == pytest.approx(expected.aux.metrics[name])
         state = low_precision.next_state(lambda *_: (), state, expected.aux.stats)
 
 

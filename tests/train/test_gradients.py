@@ -1,13 +1,16 @@
 """Microbatches of unequal weight give the gradient of the whole batch; bad steps give
 nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxinfra import mesh
+from jaxinfra import experiment, mesh, options
+from jaxinfra.plan.step import rows_of
 from jaxinfra.train import objective, state, step
 
 ROWS, WIDTH = 8, 5
@@ -64,6 +67,27 @@ def test_parts_of_unequal_weight_sum_to_the_whole(here, microbatches):
     assert float(found.aux.weight_sum) == 49.0
     weighted = (weight_B * x_BD[:, 0]).sum()
     np.testing.assert_allclose(found.aux.metrics["x"], weighted, rtol=FLOAT32)
+
+
+@pytest.mark.slow
+def test_two_microbatches_keep_the_activations_of_one():
+    """As three do: a loop of a single turn would be none, and both be kept."""
+    cfg = options.load_config("tiny")
+    model = dataclasses.replace(cfg.model, vocab_size=64)
+    bytes_of = {}
+    for count in (1, 2, 3):
+        train = {"batch_size": 8 * count, "microbatches": count, "remat": "none"}
+        config = dataclasses.replace(
+            cfg, model=model, train=dataclasses.replace(cfg.train, **train)
+        )
+        built = experiment.build(config, jax.devices()[:1])
+        with jax.set_mesh(built.layout.mesh):
+            batch = experiment.abstract_batch(built, rows_of(built))
+            lowered = built.train_step.lower(built.abstract(), batch)
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        bytes_of[count] = compiled.memory_analysis().temp_size_in_bytes
+    assert bytes_of[2] == pytest.approx(bytes_of[3], rel=0.05)
+    assert bytes_of[2] < 1.3 * bytes_of[1]
 
 
 def stepped(here, microbatches, *, poison=False, is_empty=False):
