@@ -151,7 +151,6 @@ def _attention(params, x_BTD, context, layer, cache, cfg, ops):
         window=layer.window,
         softcap=cfg.attention_softcap,
     )
-    a_BTKGH = checkpoint_name(a_BTKGH, "attention")
     y_BTD = ops.einsum(
         "BTKGH,KGHD->BTD", a_BTKGH, params["out"], out=("batch", "residual", "width")
     )

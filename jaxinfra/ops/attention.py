@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxinfra
 from jaxinfra import mesh, sharding
@@ -62,7 +63,7 @@ def make_attend(rules: Rules, *, kernel: str | None = None) -> Attend:
         if name == "xla":
             keys = jax.tree.map(_whole_length, (k_BSKH, v_BSKH, segments_BT))
             out = xla(q_BTKGH, *keys, segments_BT, window=window, softcap=softcap)
-            return out, cache
+            return checkpoint_name(out, "attention"), cache
         # By its public name, which loads the module: on CPU none of it is needed.
         fused = jaxinfra.fused_attention(name)
         tokens = functools.partial(sharding.spec, rules, "batch", "length")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from jaxinfra.ops.attention import LANES
@@ -81,7 +82,7 @@ def cudnn(
         local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn",
     )
-    return out_BTNH.reshape(B, T, K, G, H)
+    return checkpoint_name(out_BTNH.reshape(B, T, K, G, H), "attention")
 
 
 @functools.cache

@@ -81,7 +81,7 @@ class Attend(Protocol):
         window: int,
         softcap: float,
     ) -> tuple[jax.Array, Any]:
-        """Causal attention: (result of q's shape, cache).
+        """Causal attention: (result of q's shape, named "attention" for remat, cache).
 
         `window` keys are seen, 0 means all; scores are scaled by 1/sqrt(H), then
         capped by `softcap` (0: not). `cache` is None in training.

@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import mesh, sharding
 from jaxinfra.ops import attention, fused_attention
@@ -57,7 +58,8 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
             out_specs=heads(None, None),
             check_vma=False,  # Pallas kernels do not say what their results vary over
         )
-        return mapped(q_BTKGH, k_BSKH, v_BSKH, context.segments_BT), cache
+        a_BTKGH = mapped(q_BTKGH, k_BSKH, v_BSKH, context.segments_BT)
+        return checkpoint_name(a_BTKGH, "attention"), cache
 
     return attend
 
