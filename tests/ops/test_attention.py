@@ -147,6 +147,30 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
     )
 
 
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_remat_keeps_the_result_of_attention_once(kernel, one_device, monkeypatch):
+    splash = functools.partial(fused_attention.splash, interpret=True)
+    monkeypatch.setattr(fused_attention, "splash", splash)
+    arrays = [
+        jax.device_put(
+            x, spec(Rules(), "batch", "length", "heads", *[None] * (x.ndim - 3))
+        )
+        for x in naive_attention.random_inputs(B=2, T=128, K=2, G=3, H=8)[:3]
+    ]
+    attend = attention.make_attend(Rules(), kernel=kernel)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def run(*arrays):
+        # Squared, as whatever follows it is of use to the gradient.
+        out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
+        return jnp.square(out)
+
+    out, pull = jax.vjp(run, *arrays)
+    kept = [x for x in jax.tree.leaves(pull) if x.size == out.size]
+    assert len(kept) == 2  # the queries and it
+
+
 def test_bfloat16_scores_and_softmax_are_float32(one_device):
     q, k, v, _, _ = naive_attention.random_inputs(B=1, T=64, K=1, G=1, H=16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
