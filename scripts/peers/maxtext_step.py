@@ -62,7 +62,10 @@ ROWS = {
         " remat_policy=full",
     ),
 }
-_EVERY = "attention=flash dataset_type=synthetic enable_checkpointing=false"
+_EVERY = (
+    "attention=flash dataset_type=synthetic enable_checkpointing=false"
+    " compile_topology_num_slices=1"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
