@@ -1,6 +1,6 @@
 """The analytic memory model against the TPUs' compilers, at points drawn by a seed.
 
-    python scripts/memory_points.py [--count 40] [--seed 1] [--secs N]
+    python scripts/memory_points.py [--count 40] [--seed 2] [--secs N]
 
 Needs the extra `tpu`. A point is a dense model, a mesh, a topology and a remat policy,
 all drawn; its layers are as many as put its memory, as the model has it, at a drawn
@@ -8,8 +8,9 @@ part (0.75 to 1.25) of what the chip has, so that about half of them do not fit.
 step is compiled with the options of its target, but without the wide VMEM and at XLA's
 optimization level 1: these take most of a compiler's time, and less than 1% of memory
 where both were tried. One that does not fit is refused, with the bytes that it would
-use. Points that
-results/memory.json has are not compiled again. Writes it, and memory.md for readers.
+use. Points that results/memory.json has are not compiled again. Writes it, and
+memory.md for readers. The model was mended by the points of seed 1; those of seed 2
+were drawn after that, and are the ones that are kept.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--secs", type=float, default=1e9, help="start no point after")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "memory.json")
     args = parser.parse_args(argv)
