@@ -9,6 +9,7 @@ import numpy as np
 from jaxinfra import compiler_options, experiment, tasks
 from jaxinfra.config import Config
 from jaxinfra.data import packing
+from jaxinfra.parallel import schedules
 from jaxinfra.plan import analytic, compilers, cost, program, report
 from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
@@ -23,7 +24,8 @@ def plan_step(
 ) -> tuple[dict[str, Any], Compiled]:
     """The plan, and the compiled step that it is read from.
 
-    `shares`: how often the branches of conditionals are taken, see `cost.play`.
+    `shares`: how often the branches of conditionals are taken, see `cost.play`; of a
+    pipeline what its schedule says is added.
     Raises ConfigError for a mesh or a target that cannot be.
     """
     devices = compilers.devices(target)
@@ -43,7 +45,7 @@ def plan_step(
         clock=clock,
         link_bytes_per_sec=chip.link_bytes_per_sec,
         axes=sizes,
-        shares=shares,
+        shares=pipeline_shares(config) | dict(shares or {}),
     )
     rows = config.train.batch_size / target.num_devices
     found = report.plan(
@@ -59,6 +61,35 @@ def plan_step(
         versions=_versions(target),
     )
     return found, compiled
+
+
+def pipeline_shares(config: Config) -> dict[str, tuple[float, float]]:
+    """Of the executor's ticks, the part in which a pass is left out, and that in which
+    some stage makes it, so that all wait: `cost.Shares` by the executor's scopes.
+
+    Limits: where stages are uneven, layers that a chunk lacks are thinned out likewise.
+    """
+    if config.mesh.pipeline <= 1:
+        return {}
+    table = schedules.make(
+        config.parallel.schedule,
+        stages=config.mesh.pipeline,
+        virtual=config.parallel.virtual_stages,
+        microbatches=config.train.microbatches,
+    )
+    rows = schedules.lower(table)[0]
+    passes = {
+        "/forward/": rows.forward_microbatch,
+        "/backward/": rows.backward_microbatch,
+        "/weight/": rows.weight_microbatch,
+        "/enter/": rows.enter[:, None],
+        "/leave/": rows.leave[:, None],
+    }
+    shares = {}
+    for scope, microbatches in passes.items():
+        made = float(np.mean(np.any(microbatches != schedules.NOTHING, axis=1)))
+        shares[scope] = (1 - made, made)
+    return shares
 
 
 def rows_of(built: experiment.Experiment) -> Any:
