@@ -22,7 +22,8 @@
                                                nf4, three rates each; goes on likewise
     python scripts/bench.py device             the accelerator that is here, or the CPU:
                                                kernels against float32, a step's MFU,
-                                               offload, bandwidths
+                                               offload, bandwidths (a larger model's
+                                               steps: scripts/device_steps.py)
     python scripts/bench.py experts            a step of tiny_moe by every way to meet
                                                experts, and without them
     python scripts/bench.py sft --model SOURCE   a published model that learns answers

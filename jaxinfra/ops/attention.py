@@ -33,7 +33,7 @@ class Case(NamedTuple):
 # Features that each kernel covers; all cover causal masks and forward + backward.
 KERNELS = {
     "splash": Case(segments=True, window=True, softcap=True, grouped=True),
-    "cudnn": Case(segments=False, window=True, softcap=False, grouped=True),
+    "cudnn": Case(segments=True, window=True, softcap=False, grouped=True),
     "xla": Case(segments=True, window=True, softcap=True, grouped=True),
 }
 PLATFORM_KERNEL = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "xla"}

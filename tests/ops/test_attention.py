@@ -185,7 +185,7 @@ def test_the_table_of_kernels_is_this():
     assert attention.table() == (
         "kernel  segments  window  softcap  grouped\n"
         "splash  yes       yes     yes      yes\n"
-        "cudnn   no        yes     no       yes\n"
+        "cudnn   yes       yes     no       yes\n"
         "xla     yes       yes     yes      yes"
     )
 
@@ -199,7 +199,7 @@ def test_a_fallback_says_once_which_feature_is_not_covered(one_device, caplog):
         for _ in range(2):
             attend(*map(jnp.asarray, (q, k, v)), context, None, window=0, softcap=1.0)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention: cudnn does not cover segments + softcap; xla is used instead"
+        "attention: cudnn does not cover softcap; xla is used instead"
     ]
 
 
@@ -219,3 +219,23 @@ def test_what_a_kernel_cannot_take_is_named(kernel, shape, dtype, reason):
     q = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     got = attention._uncovered(kernel, case, q)
     assert (reason in got) if reason else (got == "")
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_cudnn_is_asked_for_documents_apart(monkeypatch, window):
+    """What is asked of jax, by its own implementation for any platform."""
+    asked = jax.nn.dot_product_attention
+
+    def anywhere(*args, implementation, **settings):
+        assert implementation == "cudnn"
+        return asked(*args, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
+    q, k, v, _, segments_BT = naive_attention.random_inputs(B=2, T=24, K=2, G=3, H=8)
+    assert len(np.unique(segments_BT)) > 1
+    settings = {"window": window, "softcap": 0.0}
+    for segments in (None, jnp.asarray(segments_BT)):
+        given = (*map(jnp.asarray, (q, k, v)), segments)
+        got = fused_attention.cudnn(*given, **settings)
+        expected = attention.xla(*given, segments, **settings)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
