@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxinfra import checks
 from jaxinfra.config import Config
@@ -12,7 +13,8 @@ from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
 
 FORMULA = (
-    "step_secs = compute + waiting for the link + attention kernels;"
+    "step_secs = compute + waiting for the link + attention kernels (and grouped"
+    " matmuls, at peak);"
     " mfu = model FLOPs / (step_secs x peak), hfu = hardware FLOPs / (step_secs x peak)"
 )
 SOURCES = (
@@ -23,20 +25,52 @@ SOURCES = (
 )
 
 
-def attention_flops(config: Config, num_devices: int) -> tuple[float, float]:
-    """(forward, backward) of one call of a fused attention kernel on one device: 4 H
-    FLOPs forward for every query, head and key that it sees, 10 H backward, which
-    makes the scores again.
+# Of an attention kernel whose name has the word, in H FLOPs for every query, head and
+# key that it sees; others go forward: 4. Backward makes the scores again: 10, and 14 in
+# two kernels, which both do and both make the gradient of the scores.
+_BACKWARD = {"dkv": 10, "dq": 14 - 10, "bwd": 10, "backward": 10}
+_GROUPED = "ragged-dot"  # the TPU's kernel; another, "-metadata", arranges its groups
 
-    Of the mean layer, and of one microbatch. Source: arXiv:2205.14135 appendix B.
+
+class KernelFlops(NamedTuple):
+    """Of all calls of a device in a step."""
+
+    attention: float
+    grouped: float
+
+
+def kernel_flops(
+    config: Config, num_devices: int, calls: Mapping[str, float]
+) -> KernelFlops:
+    """FLOPs of a device's calls of kernels, by their names: attention of the mean layer
+    and of one microbatch, in a ring with one part of the keys; grouped matmuls of
+    tokens that are spread evenly.
+
+    Source: arXiv:2205.14135 appendix B.
     """
     model, train = config.model, config.train
     sizes = checks.resolve_mesh(config, num_devices)
     seen = [min(layer.window or train.length, train.length) for layer in model.layers]
     keys = sum(s - s**2 / (2 * train.length) for s in seen) / len(seen)
+    if config.parallel.context == "ring":
+        keys /= sizes["context"]
     rows = train.batch_size // train.microbatches
-    queries = rows * train.length * model.num_heads / num_devices * sizes["pipeline"]
-    return 4 * queries * keys * model.head_width, 10 * queries * keys * model.head_width
+    tokens = rows * train.length / num_devices * sizes["pipeline"]
+    widths = products = 0.0
+    for name, count in calls.items():
+        if name.startswith(_GROUPED):
+            products += 0 if name.endswith("metadata") else count
+        else:
+            widths += count * _in_widths(name.lower())
+    met = model.experts_per_token * model.width * model.expert_width
+    return KernelFlops(
+        attention=widths * tokens * model.num_heads * keys * model.head_width,
+        grouped=products * 2 * tokens * met,
+    )
+
+
+def _in_widths(kernel: str) -> int:
+    return next((n for word, n in _BACKWARD.items() if word in kernel), 4)
 
 
 def plan(
@@ -53,14 +87,10 @@ def plan(
     """All figures as one JSON object. memory: the analytic model's, for what the
     compiler does not split; model_flops: of one step on one device."""
     chip = target.chip
-    forward, backward = attention_flops(config, target.num_devices)
-    calls: Counter = Counter()
-    for name, count in played.kernels.items():
-        is_back = any(part in name.lower() for part in ("dkv", "dq", "bwd", "backward"))
-        calls["backward" if is_back else "forward"] += count
-    kernel_flops = calls["forward"] * forward + calls["backward"] * backward
-    kernel_secs = kernel_flops / (chip.attention_share * chip.peak_flops)
-    hardware_flops = played.matmul_flops + kernel_flops
+    flops = kernel_flops(config, target.num_devices, played.kernels)
+    attention_secs = flops.attention / (chip.attention_share * chip.peak_flops)
+    kernel_secs = attention_secs + flops.grouped / chip.peak_flops
+    hardware_flops = played.matmul_flops + sum(flops)
     step_secs = played.secs + kernel_secs
     tokens = config.train.batch_size * config.train.length
     peak = chip.peak_flops * step_secs
@@ -89,7 +119,7 @@ def plan(
             "model_flops": model_flops,
             "hardware_flops": hardware_flops,
             "matmul_flops": played.matmul_flops,
-            "kernel_flops": kernel_flops,
+            "kernel_flops": sum(flops),
             "remat_frac": max(0.0, 1 - model_flops / hardware_flops),
             "kernel_calls": dict(played.kernels),
             "compute_secs": played.compute_secs,
