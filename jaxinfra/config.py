@@ -323,7 +323,7 @@ class QuantConfig:
     scaling: by the magnitudes at hand, or (fp8) of `history` steps before. backward:
     both backward matmuls too, or in the compute dtype. skip: `patterns` of parameters
     that stay as they are, such as "attention/out pattern/0". figures: measure
-    saturation, underflow and scales (metrics quant/...).
+    saturation (0 but with delayed scales), underflow and scales (metrics quant/...).
     """
 
     scaling: Literal["current", "delayed"] = "current"

@@ -26,6 +26,13 @@ HALF_STEP = {
     "nf4": 0.152,
 }
 FLOAT32 = 1 + 2.0**-20  # a division and a multiplication round too
+# Source: arXiv:2305.14314 appendix E, "NormalFloat 4-bit data type".
+PUBLISHED_NF4 = """
+-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453
+-0.28444138169288635 -0.18477343022823334 -0.09105003625154495 0.0
+0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0
+"""
 numbers = arrays_of.arrays(
     np.float32,
     st.tuples(st.just(3), st.sampled_from([32, 64]), st.just(2)),
@@ -67,6 +74,13 @@ def test_fp8_codes_are_those_of_ml_dtypes(name):
     assert len(x) > 100_000
     ours = np.asarray(formats.round_to(jnp.asarray(x), name)).view(np.uint8)
     np.testing.assert_array_equal(ours, x.astype(dtype[name]).view(np.uint8))
+
+
+def test_nf4_stores_the_published_table():
+    table = np.array(PUBLISHED_NF4.split(), np.float32)
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    np.testing.assert_array_equal(formats.values_of(codes, "nf4"), table)
+    np.testing.assert_array_equal(formats.round_to(jnp.asarray(table), "nf4"), codes)
 
 
 def test_the_codes_of_nf4_are_quantiles_of_a_normal_distribution():
