@@ -261,8 +261,9 @@ def _exchanged(
 
 
 def _exchange(x_AD: jax.Array, there: _Route, back: _Route, rows: int) -> jax.Array:
-    """Rows of `x_AD` on other devices' [rows, D], zero where nothing came; the gradient
-    takes the way back."""
+    """Rows of `x_AD` on other devices' [rows, D]; where nothing came stands anything
+    (Mixtral on v5p: to write zeros there first is 0.8 s of 3.1). The gradient takes the
+    way back."""
     size = x_AD.shape[0]
 
     @jax.custom_vjp
@@ -281,10 +282,11 @@ def _exchange(x_AD: jax.Array, there: _Route, back: _Route, rows: int) -> jax.Ar
 
 def _ragged_all_to_all(x_AD: jax.Array, route: _Route, rows: int) -> jax.Array:
     if mesh.platform() != "cpu":
-        zeros_RD = jnp.zeros((rows, x_AD.shape[1]), x_AD.dtype)
-        zeros_RD = varying_like(zeros_RD, x_AD)
-        return jax.lax.ragged_all_to_all(x_AD, zeros_RD, *route, axis_name="expert")
-    # XLA's CPU backend has none: all rows come, and those that were sent are taken.
+        room_RD = jax.lax.empty((rows, x_AD.shape[1]), x_AD.dtype)
+        room_RD = varying_like(room_RD, x_AD)
+        return jax.lax.ragged_all_to_all(x_AD, room_RD, *route, axis_name="expert")
+    # XLA's CPU backend has none: all rows come, and those that were sent are taken; nan
+    # elsewhere, so that every test would see it read.
     here = jax.lax.axis_index("expert")
     x_PAD = jax.lax.all_gather(x_AD, "expert")
     sent = jax.lax.all_gather(route, "expert")
@@ -295,4 +297,4 @@ def _ragged_all_to_all(x_AD: jax.Array, route: _Route, rows: int) -> jax.Array:
     device_R = jnp.argmax(is_from_RP, axis=1)
     at_R = jnp.sum(jnp.where(is_from_RP, at_RP, 0), axis=1)
     x_RD = x_PAD[device_R, at_R]
-    return jnp.where(jnp.any(is_from_RP, axis=1)[:, None], x_RD, 0)
+    return jnp.where(jnp.any(is_from_RP, axis=1)[:, None], x_RD, jnp.nan)
