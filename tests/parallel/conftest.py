@@ -1,6 +1,8 @@
 """What the mesh tests share: one data set, one compile cache, one-device runs."""
 
+import importlib.util
 import pathlib
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +10,17 @@ import pytest
 from parallel import tiny_runs
 
 from jaxinfra.data import shards
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def meshes() -> types.ModuleType:
+    """The script whose table has every mesh of 8 devices."""
+    spec = importlib.util.spec_from_file_location("meshes", ROOT / "scripts/meshes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,9 @@
 """What a pipeline's mesh saves, any other restores, to the bit, and back."""
 
-import importlib.util
-import pathlib
-
 import jax
 import numpy as np
-from parallel import pipelines
+from parallel import hops, pipelines
 
-from jaxinfra import params
-from jaxinfra.checkpoint import lifecycle, restore
-from jaxinfra.train import state as states
-
-ROOT = pathlib.Path(__file__).parents[2]
 # Repeats and a vocabulary that no mesh divides: padding differs from mesh to mesh.
 MODEL = {"repeats": 5}
 CHAIN = [
@@ -24,63 +16,27 @@ CHAIN = [
 ]
 
 
-def on_host(built, state):
-    shapes = states.logical_shapes(state, built.task.specs, built.layout)
-    return {
-        path: np.asarray(x)[tuple(map(slice, shapes[path]))]
-        for path, x in params.named(jax.device_get(state))
-    }
-
-
-def save(folder, built, state):
-    saver = lifecycle.Checkpointer(folder, keep=1, run_id="x", attempt=1)
-    saver.save(
-        1,
-        dict(params.named(state)),
-        metadata={"config": {}, "data": {}},
-        logical_shapes=states.logical_shapes(state, built.task.specs, built.layout),
-    )
-    saver.close()
-
-
-def restored(folder, built):
-    abstract = built.abstract()
-    found = restore.restore_latest(
-        folder,
-        dict(params.named(abstract)),
-        logical_shapes=states.logical_shapes(abstract, built.task.specs, built.layout),
-    )
-    leaves = [found.arrays[name] for name, _ in params.named(abstract)]
-    return params.unflatten(abstract, leaves)
-
-
 def test_each_mesh_restores_what_the_one_before_it_saved(tmp_path):
     built = pipelines.build(pipelines.config(CHAIN[0], model=MODEL))
     with jax.set_mesh(built.layout.mesh):
         state = built.init()
-        first = on_host(built, state)
-        save(tmp_path / "0", built, state)
+        first = hops.on_host(built, state)
+        hops.save(tmp_path / "0", built, state)
     for i, sizes in enumerate(CHAIN[1:], start=1):
         schedule = "zero_bubble" if sizes.get("pipeline") == 4 else "1f1b"
         config = pipelines.config(sizes, model=MODEL, schedule=schedule, microbatches=2)
         built = pipelines.build(config)
         with jax.set_mesh(built.layout.mesh):
-            state = restored(tmp_path / str(i - 1), built)
-            jax.tree.map(np.testing.assert_array_equal, on_host(built, state), first)
-            save(tmp_path / str(i), built, state)
+            state = hops.restored(tmp_path / str(i - 1), built)
+            jax.tree.map(
+                np.testing.assert_array_equal, hops.on_host(built, state), first
+            )
+            hops.save(tmp_path / str(i), built, state)
     assert {x.sharding.mesh.size for x in jax.tree.leaves(state)} == {2}
 
 
-def load_meshes():
-    spec = importlib.util.spec_from_file_location("meshes", ROOT / "scripts/meshes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_of_meshes_is_whole():
+def test_the_table_of_meshes_is_whole(meshes):
     """56 factorisations of 8 over six axes, 394 cases; each runs or names a rule."""
-    meshes = load_meshes()
     every = meshes.cases()
     assert len({case.sizes for case in every}) == 56
     assert len(every) == len({case.name for case in every}) == 394
