@@ -184,11 +184,12 @@ APART = (
         "a precision in few bits gathers what it multiplies",
         "set comm.gather and comm.reduce to compute",
     ),
-    Pair(
-        "comm",
-        "own task",
-        "weights cross in 8 bits where a text model multiplies them",
-        "set comm.gather and comm.reduce to compute",
+    *(
+        Pair(part, "own task", "weights of text models alone go in few bits", fix)
+        for part, fix in (
+            ("comm", "set comm.gather and comm.reduce to compute"),
+            ("quantized", "set precision to bfloat16"),
+        )
     ),
     Pair(
         "expert",

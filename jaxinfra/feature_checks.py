@@ -105,11 +105,6 @@ def _check_best(config: Config) -> None:
 
 def _check_quant(config: Config) -> None:
     precision, quant = config.precision, config.quant
-    if precision in LOW_PRECISION and config.task == "own":
-        raise ConfigError(
-            f"precision={precision} multiplies the weights of text models by name, and"
-            f" config {config.name!r} has a task of its own; set precision to bfloat16"
-        )
     for key, value in _changed(quant, QuantConfig()).items():
         if key != "scaling" and precision not in LOW_PRECISION:
             raise ConfigError(

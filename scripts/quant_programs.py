@@ -111,7 +111,7 @@ def traffic(text: str) -> dict[str, int]:
     """Kind of collective -> bytes of its results (for a reduce-scatter: of what goes
     in) on one device."""
     total = collections.Counter()
-    kinds = r"(all-gather|all-to-all|reduce-scatter|all-reduce)"
+    kinds = r"(all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute)"
     for shapes, kind, suffix in re.findall(rf"= (.*?) {kinds}(-start)?\(", text):
         sizes = [
             math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 1)

@@ -156,11 +156,10 @@ def _block(q_BTKGH, k_BSKH, v_BSKH, seg_BT, seg_BS, *, first, low, window, softc
 
 def masked(q_BTKGH, k_BSKH, v_BSKH, seen_BTS, *, softcap: float) -> jax.Array:
     """Attention over the keys that `seen_BTS` marks (at least one for each query)."""
-    scale = 1.0 / math.sqrt(q_BTKGH.shape[-1])
     full = precision(q_BTKGH)
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
-        q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype),
+        q_BTKGH * jnp.asarray(1.0 / math.sqrt(q_BTKGH.shape[-1]), q_BTKGH.dtype),
         k_BSKH,
         precision=full,
         preferred_element_type=jnp.float32,
@@ -187,13 +186,11 @@ def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
     """Why `kernel` cannot do it; empty if it can."""
     covers = KERNELS[kernel]
     missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
-    if missing:
+    if missing or kernel == "xla":
         return " + ".join(missing)
     if kernel == "splash":
         return splash_uncovered(length=q_BTKGH.shape[1])
-    if kernel == "cudnn":
-        return _cudnn_uncovered(head_width=q_BTKGH.shape[-1], dtype=q_BTKGH.dtype)
-    return ""
+    return _cudnn_uncovered(q_BTKGH, has_segments=case.segments)
 
 
 def splash_uncovered(*, length: int) -> str:
@@ -203,12 +200,15 @@ def splash_uncovered(*, length: int) -> str:
     return ""
 
 
-def _cudnn_uncovered(*, head_width: int, dtype: jnp.dtype) -> str:
-    """Why cuDNN cannot take such heads; empty if it can."""
+def _cudnn_uncovered(q_BTKGH: jax.Array, *, has_segments: bool) -> str:
+    """Why cuDNN cannot take such rows and heads; empty if it can."""
+    length, width, dtype = q_BTKGH.shape[1], q_BTKGH.shape[-1], q_BTKGH.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {dtype}"
-    if head_width % 8 or head_width > 128:
-        return f"heads of width {head_width}"
+    if width % 8 or width > 128:
+        return f"heads of width {width}"
+    if has_segments and (length % 2 or length > 2**14):  # a mask of length^2
+        return f"documents in rows of {length}"
     return ""
 
 

@@ -70,7 +70,8 @@ def cudnn(
     """cuDNN's fused attention for GPU, causal, through `jax.nn.dot_product_attention`.
 
     Limits: no cap. Segments are a mask, which cuDNN reads as numbers that it adds to
-    the scores: 2 T^2 bytes a row, the same for all heads.
+    the scores: 2 T^2 bytes a row, for all heads (jax before 0.11 may have their
+    gradient made, as many again).
     """
     assert softcap == 0.0
     B, T, K, G, H = q_BTKGH.shape

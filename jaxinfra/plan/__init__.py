@@ -21,7 +21,6 @@ alone, in a second or two, for choosing a mesh before anything is compiled; it i
 model, fitted to compiled programs, where the rest is read from them.
 
 A prediction orders programs: it tells which of two is better and where the time goes.
-It is not a measurement, and says nothing of stragglers, of hosts, or of data. On one
-H100 a step that the roofline put at 0.253 s took 0.340 s, and one in fp8 0.332 s and not
-0.212 s; both peaks of memory were within 0.3% (`scripts/device_steps.py`).
+It is not a measurement, and says nothing of stragglers, of hosts, or of data
+(`scripts/device_steps.py` compares both on one H100).
 """

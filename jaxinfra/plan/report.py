@@ -203,7 +203,7 @@ def text(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"step {found['step_secs']:.3f} s = compute {compute['compute_secs']:.3f}"
-        f" + waiting {compute['waiting_secs']:.3f} + attention kernels"
+        f" + waiting {compute['waiting_secs']:.3f} + kernels"
         f" {compute['kernel_secs']:.3f}",
         f"{found['tokens_per_sec']:,.0f} tokens/s, MFU {found['mfu']:.1%},"
         f" HFU {found['hfu']:.1%}; compiled in {found['compile_secs']:.0f} s",

@@ -20,7 +20,7 @@ a microbatch; delayed ones (`--quant.scaling delayed`) are the same for any numb
 a pipeline weights come to the stages wrapped, and their rows by turns; figures are
 means over microbatches, and for delayed scales each microbatch tells its own.
 
-When a run in low precision fails, its metrics say where: `quant/<operand>_underflow`
+When a run in low precision fails, its metrics say why: `quant/<operand>_underflow`
 (what became zero), `_saturation` (what was beyond the scale), each with its `_worst`
 matmul, and `_scale`, for operands input, weight and grad. Saturation can be above zero
 with delayed scales alone: current ones are those of the largest value at hand.

@@ -1,5 +1,6 @@
-"""The model of scripts/device_steps.py in PyTorch, compiled layer by layer, in bfloat16
-over float32 parameters; prints its figures as JSON.
+"""A model of the shapes of scripts/device_steps.py in PyTorch, compiled layer by layer,
+in bfloat16 over float32 parameters; prints its figures as JSON. For speed: parameters
+begin as PyTorch has them, and so losses differ.
 
 Runs where torch and a GPU are: `torch_llama.py full|none ROWS LENGTH WARMUP STEPS`;
 full: each layer is computed again in the backward pass.

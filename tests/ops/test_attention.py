@@ -211,14 +211,18 @@ def test_a_fallback_says_once_which_feature_is_not_covered(one_device, caplog):
         ("cudnn", (1, 100, 1, 1, 64), "float32", "dtype float32"),
         ("cudnn", (1, 100, 1, 1, 256), "bfloat16", "heads of width 256"),
         ("cudnn", (1, 100, 1, 1, 64), "bfloat16", ""),
+        ("cudnn", (1, 101, 1, 1, 64), "bfloat16", "documents in rows of 101"),
+        ("cudnn", (1, 2**15, 1, 1, 64), "bfloat16", "documents in rows of 32768"),
         ("xla", (1, 100, 1, 1, 64), "float32", ""),
     ],
 )
 def test_what_a_kernel_cannot_take_is_named(kernel, shape, dtype, reason):
-    case = attention.Case(segments=False, window=False, softcap=False, grouped=False)
     q = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    got = attention._uncovered(kernel, case, q)
-    assert (reason in got) if reason else (got == "")
+    for segments in (True, False):
+        case = attention.Case(segments, window=False, softcap=False, grouped=False)
+        got = attention._uncovered(kernel, case, q)
+        is_covered = not reason or ("documents" in reason and not segments)
+        assert got == "" if is_covered else reason in got
 
 
 @pytest.mark.parametrize("window", [0, 5])

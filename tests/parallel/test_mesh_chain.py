@@ -13,7 +13,7 @@ from jaxinfra.data import batches, device
 
 # One step on each mesh, since rounding grows: a last bit of the first parameters is
 # 1e-5 of a gradient for 24 steps of the table's 16 layers and 1e-2 of the 26th step's,
-# on one device alone. Of the rows each device has one in a microbatch at least.
+# on one device alone. 16 rows: every device has one in each microbatch, or more.
 LAYERS, ROWS = 8, 16
 
 
