@@ -36,8 +36,8 @@ SMALL = {
 MESHES = {
     "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
-    "fsdp 2 x tensor 2 x pipeline 2": {"fsdp": 2, "tensor": 2, "pipeline": 2},
 }
+STAGES = {"fsdp": 2, "tensor": 2, "pipeline": 2}
 TINY = {
     "model.width": 32,
     "model.ffn_width": 64,
@@ -46,24 +46,17 @@ TINY = {
     "train.save_every": 2,
     "sample.tokens": 0,
 }
-# What rounds, all that goes with each other in one run: compile times add up. Weights
-# are gathered once a step in a pipeline, and at each use without one.
-_STAGES, _USES = MESHES["fsdp 2 x tensor 2 x pipeline 2"], MESHES["fsdp 4 x tensor 2"]
+# What goes with each other is in one run: a kind's programs take most of its time.
 _TRAFFIC = {"comm.gather": "int8", "comm.reduce": "int8", "zero": 3}
 _AWARE = {"train.quantize_aware": "int4", "train.quantize_group": 16}
 _ADAPTERS = {"lora.rank": 4, "lora.base": "nf4", "lora.group": 16}
+_NARROW = {"optimizer.moments": "8bit"}
 FEW_BITS = {
-    "fp8 by delayed scales, 8-bit moments": (
-        _STAGES,
-        {"precision": "fp8", "quant.scaling": "delayed", "optimizer.moments": "8bit"},
-    ),
-    "int8, 8-bit moments": (
-        _STAGES,
-        {"precision": "int8", "optimizer.moments": "8bit"},
-    ),
-    "mxfp8": (_STAGES, {"precision": "mxfp8"}),
-    "int4 in the loss, 8-bit traffic in stages": (_STAGES, _AWARE | _TRAFFIC),
-    "adapters beside nf4, 8-bit traffic at uses": (_USES, _ADAPTERS | _TRAFFIC),
+    "fp8 by delayed scales": {"precision": "fp8", "quant.scaling": "delayed"} | _NARROW,
+    "int8": {"precision": "int8"} | _NARROW,
+    "mxfp8": {"precision": "mxfp8"},
+    "int4 in the loss, 8-bit traffic": _AWARE | _TRAFFIC,
+    "adapters beside nf4, 8-bit traffic": _ADAPTERS | _TRAFFIC,
 }
 
 
@@ -216,9 +209,8 @@ def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
     tmp_path, cache_dir, alone
 ):
     run_dir = tmp_path / "run"
-    mesh = MESHES["fsdp 2 x tensor 2 x pipeline 2"]
     how = {"processes": 4, "microbatches": 2, "steps": 20}
-    with Job(run_dir, cache_dir, mesh=mesh, **how) as job:
+    with Job(run_dir, cache_dir, mesh=STAGES, **how) as job:
         assert job.codes(timeout_secs=500) == [0] * 4, job.text()
     found = read(run_dir, "metrics.jsonl")
     assert len(found) == 20
@@ -227,30 +219,29 @@ def test_a_pipeline_over_four_processes_trains_to_the_losses_of_one(
 
 @pytest.fixture(scope="module", params=FEW_BITS)
 def few_bits(request, tmp_path_factory, cache_dir):
-    """Settings and mesh of a kind, and its run by one process that has 8 devices."""
+    """Settings of a kind, and its run by one process that has 8 devices."""
     folder = tmp_path_factory.mktemp("few_bits")
-    sizes, more = FEW_BITS[request.param]
-    more = TINY | more
+    more = TINY | FEW_BITS[request.param]
     if "lora.rank" in more:
         # Of another seed, so that it shows if a run does not begin there.
         begun = TINY | {"train.steps": 1, "run.seed": 1, "runtime.cpu_devices": 1}
         done = one_process(folder / "base", cache_dir, **begun)
         assert done.returncode == 0, done.stderr
         more |= {"init.from": folder / "base"}
-    go_on_alone(folder / "run", cache_dir, sizes, more)
-    return sizes, more, folder / "run"
+    go_on_alone(folder / "run", cache_dir, more)
+    return more, folder / "run"
 
 
-def go_on_alone(run_dir, cache_dir, sizes, more):
-    settings = more | {f"mesh.{axis}": size for axis, size in sizes.items()}
+def go_on_alone(run_dir, cache_dir, more):
+    settings = more | {f"mesh.{axis}": size for axis, size in STAGES.items()}
     settings |= {"mesh.data": 1, "runtime.cpu_devices": 8, "train.microbatches": 2}
     done = one_process(run_dir, cache_dir, **settings)
     assert done.returncode == 0, done.stderr
 
 
-def go_on_as_four(run_dir, cache_dir, sizes, more):
+def go_on_as_four(run_dir, cache_dir, more):
     how = {"processes": 4, "microbatches": 2, "steps": 4, "more": more}
-    with Job(run_dir, cache_dir, mesh=sizes, **how) as job:
+    with Job(run_dir, cache_dir, mesh=STAGES, **how) as job:
         assert job.codes(timeout_secs=500) == [0] * 4, job.text()
 
 
@@ -275,9 +266,9 @@ def check_it_went_on(resumed, whole):
 
 @pytest.mark.slow
 def test_few_bits_on_eight_devices_go_on_byte_for_byte(few_bits, tmp_path, cache_dir):
-    sizes, more, whole = few_bits
+    more, whole = few_bits
     resumed = command.copy_as_of(2, whole, tmp_path / "resumed")
-    go_on_alone(resumed, cache_dir, sizes, more)
+    go_on_alone(resumed, cache_dir, more)
     check_it_went_on(resumed, whole)
 
 
@@ -290,11 +281,11 @@ def test_few_bits_in_four_processes_go_on_byte_for_byte_and_train_as_one_does(
     What differs from one process is the order of sums, of all devices' in the norms
     and of the vocabulary's parts: no more than a last bit, which moved no code.
     """
-    sizes, more, alone = few_bits
+    more, alone = few_bits
     whole = tmp_path / "whole"
-    go_on_as_four(whole, cache_dir, sizes, more)
+    go_on_as_four(whole, cache_dir, more)
     resumed = command.copy_as_of(2, whole, tmp_path / "resumed")
-    go_on_as_four(resumed, cache_dir, sizes, more)
+    go_on_as_four(resumed, cache_dir, more)
     check_it_went_on(resumed, whole)
     found = read(whole, "metrics.jsonl")
     for ours, theirs in zip(found, read(alone, "metrics.jsonl"), strict=True):
