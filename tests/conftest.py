@@ -5,6 +5,10 @@ late passes are left out; the scripts that tests start have them.
 """
 
 import os
+import signal
+
+# The processes of pytest-xdist ignore it, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
