@@ -156,7 +156,7 @@ def test_adapters_are_merged_on_the_way_out(base, adapted, tmp_path):
     assert moved > 100 * MERGED
     asked = ["--prompt", "ROMEO.", "--tokens", 8, "--sample.temperature", 0]
     apart = run("generate", base, "--adapter", adapted, *asked)
-    assert apart == run("generate", out, *asked)
+    assert apart == run("generate", adapted, *asked)
 
 
 def test_every_axis_at_once_goes_on_bit_for_bit_and_near_one_device(cache, tmp_path):
