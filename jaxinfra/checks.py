@@ -108,7 +108,7 @@ def check(config: Config, *, vocab_size: int | None = None) -> None:
         _check_model(config)
         _check_vocabulary(config, vocab_size)
         if config.train.remat not in ("none", "full", "dots"):
-            jaxinfra.check_remat(config.train.remat)
+            jaxinfra.remat_names(config.train.remat)
     _check_training(config)
     _check_runtime(config)
     _check_available(config)

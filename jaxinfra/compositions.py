@@ -105,6 +105,7 @@ FEATURES: dict[str, Feature] = {
         "train.microbatches", lambda config: config.train.microbatches > 1
     ),
     "remat": _key("train.remat", lambda config: config.train.remat != "none"),
+    "offload": _key("train.remat", lambda config: "offload:" in config.train.remat),
     "dropout": _key("model.dropout", lambda config: config.model.dropout > 0),
     "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
     "float16": _precision("float16"),
@@ -145,6 +146,12 @@ APART = (
         "own task",
         "it gives a loss, and no layers that could be placed on stages",
         "set mesh.pipeline to 1",
+    ),
+    Pair(
+        "pipeline",
+        "offload",
+        "its schedule keeps activations in buffers of its own",
+        "name them after save: in train.remat, or set mesh.pipeline to 1",
     ),
     *(
         Pair(part, "quantized", "it scales what is trained alone", fix)

@@ -242,10 +242,11 @@ class TrainConfig:
 
     batch_size: global rows a step. batch_ramp: stages that it rises by, as in
     "8 16@200" for batch_size 16. length: tokens a row. microbatches: parts of a batch
-    whose gradients are summed one after another. remat: none, full, dots, or
-    save:NAME+NAME of named activations. unroll: layers as a flat program and not a
-    loop. max_secs: stop with a committed save after so long; 0 means no limit.
-    loss_chunk: tokens a device whose logits exist at a time; 0 lets the size decide.
+    whose gradients are summed one after another. remat: what layers keep: none (all),
+    full, dots, save:NAME+NAME, offload:NAME+NAME, as `jaxinfra.ops.rematerialisation`
+    explains. unroll: layers as a flat program and not a loop. max_secs: stop with a
+    committed save after so long; 0 means no limit. loss_chunk: tokens a device whose
+    logits exist at a time; 0 lets the size decide.
     label_smoothing: the part of every target that is spread over the vocabulary, in
     training alone. freeze: patterns, as LoraConfig's, of parameters that stay as they
     come from init.from. quantize_aware: matrices are rounded so in the loss, to the
@@ -557,9 +558,8 @@ TEXT_KEYS = (
     "train.router_bias_rate", "eval.sets",
 )  # fmt: skip
 
-# Activations that `train.remat` save:NAME+NAME may keep; the model names them so.
-REMAT_NAMES = (
-    "query", "key", "value", "attention", "attention_out", "ffn_in", "ffn_out",
-)  # fmt: skip
+# Activations that `train.remat` may save or offload; the model names them so.
+REMAT_NAMES = ("layer_input", "query", "key", "value", "attention", "attention_out",
+               "ffn_in", "ffn_out")  # fmt: skip
 
 AXES = ("data", "fsdp", "expert", "context", "tensor", "pipeline")

@@ -40,20 +40,30 @@ def check_features(config: Config, sizes: Sizes, zero: int) -> None:
         _check_split_length(config, sizes)
 
 
-def check_remat(remat: str) -> None:
-    """Raises ConfigError unless it names activations to save."""
-    if not remat.startswith("save:"):
-        forms = ("none", "full", "dots", "save:NAME+NAME")
-        raise ConfigError(
-            f"train.remat={remat!r} must be {', '.join(forms[:-1])} or {forms[-1]}"
-            f"{did_you_mean(remat, forms)}"
-        )
-    for name in remat.removeprefix("save:").split("+"):
+def remat_names(remat: str) -> dict[str, list[str]]:
+    """The activations of save:NAME+NAME and of offload:NAME+NAME, either or both with a
+    comma between. Raises ConfigError for another form, a name that is unknown or given
+    twice."""
+    found: dict[str, list[str]] = {}
+    for part in remat.split(","):
+        word, _, given = part.partition(":")
+        if word not in ("save", "offload") or word in found:
+            forms = ("none", "full", "dots", "save:NAME+NAME", "offload:NAME+NAME")
+            raise ConfigError(
+                f"train.remat={remat!r} must be {', '.join(forms)}, or the last two"
+                f" with a comma between{did_you_mean(remat, forms)}"
+            )
+        found[word] = given.split("+")
+    names = [name for part in found.values() for name in part]
+    for name in names:
         if name not in REMAT_NAMES:
             raise ConfigError(
                 f"train.remat={remat!r}: there is no activation {name!r}; the names"
                 f" are {', '.join(REMAT_NAMES)}{did_you_mean(name, REMAT_NAMES)}"
             )
+        if names.count(name) > 1:
+            raise ConfigError(f"train.remat={remat!r}: {name!r} is there twice")
+    return {"save": [], "offload": []} | found
 
 
 def _changed(section: Any, default: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec
 import jaxinfra
 from jaxinfra.config import AXES
 
+HOST = "pinned_host"  # the kind of the host's memory that devices address
+
 
 def make_mesh(
     sizes: Mapping[str, int] | None = None,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+import jaxinfra
 from jaxinfra import sharding
 from jaxinfra.config import LayerConfig, ModelConfig
 from jaxinfra.models.specs import param_specs
@@ -53,17 +54,21 @@ def make_model(
     remat: str = "none",
     unroll: bool = False,
 ) -> Model:
-    """The transformer of `cfg` (its `vocab_size` resolved). `remat`: none, full, dots,
-    or save:NAME+NAME; `unroll`: layers as a flat program and not a loop."""
+    """The transformer of `cfg` (its `vocab_size` resolved). `remat`: as
+    `ops.rematerialisation`; `unroll`: layers as a flat program and not a loop."""
     embed = functools.partial(_embed, cfg=cfg, policy=policy, rules=rules)
     block = functools.partial(_block, cfg=cfg, ops=ops)
+    # By its public name, which loads the module.
+    kept = lambda **how: (
+        block if remat == "none" else jaxinfra.rematerialised(block, remat, **how)
+    )
     unembed = functools.partial(_unembed, cfg=cfg)
     stack = functools.partial(
         _stack,
         cfg=cfg,
         # A loop's body is not merged with its recomputation anyway.
-        looped=_remat(block, remat, prevent_cse=False),
-        flat=_remat(block, remat, prevent_cse=True),
+        looped=kept(prevent_cse=False),
+        flat=kept(prevent_cse=True),
         unroll=unroll,
     )
 
@@ -253,24 +258,3 @@ def _unstack(tree: Tree, repeats: int) -> Sequence[Tree]:
 
 def _layer_key(context: Context, number) -> jax.Array | None:
     return None if context.key is None else jax.random.fold_in(context.key, number)
-
-
-def _remat(block, remat: str, *, prevent_cse: bool):
-    """`block` with its backward pass recomputing what the policy does not save."""
-    policies = jax.checkpoint_policies
-    match remat.partition(":"):
-        case ("none", _, _):
-            return block
-        case ("full", _, _):
-            policy = policies.nothing_saveable
-        case ("dots", _, _):
-            policy = policies.dots_saveable
-        case ("save", _, names):
-            policy = policies.save_only_these_names(*names.split("+"))
-        case _:
-            raise ValueError(
-                f"train.remat={remat!r}: use none, full, dots or save:NAMES"
-            )
-    return jax.checkpoint(
-        block, policy=policy, static_argnums=(3,), prevent_cse=prevent_cse
-    )

@@ -4,6 +4,7 @@
 |---|---|
 | `seam` | `Ops(einsum, attend, dispatch)`: precision and ZeRO's gathers enter here |
 | `attention` | causal attention: splash, cuDNN or XLA, and the table that chooses |
+| `rematerialisation` | what a layer keeps for its backward pass, and where |
 | `loss` | cross-entropy in chunks that make their own gradients |
 | `layers` | embedding, norms, rotary positions, feed-forward, dropout |
 | `experts` | which experts a token meets, and what its row tells of that |

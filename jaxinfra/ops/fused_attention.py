@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from jaxinfra.ops.attention import LANES
@@ -87,7 +86,8 @@ def cudnn(
         local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn",
     )
-    return checkpoint_name(out_BTNH.reshape(B, T, K, G, H), "attention")
+    # Named for remat by its primitive: `rematerialisation.CUDNN`.
+    return out_BTNH.reshape(B, T, K, G, H)
 
 
 @functools.cache

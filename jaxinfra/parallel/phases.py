@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+import jaxinfra
+from jaxinfra.ops.rematerialisation import CUDNN
 from jaxinfra.params import Tree
 
 Values = list[jax.Array]
@@ -45,9 +47,9 @@ def cut(
 ) -> Phases:
     """The parts of `layer` for arguments like these, whose values are not used.
 
-    remat: what `keep` leaves: none, all that the pull-back reads; full, x alone; dots,
-    what matmuls made; save:NAME+NAME, activations of these names. split: whether the
-    gradients of matrices, and others of two or more dims, get a part of their own.
+    remat: what `keep` leaves, as in `ops.rematerialisation` (nothing is offloaded).
+    split: whether the gradients of matrices, and others of two or more dims, get a part
+    of their own.
     """
     free, structure = jax.tree.flatten((params, context))
 
@@ -137,13 +139,11 @@ def _is_kept(eqn: core.JaxprEqn, remat: str) -> bool:
             return False
         case ("dots", _, _):
             return eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        case ("save", _, names):
-            named = eqn.primitive.name == "name"
-            return named and eqn.params["name"] in names.split("+")
-        case _:
-            raise ValueError(
-                f"train.remat={remat!r}: use none, full, dots or save:NAMES"
-            )
+        case _:  # what is offloaded is refused beside pipelines
+            saved = jaxinfra.remat_names(remat)["save"]
+            if eqn.primitive.name == CUDNN:
+                return "attention" in saved
+            return eqn.primitive.name == "name" and eqn.params["name"] in saved
 
 
 def _depending(eqns: Iterable[core.JaxprEqn], roots: set) -> set:

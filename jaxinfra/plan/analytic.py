@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+import jaxinfra
 from jaxinfra import checks, params, precision, sharding
 from jaxinfra.config import AXES, Config, LayerConfig, ModelConfig
 from jaxinfra.models import specs as model_specs
@@ -132,6 +133,7 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
     # What blocks pass on is cut along the length too: parallel.sequence.
     between = model.width // (split if config.parallel.sequence else 1)
     named = {
+        "layer_input": between,
         "query": heads,
         "key": keys,
         "value": keys,
@@ -140,18 +142,22 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
         "ffn_in": into,
         "ffn_out": between,
     }
-    match remat.partition(":"):
-        case ("full", _, _):
-            widths = 0
-        case ("dots", _, _):
-            widths = heads + 2 * keys + between + into
-        case ("save", _, names):
-            widths = sum(named[name] for name in names.split("+"))
-        case _:  # both norms' results, and in float32 what they are made of; the parts
-            # of a gated product; the kernel's own layouts of queries and keys
-            widths = sum(named.values()) + (2 + 8) * between
-            widths += into + ffn + heads + keys
-    return _token_bytes(config, sizes, between + widths)
+    match remat:
+        case "full":
+            kept = {"layer_input"}
+        case "dots":
+            kept = {*named} - {"attention", "ffn_out"}
+        case "none":
+            kept = {*named}
+        case _:
+            names = jaxinfra.remat_names(remat)
+            kept = {"layer_input", *names["save"]} - {*names["offload"]}
+    widths = sum(named[name] for name in kept)
+    if remat == "none":
+        # Both norms' results, and in float32 what they are made of; the parts of a
+        # gated product; the kernel's own layouts of queries and keys.
+        widths += (2 + 8) * between + into + ffn + heads + keys
+    return _token_bytes(config, sizes, widths)
 
 
 def _token_bytes(config: Config, sizes: Mapping[str, int], width: float) -> int:

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 
 from jaxinfra.config import ConfigError
+from jaxinfra.mesh import HOST
 from jaxinfra.train.state import Shardings
-
-HOST = "pinned_host"
 
 
 def offloaded(train_step: Callable, shardings: Shardings) -> tuple[Callable, Shardings]:

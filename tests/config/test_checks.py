@@ -36,6 +36,7 @@ def test_every_number_is_in_one_range():
         ["--model.repeats=0", "--model.prefix=[{}]"],
         ["--optimizer.schedule=wsd", "--optimizer.decay_fraction=1"],
         ["--train.remat=save:query+ffn_in"],
+        ["--train.remat=save:query,offload:layer_input+ffn_in"],
         ["--mesh.fsdp=3", "--zero=0", "--train.batch_size=12"],
         ["--mesh.data=1", "--mesh.fsdp=8", "--runtime.cpu_devices=8"],
         ["--runtime.num_processes=2", "--runtime.coordinator=[::1]:80"],

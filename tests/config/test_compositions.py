@@ -26,6 +26,7 @@ ASKS = {
     "dense experts": ("tiny_moe", {"parallel": {"experts": "dense"}}),
     "microbatches": ("tiny", {"train": {"microbatches": 2}}),
     "remat": ("tiny", {"train": {"remat": "full"}}),
+    "offload": ("tiny", {"train": {"remat": "offload:layer_input"}}),
     "dropout": ("tiny", {"model": {"dropout": 0.1}}),
     "muon": ("tiny", {"optimizer": {"name": "muon"}}),
     "float16": ("tiny", {"precision": "float16"}),

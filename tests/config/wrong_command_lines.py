@@ -125,6 +125,10 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--optimizer.name", "adam"], ["must be one of", "did you mean adamw?"]),
     (["--train.remat", "ful"], ["train.remat='ful'", "did you mean full?"]),
     (["--train.remat", "save:qery"], ["'qery'", "did you mean query?"]),
+    (["--train.remat", "offload:key+qery"], ["'qery'", "did you mean query?"]),
+    (["--train.remat", "save:"], ["there is no activation ''", "the names are"]),
+    (["--train.remat", "save:key,save:query"], ["must be none", "offload:NAME+NAME"]),
+    (["--train.remat", "save:key,offload:key"], ["'key' is there twice"]),
     (
         ["--quant.scaling", "delayed"],
         ["quant.scaling='delayed' is for precision fp8", "precision=float32"],

@@ -264,7 +264,15 @@ def test_unrolled_layers_give_the_gradients_of_the_loop(remat):
     assert_close(unrolled, looped, atol=10 * SAME_SUMS)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "save:query+attention_out+ffn_in"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        "full",
+        "dots",
+        "save:query+attention_out+ffn_in",
+        "save:query,offload:layer_input+ffn_in",
+    ],
+)
 @pytest.mark.slow
 def test_rematerialisation_does_not_change_the_gradients(remat):
     params = random_params(SMALL)
@@ -284,8 +292,26 @@ def test_each_rematerialisation_makes_again_what_it_does_not_keep():
     assert none == dots < some < full
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+def test_what_is_offloaded_goes_to_the_host_and_comes_back(unroll):
+    params, batch = random_params(SMALL), place_batch(tokens_BT1, segments_BT1)
+
+    def moves(remat):
+        settings = (("remat", remat), ("unroll", unroll))
+        program = grads_program(jax.sharding.get_mesh(), SMALL, settings)
+        run = program.__wrapped__
+        text = str(jax.make_jaxpr(run)(place(params, SMALL), batch))
+        return text.count("devices=(MemorySpace.Host,)"), text.count("dot_general")
+
+    (none, _), (one, matmuls) = map(moves, ("full", "offload:layer_input"))
+    two, fewer = moves("offload:layer_input+ffn_in")  # into a gated MLP go two
+    layers = SMALL.num_layers if unroll else 1
+    assert (none, one, two) == (0, layers, 3 * layers)
+    assert fewer < matmuls  # what comes back is not made again
+
+
 def test_an_unknown_rematerialisation_is_refused():
-    with pytest.raises(ValueError, match="use none, full, dots or save:NAMES"):
+    with pytest.raises(ValueError, match="must be none, full, dots, save:NAME"):
         make(SMALL, remat="ful")
 
 

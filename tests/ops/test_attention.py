@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from ops import naive_attention
 
-from jaxinfra.ops import attention, fused_attention
+from jaxinfra.ops import attention, fused_attention, rematerialisation
 from jaxinfra.ops.seam import Context
 from jaxinfra.sharding import Rules, spec
 
@@ -147,28 +148,39 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
     )
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
 def test_remat_keeps_the_result_of_attention_once(kernel, one_device, monkeypatch):
     splash = functools.partial(fused_attention.splash, interpret=True)
     monkeypatch.setattr(fused_attention, "splash", splash)
+    # Traced alone: there need be no GPU.
+    for of_gpus in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(fused_attention_stablehlo, of_gpus, lambda *_: 92000)
     arrays = [
         jax.device_put(
-            x, spec(Rules(), "batch", "length", "heads", *[None] * (x.ndim - 3))
+            jnp.asarray(x, jnp.bfloat16),
+            spec(Rules(), "batch", "length", "heads", *[None] * (x.ndim - 3)),
         )
         for x in naive_attention.random_inputs(B=2, T=128, K=2, G=3, H=8)[:3]
     ]
     attend = attention.make_attend(Rules(), kernel=kernel)
-    policy = jax.checkpoint_policies.save_only_these_names("attention")
 
-    @functools.partial(jax.checkpoint, policy=policy)
     def run(*arrays):
         # Squared, as whatever follows it is of use to the gradient.
         out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
         return jnp.square(out)
 
-    out, pull = jax.vjp(run, *arrays)
-    kept = [x for x in jax.tree.leaves(pull) if x.size == out.size]
-    assert len(kept) == 2  # the queries and it
+    def kept(remat):
+        """(arrays as large as the result, times that cuDNN runs forward)"""
+        saving = jax.checkpoint(run, policy=rematerialisation.policy(remat))
+        out, pull = jax.eval_shape(functools.partial(jax.vjp, saving), *arrays)
+        total = lambda *x: jnp.sum(saving(*x).astype(jnp.float32))
+        program = str(jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*arrays))
+        large = [x for x in jax.tree.leaves(pull) if x.size == out.size]
+        return len(large), program.count(rematerialisation.CUDNN + "[")
+
+    once = int(kernel == "cudnn")
+    assert kept("full") == (1, 2 * once)  # the queries
+    assert kept("save:attention") == kept("offload:attention") == (2, once)  # and it
 
 
 def test_bfloat16_scores_and_softmax_are_float32(one_device):

@@ -99,5 +99,5 @@ def test_no_product_is_made_twice():
 
 
 def test_an_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="use none, full, dots or save:NAMES"):
+    with pytest.raises(ValueError, match="must be none, full, dots, save:NAME"):
         phases.cut(layer, *arguments()[:2], arguments()[3], remat="all", split=False)

@@ -66,6 +66,7 @@ def test_more_fsdp_is_less_at_rest_and_more_remat_is_less_saved():
 
     named = "save:query+key+value"
     assert saved("full") < saved(named) < saved("dots") < saved("none")
+    assert saved("offload:layer_input") < saved("full") == saved("offload:query")
 
 
 def test_peak_and_headroom_add_up():
