@@ -116,12 +116,12 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
+    if config.optimizer.offload:
+        train_step, places = jaxinfra.offloaded(train_step, places)
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
     how["model_state"] = task.model_state
     abstract = how | {"frozen": task.frozen}
-    if config.optimizer.offload:
-        train_step, places = jaxinfra.offloaded(train_step, places)
     made_by = jaxinfra.options_for(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,
