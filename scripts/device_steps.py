@@ -1,6 +1,7 @@
-"""Training steps of Llamas of 1.2 and 2.3 billion parameters on one GPU.
+"""Training steps of Llamas of 1.2 and 2.3 billion parameters on one Hopper GPU.
 
     python scripts/device_steps.py [ROW ...]     measured on the GPU that is here
+    python scripts/device_steps.py --kernels ROW milliseconds of each kernel in a step
     python scripts/device_steps.py --foretell    what scripts/plan.py says of each row,
                                                  by H100's compiler; needs no GPU
 
@@ -8,17 +9,16 @@ Each row is a process of its own, so that its peak of memory is its own. Beside 
 PyTorch runs a model of the same shapes compiled, if it is installed: speed and memory
 are compared, and not losses, which begin from other parameters. MFU is of the bfloat16
 peak, for fp8 and int8 too. Results go to scripts/results/device_steps.json after each
-row; one that fails is told, keeps what it had there, and ends the command with 1.
+row, by the device's name; one that fails is told and not written, and ends the command
+with 1.
 """
 
 import importlib.util
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -52,6 +52,10 @@ KINDS: dict[str, list[str]] = {
     ],
     "bfloat16, documents apart": _MODEL,
     "bfloat16, most saved": [*_MODEL, *_WHOLE, *_SAVED],
+    "bfloat16, all saved": [*_MODEL, *_WHOLE, "--train.remat", "none"],
+    "bfloat16, layers' inputs in host memory": [
+        *_MODEL, *_WHOLE, "--train.remat", "offload:layer_input",
+    ],
     "bfloat16, optimizer in host memory": [
         *_MODEL, *_WHOLE, "--optimizer.offload", "true",
     ],
@@ -65,6 +69,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--one"]:
         print(json.dumps(measured(KINDS[argv[1]])))
         return 0
+    if argv[:1] == ["--kernels"]:
+        return kernels(argv[1])
     is_foretold = argv[:1] == ["--foretell"]
     known = KINDS if is_foretold else {**KINDS, **PEERS}
     rows = argv[is_foretold:] or list(known)
@@ -82,59 +88,43 @@ def main(argv: list[str]) -> int:
             found = _json(str(PEER), PEERS[row], *sizes)
         else:
             found = {"failed": "torch is not installed"}
-        failed += "failed" in found
-        _record(row, "foretold" if is_foretold else "measured", found)
+        print(f"{row}: {json.dumps(found)}", file=sys.stderr, flush=True)
+        if "failed" in found:
+            failed += 1
+        elif is_foretold:
+            _record(row, "foretold", _in_short(found))
+        else:
+            _record(row, found.pop("device"), found)
     return int(failed > 0)
 
 
 def measured(settings: list[str]) -> dict[str, Any]:
     """Seconds a step, tokens a second, MFU, the peak of memory, losses."""
+    built, timed_steps = _build(settings)
+    return timed_steps.measured(built, warmup=WARMUP, steps=STEPS, rounds=3)
+
+
+def kernels(row: str) -> int:
+    """Prints what the GPU ran in a step."""
+    built, timed_steps = _build(KINDS[row])
+    for name, (ms, calls) in timed_steps.kernels(built, steps=2).items():
+        print(f"{ms:9.3f} ms {calls:6.1f}  {name[:120]}")
+    return 0
+
+
+def _build(settings: list[str]) -> tuple[Any, Any]:
     from jaxinfra import launcher, options
 
     config, _ = options.read_command(settings)
     launcher.prepare_process(config)
     import jax
-    import numpy as np
+
+    sys.path.insert(0, str(PEER.parent))
+    import timed_steps  # pyright: ignore[reportMissingImports]
 
     from jaxinfra import experiment
-    from jaxinfra.data import packing
-    from jaxinfra.train import facts
 
-    built = experiment.build(config, jax.devices()[:1])
-    device = jax.devices()[0]
-    with jax.set_mesh(built.layout.mesh):
-        place = experiment.batch_sharding(built.layout)
-        vocab_size = config.model.vocab_size
-        tokens = np.random.default_rng(0).integers(0, vocab_size, (ROWS, LENGTH + 1))
-        batch = packing.Batch(
-            jax.device_put(tokens.astype(np.uint32), place),
-            jax.device_put(np.full((ROWS, 1), LENGTH + 1, np.uint16), place),
-        )
-        state, losses, secs = built.init(), [], []
-        begin = time.perf_counter()
-        state, metrics = built.train_step(state, batch)
-        losses.append(float(metrics["loss"]))
-        compile_secs = time.perf_counter() - begin
-        for count in (WARMUP - 1, STEPS, STEPS, STEPS):
-            begin = time.perf_counter()
-            for _ in range(count):  # sent without waiting, as the loop does
-                state, metrics = built.train_step(state, batch)
-            losses.append(float(metrics["loss"]))
-            secs.append((time.perf_counter() - begin) / count)
-    step_secs = statistics.median(secs[1:])
-    peak = facts.peak_flops(device)
-    flops = built.task.flops_per_row * ROWS
-    return {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "secs": step_secs,
-        "spread": max(secs[1:]) / min(secs[1:]) - 1,
-        "tokens_per_sec": ROWS * LENGTH / step_secs,
-        "mfu": peak and flops / step_secs / peak,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "compile_secs": compile_secs,
-        "losses": losses,
-    }
+    return experiment.build(config, jax.devices()[:1]), timed_steps
 
 
 def _called(script: str, *words: str) -> dict[str, Any]:
@@ -151,17 +141,19 @@ def _json(*command: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _record(row: str, part: str, found: dict[str, Any]) -> None:
-    if part == "foretold" and "failed" not in found:
-        memory, keep = found["memory"], ("step_secs", "mfu", "compile_secs", "versions")
-        peaks = {k: memory[k] for k in ("peak_bytes", "analytic_peak_bytes")}
-        found = {key: found[key] for key in keep} | peaks
+def _in_short(plan: dict[str, Any]) -> dict[str, Any]:
+    peaks = ("peak_bytes", "analytic_peak_bytes")
+    keep = ("step_secs", "mfu", "compile_secs", "versions")
+    memory = plan["memory"]
+    return {key: plan[key] for key in keep} | {key: memory[key] for key in peaks}
+
+
+def _record(row: str, where: str, found: dict[str, Any]) -> None:
+    """`where`: the device's name, or foretold."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if "failed" not in found or part not in results.get(row, {}):
-        results.setdefault(row, {})[part] = found
+    results.setdefault(row, {})[where] = found
     order = [name for name in (*KINDS, *PEERS) if name in results]
     RESULTS.write_text(json.dumps({k: results[k] for k in order}, indent=1) + "\n")
-    print(f"{row}: {json.dumps(found)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python scripts/quant_runs.py KIND [SEED ...]   its runs that are not in the results
 
 A run is 300 steps of configs/tiny.py on the shipped text and the loss on its held-out
-tenth, in the compute dtype. Results go to scripts/results/quant.json after each run, so
-that what was ended goes on where it was.
+tenth, in the compute dtype. Results go to scripts/results/quant.json, or --results, of
+another device say, after each run, so that what was ended goes on where it was.
 """
 
+import argparse
 import functools
 import json
 import pathlib
@@ -40,13 +41,15 @@ KINDS = {
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in KINDS:
-        print(f"KIND is one of: {', '.join(KINDS)}", file=sys.stderr)
-        return 2
-    kind, seeds = argv[0], tuple(map(int, argv[1:])) or SEEDS
-    for seed in seeds:
-        if str(seed) not in _results().get(kind, {}).get("held_out_nats", {}):
-            _record(kind, seed, *run(kind, seed))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    for seed in args.seeds:
+        known = _read(args.results).get(args.kind, {}).get("held_out_nats", {})
+        if str(seed) not in known:
+            _record(args.results, args.kind, seed, *run(args.kind, seed))
     return 0
 
 
@@ -93,9 +96,10 @@ def run(kind: str, seed: int) -> tuple[float, str]:
     return found["eval/held_out/loss"], exp.task.notes.splitlines()[-1]
 
 
-def summary() -> dict:
+def summary(path: pathlib.Path = RESULTS) -> dict:
     """Kinds with their mean against the one they are measured by, seed by seed."""
-    results = {kind: value for kind, value in _results().items() if kind in KINDS}
+    found = _read(path)
+    results = {kind: found[kind] for kind in KINDS if kind in found}
     for kind, (_, base) in KINDS.items():
         mine = results.get(kind, {}).get("held_out_nats", {})
         theirs = results.get(base, {}).get("held_out_nats", {})
@@ -107,19 +111,20 @@ def summary() -> dict:
     return results
 
 
-def _record(kind: str, seed: int, nats: float, says: str) -> None:
-    results = _results()
+def _record(path: pathlib.Path, kind: str, seed: int, nats: float, says: str) -> None:
+    results = _read(path)
     entry = results.setdefault(kind, {"held_out_nats": {}})
     entry["held_out_nats"][str(seed)] = nats
+    entry["held_out_nats"] = dict(sorted(entry["held_out_nats"].items()))
     if "FLOPs" in says:
         entry["says"] = says
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    RESULTS.write_text(json.dumps(summary(), indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(summary(path), indent=1) + "\n")
     print(kind, seed, nats, says)
 
 
-def _results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def _read(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ GpuTargetConfigProto, with the figures of NVIDIA's H100 SXM.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import time
@@ -66,6 +67,12 @@ def prepare_process(target: Target) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # Nothing runs on a TPU here, so several processes may compile side by side.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Of jax and of the package that the target's compiler comes in."""
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}[target.chip.platform]
+    return {name: importlib.metadata.version(name) for name in ("jax", package)}
 
 
 def devices(target: Target) -> list[Any]:

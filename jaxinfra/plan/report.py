@@ -20,7 +20,8 @@ FORMULA = (
 SOURCES = (
     "model FLOPs 6 N + 6 L heads T a token: arXiv:2204.02311 appendix B, causal",
     "compute: the compiler's estimated cycles over the clock (TPU), or the longer of"
-    " matmuls at peak and bytes at the memory's rate for every kernel (GPU)",
+    " matmuls at a measured share of peak and bytes at the memory's rate for every"
+    " kernel (GPU)",
     "waiting: the program played on one core and one link (jaxinfra/plan/cost.py)",
 )
 

@@ -1,6 +1,5 @@
 """From a config and a target to a plan: built, compiled, played."""
 
-import importlib.metadata
 from typing import Any
 
 import jax
@@ -38,7 +37,11 @@ def plan_step(
     clock = (
         cost.cycles_at(chip.clock_hz)
         if chip.clock_hz
-        else cost.roofline(chip.peak_flops, chip.hbm_bytes_per_sec, chip.peak_8bit)
+        else cost.roofline(
+            chip.matmul_share * chip.peak_flops,
+            chip.hbm_bytes_per_sec,
+            chip.matmul_share * chip.peak_8bit,
+        )
     )
     played = cost.play(
         program.parse(compiled.text),
@@ -58,7 +61,7 @@ def plan_step(
         options=compiler_options.for_device(
             devices[0].device_kind, config.runtime.compiler_options
         ),
-        versions=_versions(target),
+        versions=compilers.versions(target),
     )
     return found, compiled
 
@@ -100,8 +103,3 @@ def rows_of(built: experiment.Experiment) -> Any:
     token = np.uint16 if config.model.vocab_size <= 2**16 else np.uint32
     tokens = np.zeros((1, config.train.length + 1), token)
     return packing.Batch(tokens, tokens[:, :4].astype(np.uint16))
-
-
-def _versions(target: Target) -> dict[str, str]:
-    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}[target.chip.platform]
-    return {name: importlib.metadata.version(name) for name in ("jax", package)}

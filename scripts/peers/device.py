@@ -14,12 +14,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timed_steps  # pyright: ignore[reportMissingImports]
 
 import jaxinfra
 from jaxinfra import config as c
-from jaxinfra import experiment
 from jaxinfra import mesh as meshes
-from jaxinfra.data import packing
 from jaxinfra.ops import attention, fused_attention, grouped
 from jaxinfra.precision import policy
 from jaxinfra.train import facts
@@ -188,7 +187,11 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
     exact = [draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)]
     g_BTKGH = draw(3, B, T, K, G, H)
     given = [x.astype(jnp.bfloat16) for x in exact]
-    run = lambda kernel: jax.jit(functools.partial(_both, kernel))
+    # As in training: without them a GPU's compiler tries many ways for each shape.
+    options = jaxinfra.options_for(meshes.make_mesh({"data": jax.device_count()}))
+    run = lambda kernel: jax.jit(
+        functools.partial(_both, kernel), compiler_options=options
+    )
     with_xla = lambda q, k, v: attention.xla(q, k, v, None, None)
     rounded = [x.astype(jnp.float32) for x in given]
     expected = run(_by_row)(*rounded, g_BTKGH)
@@ -196,7 +199,7 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
     platform = jax.devices()[0].platform
     found = {}
     settings = {"window": 0, "softcap": 0.0}
-    candidates = {"xla": with_xla}
+    candidates = {}
     if platform == "tpu":
         candidates["splash"] = lambda q, k, v: fused_attention.splash(
             q, k, v, None, **settings
@@ -205,6 +208,7 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
         candidates["cudnn"] = lambda q, k, v: fused_attention.cudnn(
             q, k, v, None, **settings
         )
+    candidates["xla"] = with_xla  # the last: it has the most to compile
     for name, kernel in candidates.items():
         both = run(kernel)
         got = both(*given, g_BTKGH)
@@ -219,6 +223,7 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
             "secs": secs,
             "flops": flops / secs,
         }
+        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
 
 
@@ -300,40 +305,23 @@ def step(sizes: tuple[int, ...], repeats: int) -> dict:
         ),
         mesh=c.MeshConfig(data=1, fsdp=count),
     )
-    built = jaxinfra.build(config)
-    with jax.set_mesh(built.layout.mesh):
-        rng = np.random.default_rng(0)
-        place = experiment.batch_sharding(built.layout)
-        tokens = rng.integers(0, config.model.vocab_size, (rows * count, length + 1))
-        batch = packing.Batch(
-            jax.device_put(tokens.astype(np.uint16), place),
-            jax.device_put(np.full((rows * count, 1), length + 1, np.uint16), place),
-        )
-        state, losses, secs = built.init(), [], []
-        for _ in range(repeats + 2):
-            begin = time.perf_counter()
-            state, metrics = built.train_step(state, batch)
-            losses.append(float(metrics["loss"]))
-            secs.append(time.perf_counter() - begin)
-    flops = built.task.flops_per_row * rows * count
-    peak = facts.peak_flops(jax.devices()[0])
-    secs_each = statistics.median(secs[2:])
-    return {
-        "secs": secs_each,
-        "compile_secs": secs[0],
-        "tokens_per_sec": rows * count * length / secs_each,
-        "mfu": peak and flops / secs_each / (peak * count),
-        "loss_falls": losses[-1] < losses[0],
-    }
+    found = timed_steps.measured(
+        jaxinfra.build(config), warmup=2, steps=1, rounds=repeats
+    )
+    losses = found.pop("losses")
+    return found | {"loss_falls": losses[-1] < losses[0]}
 
 
 def timed(function, *args, repeats: int) -> float:
-    """Median seconds of a call whose results are waited for; the first is not
-    counted."""
+    """Median seconds of a call; the first is not counted. Short ones are sent ten at a
+    time before one waits, as the sending of one hides behind another's work."""
     jax.block_until_ready(function(*args))
-    secs = []
-    for _ in range(repeats):
+    secs, count = [], 1
+    for _ in range(repeats + 1):
         begin = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        secs.append(time.perf_counter() - begin)
-    return statistics.median(secs)
+        for _ in range(count):
+            result = function(*args)
+        jax.block_until_ready(result)
+        secs.append((time.perf_counter() - begin) / count)
+        count = 10 if secs[0] < 0.01 else 1
+    return statistics.median(secs[1:])
