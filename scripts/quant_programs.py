@@ -27,6 +27,7 @@ from jaxinfra.plan.program import parse
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "quant_programs.json"
 # Rows, length, width, ffn.
 SIZES = {"": (16, 512, 1024, 2048), "wide": (64, 1024, 4096, 14336)}
+_TARGETS = {"v6e": "v6e:2x4", "h100": "h100:1x8"}
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}  # others: 1
 
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     results[" ".join(argv)] = found = {
         "matmuls": matmuls(text),
         "collective_bytes": traffic(text),
+        "versions": compilers.versions(targets.parse(_TARGETS[target])),
     }
     if target == "v6e":
         found |= price(text, peak=2.0 if kind == "int8" else 1.0)
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
 def program(target: str, kind: str, size: str = "") -> str:
     """The optimised program of the layer's gradient."""
     rows, length, width, ffn = SIZES[size]
-    place = targets.parse({"v6e": "v6e:2x4", "h100": "h100:1x8"}[target])
+    place = targets.parse(_TARGETS[target])
     compilers.prepare_process(place)
     import jax
     import jax.numpy as jnp

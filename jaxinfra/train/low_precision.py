@@ -86,8 +86,8 @@ def low_precision_training(
     native = has_units(device, recipe.forward)
     if not native:
         logging.getLogger("jaxinfra").warning(
-            "precision=%s: %s has no units for it that are used here, so its numbers "
-            "are multiplied exactly in a wider type, and not faster",
+            "precision=%s: %s has no units for it that are used here, so the rounded "
+            "numbers are multiplied in a wider type, and not faster",
             config.precision,
             device.device_kind,
         )

@@ -75,7 +75,7 @@ def test_an_update_from_8_bits_is_nearer_than_from_the_published_code():
         *(adam8.decode(n, adam8.encode(n, x, 0)) for n, x in (("mu/w", m), ("nu/w", v)))
     )
     theirs = error(dynamic_code(m, signed=True), dynamic_code(v, signed=False))
-    assert ours < 0.1
+    assert ours < 0.05  # 4.3% seen
     assert ours < theirs
 
 
@@ -111,7 +111,8 @@ def test_ten_updates_are_adams():
     np.testing.assert_allclose(direction["norm"], exact["norm"], rtol=1e-5)
     for name in ("w", "odd"):
         error = direction[name] - exact[name]
-        assert float(jnp.sqrt(jnp.mean(error**2) / jnp.mean(exact[name] ** 2))) < 0.1
+        part = float(jnp.sqrt(jnp.mean(error**2) / jnp.mean(exact[name] ** 2)))
+        assert part < 0.085, name  # 7.9%, 6.2% seen
         assert state.mu[name].values.dtype == jnp.int8
         assert state.nu[name].values.dtype == jnp.uint8
     assert state.mu["w"].scales.shape == (16, 2)
