@@ -16,9 +16,9 @@ by the grouped matmuls of "dropless".
 
 What it costs, and when it pays: rounding, and summing what came, is work for the vector
 units and the memory that a plain step does not have. By a TPU v6e's compiler a
-feed-forward step over 8 chips (scripts/quant_programs.py) takes 3.6 times the cycles of
-bfloat16, or 2.5 times at width 4096, for 63% fewer bytes. That is won back on a network
-that brings a device less than 149 GB/s, or 38 at that width, and if nothing of the
+feed-forward step over 8 chips (scripts/quant_programs.py) takes 3.7 times the cycles of
+bfloat16, or 2.3 times at width 4096, for 63% fewer bytes. That is won back on a network
+that brings a device less than 144 GB/s, or 42 at that width, and if nothing of the
 traffic was hidden behind products: between hosts, not over the links of a slice, where
 the plain gathers are faster. For a GPU there is no such estimate; measure a step.
 
