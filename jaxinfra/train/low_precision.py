@@ -253,7 +253,7 @@ def low_precision(
         aux = result.aux
         metrics = aux.metrics
         if recipe.figures:
-            shown = _metrics(list(probes.values()), list(in_use.values()), recipe)
+            shown = _metrics(probes, list(in_use.values()), recipe)
             # A metric is shown divided by the weight, which it is multiplied by here.
             metrics = metrics | {k: v * aux.weight_sum for k, v in shown.items()}
         stats = aux.stats
@@ -317,10 +317,15 @@ def _rows(batch: Any, stack: tuple[int, ...]) -> jax.Array | None:
     return jnp.broadcast_to(rows.astype(jnp.float32), (*stack, *rows.shape))
 
 
-def _metrics(probes: list[jax.Array], scales: list, recipe: Recipe) -> dict:
+def _metrics(probes: dict[str, jax.Array], scales: list, recipe: Recipe) -> dict:
     """Over all matmuls: the mean and the worst of saturation and underflow, the largest
-    scale in use."""
-    flat = jnp.concatenate([probe.reshape(-1, len(OPERANDS), 3) for probe in probes])
+    scale in use; and of each kind of matrix, as ffn/up, the worst layer's."""
+    by_path = {k: x.reshape(-1, len(OPERANDS), 3) for k, x in probes.items()}
+    flat = jnp.concatenate(list(by_path.values()))
+    kinds: dict[str, list[jax.Array]] = {}
+    for path, probe in by_path.items():
+        kinds.setdefault("/".join(path.split("/")[-2:]), []).append(probe)
+    worst = {k: jnp.max(jnp.concatenate(x), axis=0) for k, x in kinds.items()}
     formats = (recipe.forward, recipe.forward, recipe.backward or recipe.forward)
     operands = OPERANDS if recipe.backward else OPERANDS[:2]
     metrics = {}
@@ -338,4 +343,9 @@ def _metrics(probes: list[jax.Array], scales: list, recipe: Recipe) -> dict:
                 jnp.max(figures[:, _LARGEST]) / largest if scale is None else scale
             ),
         }
+        for kind, figure in worst.items():
+            metrics[f"quant/{operand}_underflow_worst/{kind}"] = figure[i, _UNDERFLOW]
+            if recipe.is_delayed:
+                saturation = figure[i, _SATURATION]
+                metrics[f"quant/{operand}_saturation_worst/{kind}"] = saturation
     return metrics

@@ -261,9 +261,23 @@ def test_a_scale_that_is_too_small_shows_as_saturation(data):
         step = built.train_step.lower(state, batch).compile(tiny_runs.QUICK)
         small = jax.tree.map(lambda x: jnp.full_like(x, 0.5), state.model_state)
         _, metrics = step(state._replace(model_state=small), batch)
+        state = built.init()  # the first one was donated
+        one = state.model_state.largest | {
+            path: jnp.full_like(x, 0.5)
+            for path, x in state.model_state.largest.items()
+            if path.endswith("ffn/up")
+        }
+        in_one = state.model_state._replace(largest=one)
+        _, metrics_of_one = step(state._replace(model_state=in_one), batch)
     assert metrics["quant/input_saturation"] > 0.1
     assert metrics["quant/input_saturation_worst"] >= metrics["quant/input_saturation"]
     assert metrics["quant/input_scale"] == pytest.approx(0.5 / 448)
+    # The metrics tell which kind of matrix it is.
+    name = "quant/input_saturation_worst"
+    by_kind = {k: x for k, x in metrics_of_one.items() if k.startswith(f"{name}/")}
+    assert len(by_kind) > 4
+    assert by_kind.pop(f"{name}/ffn/up") == metrics_of_one[name] > 0.1
+    assert max(by_kind.values()) == 0
 
 
 @pytest.mark.slow
