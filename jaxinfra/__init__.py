@@ -53,7 +53,7 @@ _HOMES = {
     "ops.rematerialisation": ("rematerialised",),
     "train.routers": ("Routers",),
     "quant.recipe": ("Recipe", "make_recipe"),
-    "quant.communication": ("low_bit_traffic",),
+    "quant.communication": ("gathered_in_few_bits", "low_bit_traffic"),
     "quant.matmul": ("low_precision_einsum",),
     "train.low_precision": ("in_low_precision", "low_precision_training"),
     "train.adam8": ("other_moments", "scale_by_adam8"),

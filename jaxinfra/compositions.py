@@ -116,6 +116,7 @@ FEATURES: dict[str, Feature] = {
             f"comm.{key}={kind!r}" for key, kind in _low_traffic(config).items()
         ),
     ),
+    "reduce": _key("comm.reduce", lambda config: config.comm.reduce != "compute"),
     "adapters": _key("lora.rank", lambda config: config.lora.rank > 0),
     "freeze": _key("train.freeze", lambda config: bool(config.train.freeze)),
     "aware": _key(
@@ -191,12 +192,17 @@ APART = (
         "a precision in few bits gathers what it multiplies",
         "set comm.gather and comm.reduce to compute",
     ),
-    *(
-        Pair(part, "own task", "weights of text models alone go in few bits", fix)
-        for part, fix in (
-            ("comm", "set comm.gather and comm.reduce to compute"),
-            ("quantized", "set precision to bfloat16"),
-        )
+    Pair(
+        "reduce",
+        "own task",
+        "how it sums its gradients over rows is its own",
+        "set comm.reduce to compute",
+    ),
+    Pair(
+        "quantized",
+        "own task",
+        "matmuls of text models alone go in few bits",
+        "set precision to bfloat16",
     ),
     Pair(
         "expert",

@@ -86,6 +86,8 @@ def build(
             f"get_task of config {config.name!r} gives {type(task).__name__}; it must "
             "give a jaxinfra.Task"
         )
+    if config.task == "own" and config.comm.gather != "compute":
+        task = jaxinfra.gathered_in_few_bits(task, config.comm)
     schedule = optim.make_schedule(config.optimizer, config.train.steps)
     tx = optim.make_optimizer(
         config.optimizer, task.specs, schedule, moments=policy.optimizer_state

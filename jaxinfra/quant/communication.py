@@ -11,6 +11,9 @@ summed otherwise, for 4. Source: ZeRO++, arXiv:2306.10209 sections 3.1 and 3.3.
 
 In a pipeline, which gathers once a step and reduces once, the layers' weights go so.
 
+Tasks of a user's own have their matrices gathered so, before the loss: their gradients,
+which meet in sums of the task's own, are reduced in full.
+
 Experts go so whichever way their tokens come to them: by the einsum, or (`of_experts`)
 by the grouped matmuls of "dropless".
 
@@ -35,9 +38,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import sharding
-from jaxinfra.config import CommConfig
+from jaxinfra.config import CommConfig, ConfigError
 from jaxinfra.ops import grouped, seam
 from jaxinfra.ops.seam import Einsum, Names
+from jaxinfra.params import ParamSpec
 from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
 from jaxinfra.quant.formats import FormatName
@@ -111,6 +115,31 @@ def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:
     return jax.shard_map(
         body, in_specs=spec, out_specs=sharding.gathered(spec), check_vma=False
     )(w)
+
+
+def gathered_in_few_bits(task: Any, comm: CommConfig) -> Any:
+    """`task`, one of a user's own, whose loss is given its matrices whole over fsdp,
+    after they have crossed it as `comm.gather` says. Their gradients come back in full:
+    how the task sums over rows is its own. Raises ConfigError if its gradients are."""
+    form = _FORMATS[comm.gather]
+    if task.grad_fn is not None:
+        raise ConfigError(
+            f"comm.gather={comm.gather!r}: the task makes its gradients itself;"
+            " set comm.gather to compute"
+        )
+
+    def crossed(spec: ParamSpec, w: jax.Array) -> jax.Array:
+        if spec.kind != "matrix" or form is None or not _is_split(_spec_of(w)):
+            return w
+        place = _spec_of(w)
+        whole = jax.custom_vjp(lambda w: gather_low(w, form, w.dtype))
+        whole.defvjp(lambda w: (whole(w), ()), lambda _, g: (jax.reshard(g, place),))
+        return whole(w)
+
+    def loss_fn(weights, *rest):
+        return task.loss_fn(jax.tree.map(crossed, task.specs, weights), *rest)
+
+    return task._replace(loss_fn=loss_fn)
 
 
 def in_pipeline(comm: CommConfig, policy: Policy) -> tuple[Any, Any]:

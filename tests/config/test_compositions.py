@@ -32,6 +32,7 @@ ASKS = {
     "float16": ("tiny", {"precision": "float16"}),
     "quantized": ("tiny", {"precision": "fp8"}),
     "comm": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"gather": "int8"}}),
+    "reduce": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"reduce": "int8"}}),
     "adapters": ("tiny", {"lora": {"rank": 4}}),
     "freeze": ("tiny", {"train": {"freeze": "ffn"}}),
     "aware": ("tiny", {"train": {"quantize_aware": "int4"}}),

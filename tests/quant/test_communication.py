@@ -13,14 +13,24 @@ import pytest
 from parallel import pipelines
 
 import jaxinfra
-from jaxinfra import params, precision, sharding
-from jaxinfra.config import CommConfig, LayerConfig, LoraConfig, ModelConfig
+from jaxinfra import experiment, params, precision, sharding, tasks
+from jaxinfra.config import (
+    CommConfig,
+    Config,
+    ConfigError,
+    LayerConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from jaxinfra.models.specs import param_specs
 from jaxinfra.ops import seam
 from jaxinfra.parallel import expert
 from jaxinfra.params import ParamSpec
 from jaxinfra.plan import targets
 from jaxinfra.quant import communication
+from jaxinfra.train.objective import Aux
 from jaxinfra.tune import lora
 
 RULES = sharding.Rules()
@@ -275,6 +285,73 @@ def test_a_pipeline_gathers_and_reduces_its_layers_so():
     assert low_held_out[0] != held_out[0]
     far = pipelines.distance(found.grads, plain.grads)
     assert 0 < max(far.values()) < 3 * ROUNDED["int8"], far  # on the way there and back
+
+
+def perceptron(config, layout, policy):
+    """A task of plain functions: two matrices and a vector, least squares."""
+    spec = lambda shape, axes, kind: ParamSpec(
+        shape, axes, (0,), kind, params.normal(0.1)
+    )
+    specs = {
+        "up": spec((D, F), ("embed", "ffn"), "matrix"),
+        "down": spec((F, 8), ("embed", None), "matrix"),
+        "shift": spec((F,), ("embed",), "vector"),
+    }
+    rows = sharding.spec(layout.params, "batch", None)
+
+    def loss_fn(weights, model_state, batch, key):
+        whole = jax.tree.map(lambda w: jax.reshard(w, jax.P()), weights)
+        hidden = jnp.einsum("BD,DF->BF", batch, whole["up"], out_sharding=rows)
+        hidden = hidden + whole["shift"]
+        out = jnp.einsum("BF,FK->BK", hidden, whole["down"], out_sharding=rows)
+        return jnp.sum(out**2), Aux(jnp.float32(B), {}, {})
+
+    return tasks.Task(specs=specs, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_matrices_of_a_users_own_task_are_gathered_so(form):
+    def of(comm):
+        config = Config(
+            name="own",
+            task="own",
+            train=TrainConfig(batch_size=B),
+            mesh=MeshConfig(fsdp=8),
+            comm=comm,
+        )
+        built = experiment.build(config, get_task=perceptron)
+        grads = lambda weights, x: jax.value_and_grad(
+            lambda w: built.task.loss_fn(w, (), x, None)[0]
+        )(weights)
+        with jax.set_mesh(built.layout.mesh):
+            state = built.init()
+            place = experiment.batch_sharding(built.layout)
+            x = jax.device_put(jax.random.normal(jax.random.key(1), (B, D)), place)
+            program = jax.jit(grads).lower(state.params, x).compile()
+            return program(state.params, x), program.as_text()
+
+    (loss, grads), _ = of(CommConfig())
+    (low_loss, low_grads), text = of(CommConfig(gather=form))
+    assert 0 < abs(low_loss / loss - 1) < ROUNDED[form]
+    for name, grad in grads.items():
+        assert grad.sharding == low_grads[name].sharding
+        assert 0 < relative(low_grads[name], grad) < 2 * ROUNDED[form], name
+    # Codes, their scales, and the vector as it is.
+    matrices = D * F + F * 8
+    assert matrices < traffic(text)["all-gather"] < 1.6 * matrices
+
+
+def test_an_own_task_that_makes_its_gradients_cannot_have_them_gathered_so():
+    config = Config(
+        name="own", task="own", mesh=MeshConfig(fsdp=8), comm=CommConfig(gather="int8")
+    )
+    task = perceptron(
+        config, sharding.make_layout(jaxinfra.make_mesh({"fsdp": 8})), POLICY
+    )
+    with pytest.raises(ConfigError, match="makes its gradients itself"):
+        communication.gathered_in_few_bits(
+            task._replace(grad_fn=lambda *_: None), config.comm
+        )
 
 
 def test_the_price_that_is_told_is_that_of_the_results():
