@@ -171,7 +171,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["--config", "digits_convnet", "--comm.reduce=int8", "--mesh.fsdp=2"],
-        ["comm.reduce='int8'", "a task of its own"],
+        ["comm.reduce=int8", "a task of its own", "set comm.reduce to compute"],
     ),
     # The mesh
     (
