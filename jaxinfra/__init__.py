@@ -49,7 +49,7 @@ _HOMES = {
     "train.adafactor": ("adafactor",),
     "train.averaging": ("averaging",),
     "train.muon": ("orthogonalised_momentum",),
-    "train.offload": ("offloaded",),
+    "train.offload": ("check_activations", "offloaded"),
     "ops.rematerialisation": ("rematerialised",),
     "train.routers": ("Routers",),
     "quant.recipe": ("Recipe", "make_recipe"),

@@ -118,6 +118,8 @@ def build(
         observe=observe,
         update_state=task.update_state,
     )
+    if "offload:" in config.train.remat:
+        jaxinfra.check_activations(layout.mesh)
     if config.optimizer.offload:
         train_step, places = jaxinfra.offloaded(train_step, places)
     parts = (task.specs, tx, places, layout)

@@ -1,5 +1,5 @@
-"""Rules of what most runs do not ask for: several processes, low precision, adapters,
-stages, split rows, the best step.
+"""Rules of what most runs do not ask for: several processes, named activations, low
+precision, adapters, stages, split rows, the best step.
 
 Loaded by `checks` where a config asks for one of them; what two of them cannot do
 together is in `compositions`. Imports no jax.
@@ -42,8 +42,8 @@ def check_features(config: Config, sizes: Sizes, zero: int) -> None:
 
 def remat_names(remat: str) -> dict[str, list[str]]:
     """The activations of save:NAME+NAME and of offload:NAME+NAME, either or both with a
-    comma between. Raises ConfigError for another form, a name that is unknown or given
-    twice."""
+    comma between. Raises ConfigError for another form (none, full and dots have no
+    names), a name that is unknown or given twice."""
     found: dict[str, list[str]] = {}
     for part in remat.split(","):
         word, _, given = part.partition(":")

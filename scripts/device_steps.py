@@ -37,6 +37,8 @@ _WIDE = [*_COMMON, "--model.repeats", "8"]
 # Rows of one document, as PyTorch's are; documents apart need a mask on a GPU.
 _WHOLE = ["--model.document_mask", "false"]
 _SAVED = ["--train.remat", "save:query+key+value+attention+attention_out+ffn_in"]
+# As the compiler does by itself: compiler_options.py.
+_FUSED = ["--runtime.compiler_options", "xla_gpu_enable_dynamic_slice_fusion=true"]
 _FP8 = ["--precision", "fp8"]
 _DELAYED = [*_FP8, "--quant.scaling", "delayed"]
 # Row -> settings of scripts/train.py.
@@ -52,6 +54,8 @@ KINDS: dict[str, list[str]] = {
     ],
     "bfloat16, documents apart": _MODEL,
     "bfloat16, most saved": [*_MODEL, *_WHOLE, *_SAVED],
+    "bfloat16, slices fused": [*_MODEL, *_WHOLE, *_FUSED],
+    "bfloat16, most saved, slices fused": [*_MODEL, *_WHOLE, *_SAVED, *_FUSED],
     "bfloat16, all saved": [*_MODEL, *_WHOLE, "--train.remat", "none"],
     "bfloat16, layers' inputs in host memory": [
         *_MODEL, *_WHOLE, "--train.remat", "offload:layer_input",
@@ -69,14 +73,15 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--one"]:
         print(json.dumps(measured(KINDS[argv[1]])))
         return 0
-    if argv[:1] == ["--kernels"]:
-        return kernels(argv[1])
-    is_foretold = argv[:1] == ["--foretell"]
-    known = KINDS if is_foretold else {**KINDS, **PEERS}
-    rows = argv[is_foretold:] or list(known)
+    is_foretold, is_kernels = (argv[:1] == [w] for w in ("--foretell", "--kernels"))
+    is_of_ours = is_foretold or is_kernels
+    known = KINDS if is_of_ours else {**KINDS, **PEERS}
+    rows = argv[is_of_ours:] or list(known)
     if unknown := [row for row in rows if row not in known]:
         print(f"there is no row {unknown[0]!r}: {', '.join(known)}", file=sys.stderr)
         return 2
+    if is_kernels:
+        return kernels(rows[0])
     failed = 0
     for row in rows:
         if is_foretold:

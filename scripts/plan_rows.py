@@ -40,6 +40,7 @@ ROWS = {
     "8B, v5p 8, full": _V5P8,
     "8B, v5p 8, keys and values saved": f"{_V5P8} --train.remat save:key+value",
     "8B, v5p 8, attention's output saved": f"{_V5P8} --train.remat save:attention_out",
+    "8B, v5p 8, inputs on the host": f"{_V5P8} --train.remat offload:layer_input",
     "8B, v5p 8, most saved": f"{_V5P8}"
     " --train.remat save:query+key+value+attention_out+ffn_in",
     "8B, v6e 16, full": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
@@ -61,6 +62,8 @@ ROWS = {
     " --precision fp8",
     "8B, 8 H100, most saved": f"{_8B} --target h100:1x8 --model.document_mask false"
     " --train.remat save:query+key+value+attention+attention_out+ffn_in",
+    "8B, 8 H100, inputs and attention on the host": f"{_8B} --target h100:1x8"
+    " --model.document_mask false --train.remat offload:layer_input+attention",
     "8B, 64 H100, full": "--config llama3_8b --target h100:8x8 --train.batch_size 128"
     " --mesh.data 8 --mesh.fsdp 8 --model.document_mask false",
 }
@@ -172,8 +175,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "Made by `scripts/plan_rows.py` (the commands are in `plan.json`): the real",
         "step through the target's own compiler. Price: compute and waiting for the",
         "link, kernels free; step: with them, attention at the share of peak that",
-        "`jaxinfra/plan/targets.py` assumes, grouped matmuls at peak (a GPU's price",
-        "has the latter). Predictions, not measured times. MFU: of",
+        "`jaxinfra/plan/targets.py` has (for TPUs an assumption), grouped matmuls at",
+        "peak. On GPUs the price is a roofline of every kernel but attention, matmuls",
+        "at a measured share of peak. Predictions, not measured times. MFU: of",
         "the bfloat16 peak, for fp8 too. Peak: arguments, temporaries and code of a",
         "device. Rows without times were compiled at less effort (`--quick`).",
         "",

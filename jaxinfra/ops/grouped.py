@@ -79,8 +79,8 @@ def arrange(ids_A: jax.Array, *, num_experts: int, rows: int, align: int) -> Gro
 def alignment(rows: int, num_experts: int) -> int:
     """Rows of a block: 1 where the compiler has a grouped matmul. A block should fill
     the device, a GPU a larger one (with 128 rows an H200 took 8.7 times as long as for
-    a plain matmul), and the padding of half a block an expert stay an eighth of the
-    work."""
+    a plain matmul; 512 were not measured), and the padding of half a block an expert
+    stay an eighth of the work."""
     if _has_ragged():
         return 1
     even = max(1, rows // (4 * num_experts))

@@ -9,7 +9,8 @@
 
 `config.REMAT_NAMES` has the names. layer_input is what every layer keeps: with
 offload:layer_input it keeps nothing on the device. A CPU, whose memory is the host's,
-keeps what is offloaded.
+keeps what is offloaded. A fused kernel under Ulysses, or in a pipeline, has its result
+kept twice: as it made it, and as what follows reads it.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,8 @@ CUDNN = "dot_product_attention_fwd_wrapper"
 def rematerialised(block: Callable, remat: str, *, prevent_cse: bool) -> Callable:
     """`block` (params, x, context, layer, number, cache), which keeps what `remat`
     says. Raises ConfigError for a word or a name that is unknown."""
+    if remat == "none":
+        return block
 
     def named(params: Any, x_BTD: jax.Array, *more: Any) -> Any:
         return block(params, checkpoint_name(x_BTD, "layer_input"), *more)
@@ -39,7 +42,7 @@ def rematerialised(block: Callable, remat: str, *, prevent_cse: bool) -> Callabl
 
 
 def policy(remat: str) -> Callable[..., Any]:
-    """As `jax.checkpoint` takes it."""
+    """Of any but none, as `jax.checkpoint` takes it."""
     policies = jax.checkpoint_policies
     if remat == "full":
         return policies.nothing_saveable

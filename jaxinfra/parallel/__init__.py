@@ -23,10 +23,9 @@ axes, float32, bfloat16 and float16, dropout, documents, unequal weights, tied t
 What layers of experts tell the loss is summed over chunks as they run forward, and its
 gradient joins that of the layer's result. With zero 3 the parameters of a stage are
 gathered once a step and are whole meanwhile; zero is 1 unless it is set. Refused
-(`compositions`): precisions with scales of their own, whose statistics the executor
-does not carry; ring attention, whose exchange all devices join while stages take
-different branches; a task of one's own, whose layers are not known. More stages than
-repeats are refused too.
+(`compositions`): ring attention, whose exchange all devices join while stages take
+different branches; a task of one's own, whose layers are not known; activations in the
+host's memory. More stages than repeats are refused too.
 Limits: prefix and suffix are held by every stage.
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a

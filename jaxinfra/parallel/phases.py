@@ -68,11 +68,7 @@ def cut(
     given = {*free_vars, *jaxpr.constvars}
 
     may_keep = {x_var} | {
-        var
-        for eqn in jaxpr.eqns
-        if _is_kept(eqn, remat)
-        for var in eqn.outvars
-        if var in on_x and var not in on_dy
+        var for var in _kept(jaxpr.eqns, remat) if var in on_x and var not in on_dy
     }
     _, kept = _needed(jaxpr.eqns, [dx_var, *dparams_vars], given | {dy_var} | may_keep)
     kept = [var for var in kept if var in may_keep]
@@ -130,20 +126,28 @@ def cut(
     return Phases(keep, back_split, weigh)
 
 
-def _is_kept(eqn: core.JaxprEqn, remat: str) -> bool:
-    """Whether `remat` lets the results of this equation of the forward pass stay."""
-    match remat.partition(":"):
-        case ("none", _, _):
-            return True
-        case ("full", _, _):
-            return False
-        case ("dots", _, _):
-            return eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        case _:  # what is offloaded is refused beside pipelines
-            saved = jaxinfra.remat_names(remat)["save"]
-            if eqn.primitive.name == CUDNN:
-                return "attention" in saved
-            return eqn.primitive.name == "name" and eqn.params["name"] in saved
+def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
+    """The results of these equations of the forward pass that `remat` lets stay."""
+    saved = []
+    if remat not in ("none", "full", "dots"):  # offload is refused beside pipelines
+        saved = jaxinfra.remat_names(remat)["save"]
+    for eqn in eqns:
+        match eqn.primitive.name, remat:
+            case (_, "none") | ("dot_general" | "conv_general_dilated", "dots"):
+                is_kept = True
+            case ("name", _):
+                is_kept = eqn.params["name"] in saved
+            case (primitive, _):
+                is_kept = primitive == CUDNN and "attention" in saved
+        if is_kept:
+            yield from eqn.outvars
+        elif saved and eqn.primitive.name == "shard_map":
+            # A kernel's results, and what is made of them in here: it runs whole.
+            inner = _inlined(eqn.params["jaxpr"])
+            inside = _depending(inner.eqns, set(_kept(inner.eqns, remat)))
+            for var, atom in zip(eqn.outvars, inner.outvars, strict=True):
+                if not _is_literal(atom) and atom in inside:
+                    yield var
 
 
 def _depending(eqns: Iterable[core.JaxprEqn], roots: set) -> set:

@@ -9,7 +9,7 @@ moments, each on top of what is at rest:
   update    all gradients
 
 Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
-is taken to bring in all of the state at once, which is the most that it can.
+is taken to bring in all of the state at once; a GPU has held more (plan.__init__).
 """
 
 import dataclasses

@@ -35,9 +35,11 @@ class Chip:
 # TPUs: cloud.google.com/tpu/docs system architecture pages (peak, HBM, interchip links;
 # a ring over an axis uses two of a chip's links); HBM as the compiler has it, less
 # what it keeps. Clocks: peak / (FLOP a cycle of the matrix units). GPU: NVIDIA H100
-# SXM data sheet (dense; NVLink 900 GB/s both ways); shares measured on one H100 and one
-# H200, in steps of 1.2 billion parameters (scripts/device_steps.py --kernels): matmuls
-# of 16 bits 735 to 770 TFLOP/s, of 8 about 1,500; attention 350 to 380, heads of 64.
+# SXM data sheet (dense; NVLink 900 GB/s both ways). Its shares are measured on one
+# H200, which has its units: FLOPs of a plan over seconds of their kernels in a step of
+# 1.2 billion parameters (scripts/results/kernels_h200.json), matmuls of 16 bits 746
+# TFLOP/s, attention with heads of 64 342; alone with heads of 128 366
+# (device_h200.json). Matmuls of 8 bits are taken to reach the same share.
 CHIPS = {
     "v5p": Chip(
         platform="tpu",
@@ -74,8 +76,8 @@ CHIPS = {
         peak_flops=989.5e12,
         peak_8bit=1979e12,
         link_bytes_per_sec=4.5e11,
-        attention_share=0.37,
-        matmul_share=0.77,
+        attention_share=0.35,
+        matmul_share=0.75,
     ),
 }
 

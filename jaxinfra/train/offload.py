@@ -1,5 +1,6 @@
 """The optimizer's state in the host's memory between steps: `optimizer.offload`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +27,20 @@ def offloaded(train_step: Callable, shardings: Shardings) -> tuple[Callable, Sha
         far = jax.device_put(state.opt_state, jax.memory.Space.Host)
         return state._replace(opt_state=far), metrics
 
+    on_host = functools.partial(_on_host, key="optimizer.offload", plain="false")
     return step, shardings._replace(
-        opt_state=jax.tree.map(_on_host, shardings.opt_state)
+        opt_state=jax.tree.map(on_host, shardings.opt_state)
     )
 
 
-def _on_host(sharding: jax.NamedSharding) -> jax.NamedSharding:
+def check_activations(mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where the mesh's devices cannot address pinned host memory,
+    into which train.remat is to bring activations."""
+    _on_host(jax.NamedSharding(mesh, jax.P()), "train.remat", "full")
+
+
+def _on_host(sharding: jax.NamedSharding, key: str, plain: str) -> jax.NamedSharding:
     try:
         return sharding.with_memory_kind(HOST)
     except ValueError as error:  # the device's own list is in the text
-        raise ConfigError(
-            f"optimizer.offload=true: {error}; set optimizer.offload to false"
-        ) from error
+        raise ConfigError(f"{key} offloads: {error}; set {key} to {plain}") from error

@@ -20,8 +20,8 @@ def measured(
 ) -> dict[str, Any]:
     """Of full rows of random tokens, one document each, `rounds` times `steps` steps,
     sent without waiting, as the loop does: median seconds a step and their spread,
-    tokens a second, MFU, the peak of memory; losses of the first step, after the warm
-    up and after each round."""
+    tokens a second, MFU, the process's peak of memory so far; losses of the first step,
+    after the warm-up (at least two steps) and after each round."""
     devices = list(built.layout.mesh.devices.flat)
     flops, tokens = _sizes(built)
     with jax.set_mesh(built.layout.mesh):

@@ -292,6 +292,16 @@ def test_each_rematerialisation_makes_again_what_it_does_not_keep():
     assert none == dots < some < full
 
 
+def all_eqns(jaxpr):
+    """Its equations, and those of the functions that they call."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=callable):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_eqns(inner)
+
+
 @pytest.mark.parametrize("unroll", [False, True])
 def test_what_is_offloaded_goes_to_the_host_and_comes_back(unroll):
     params, batch = random_params(SMALL), place_batch(tokens_BT1, segments_BT1)
@@ -300,13 +310,18 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back(unroll):
         settings = (("remat", remat), ("unroll", unroll))
         program = grads_program(jax.sharding.get_mesh(), SMALL, settings)
         run = program.__wrapped__
-        text = str(jax.make_jaxpr(run)(place(params, SMALL), batch))
-        return text.count("devices=(MemorySpace.Host,)"), text.count("dot_general")
+        eqns = list(all_eqns(jax.make_jaxpr(run)(place(params, SMALL), batch).jaxpr))
+        space = lambda eqn: eqn.params.get("devices", (None,))[0]
+        count = lambda where: sum(space(eqn) is where for eqn in eqns)
+        matmuls = sum(eqn.primitive.name == "dot_general" for eqn in eqns)
+        return count(jax.memory.Space.Host), count(jax.memory.Space.Device), matmuls
 
-    (none, _), (one, matmuls) = map(moves, ("full", "offload:layer_input"))
-    two, fewer = moves("offload:layer_input+ffn_in")  # into a gated MLP go two
+    away, back, matmuls = moves("offload:layer_input")
     layers = SMALL.num_layers if unroll else 1
-    assert (none, one, two) == (0, layers, 3 * layers)
+    assert moves("full")[:2] == (0, 0)
+    assert (away, back) == (layers, layers)
+    away, back, fewer = moves("offload:layer_input+ffn_in")  # into a gated MLP go two
+    assert (away, back) == (3 * layers, 3 * layers)
     assert fewer < matmuls  # what comes back is not made again
 
 

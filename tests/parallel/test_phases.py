@@ -1,12 +1,19 @@
 """The parts of a layer's pull-back do together what the whole does, to the bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxinfra.mesh import make_mesh
+from jaxinfra.ops import attention, fused_attention
+from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import phases
+from jaxinfra.sharding import Rules, spec
 
 B, T, D, F = 2, 5, 8, 12
 
@@ -96,6 +103,57 @@ def test_no_product_is_made_twice():
         )
         - one
     )
+
+
+def attention_layer(kernel):
+    """x + attention(x), by a kernel that runs in a shard_map."""
+    attend = attention.make_attend(Rules(), kernel=kernel)
+
+    def layer(params, x_BTD, context):
+        def project(name, equation, *dims):
+            out = spec(Rules(), "batch", "length", "heads", *dims)
+            return jnp.einsum(equation, x_BTD, params[name], out_sharding=out)
+
+        q = project("query", "BTD,DKGH->BTKGH", None, None)
+        k, v = (project(name, "BTD,DKH->BTKH", None) for name in ("key", "value"))
+        a, _ = attend(q, k, v, Context(None), None, window=0, softcap=0.0)
+        y = jnp.einsum("BTKGH,KGHD->BTD", a, params["out"], out_sharding=jax.P())
+        return x_BTD + y
+
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kernel", "results"), [("xla", 1), ("splash", 2), ("cudnn", 2)]
+)
+def test_what_a_kernel_made_is_kept_by_name(kernel, results, monkeypatch):
+    """With its sums, as its own pull-back reads it, and as what follows it does."""
+    splash = functools.partial(fused_attention.splash, interpret=True)
+    monkeypatch.setattr(fused_attention, "splash", splash)
+    # Traced alone: there need be no GPU.
+    for of_gpus in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(fused_attention_stablehlo, of_gpus, lambda *_: 92000)
+    rows, length, width, K, G, H = 2, 128, 16, 2, 2, 8
+    shapes = {
+        "query": (width, K, G, H),
+        "key": (width, K, H),
+        "value": (width, K, H),
+        "out": (K, G, H, width),
+    }
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+    params = {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+    x, layer = draw(9, (rows, length, width)), attention_layer(kernel)
+
+    def sizes(remat):
+        parts = phases.cut(layer, params, x, {}, remat=remat, split=False)
+        _, values = jax.eval_shape(parts.keep, params, x, {})
+        return sorted(value.size for value in values)
+
+    with jax.set_mesh(make_mesh({}, devices=jax.devices()[:1])):
+        result, sums = rows * length * K * G * H, rows * length * K * G
+        assert sizes("full") == sizes("save:ffn_in") == [x.size]
+        kept = [x.size, *[result] * results, *[sums] * (results - 1)]
+        assert sizes("save:attention") == sorted(kept)
 
 
 def test_an_unknown_remat_is_refused():

@@ -12,6 +12,10 @@ from jaxinfra.train import adam8
 from jaxinfra.train import state as states
 
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
+# Of m / sqrt(v): steps of 1/127 in the cube root of m, and of 1/255 in the sixth of v,
+# by chance, are 3 x 0.3% and 3 x 0.2% of a value over its root; roots are a quarter
+# of a block's largest, or more.
+NEAR_A_DIRECTION = 0.05
 
 
 def spec(shape, kind="matrix"):
@@ -75,7 +79,7 @@ def test_an_update_from_8_bits_is_nearer_than_from_the_published_code():
         *(adam8.decode(n, adam8.encode(n, x, 0)) for n, x in (("mu/w", m), ("nu/w", v)))
     )
     theirs = error(dynamic_code(m, signed=True), dynamic_code(v, signed=False))
-    assert ours < 0.05  # 4.3% seen
+    assert ours < NEAR_A_DIRECTION
     assert ours < theirs
 
 
@@ -112,7 +116,8 @@ def test_ten_updates_are_adams():
     for name in ("w", "odd"):
         error = direction[name] - exact[name]
         part = float(jnp.sqrt(jnp.mean(error**2) / jnp.mean(exact[name] ** 2)))
-        assert part < 0.085, name  # 7.9%, 6.2% seen
+        # An average that keeps 0.9 of itself adds up such errors of ten steps or so.
+        assert part < 2 * NEAR_A_DIRECTION, name
         assert state.mu[name].values.dtype == jnp.int8
         assert state.nu[name].values.dtype == jnp.uint8
     assert state.mu["w"].scales.shape == (16, 2)

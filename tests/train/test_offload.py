@@ -6,6 +6,7 @@ import pytest
 from e2e import command
 
 from jaxinfra import experiment, options
+from jaxinfra.config import ConfigError
 from jaxinfra.data import packing
 from jaxinfra.train import offload
 
@@ -39,6 +40,16 @@ def two_steps(*changes):
             losses.append(float(metrics["loss"]))
             assert kinds(state) == like
     return state, losses
+
+
+@pytest.mark.parametrize(
+    "given", [("--optimizer.offload", "true"), ("--train.remat", "offload:query")]
+)
+def test_devices_without_memory_of_the_host_are_told_by_key(given, monkeypatch):
+    monkeypatch.setattr(offload, "HOST", "host_of_no_device")
+    key = given[0][2:]
+    with pytest.raises(ConfigError, match=f"{key} offloads: .*set {key} to"):
+        two_steps(*given)
 
 
 @pytest.mark.slow
