@@ -41,6 +41,9 @@ KINDS: dict[str, tuple[list[str], tuple[float, ...]]] = {
 
 
 def main(argv: list[str]) -> int:
+    if not argv:
+        print(__doc__, file=sys.stderr)
+        return 2
     source, *one = argv
     wanted = [(kind, rate) for kind, (_, rates) in KINDS.items() for rate in rates]
     if one == ["merged"]:
