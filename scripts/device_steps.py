@@ -24,6 +24,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "device_steps.json"
 PEER = ROOT / "scripts" / "peers" / "torch_llama.py"
+sys.path.insert(0, str(PEER.parent))
 ROWS, LENGTH, WARMUP, STEPS = 4, 4096, 3, 6
 # Llama-3.2-1B's shapes; and 8 layers of Llama-3-8B's, 2.3 billion parameters.
 _COMMON = [
@@ -81,6 +82,9 @@ def main(argv: list[str]) -> int:
         print(f"there is no row {unknown[0]!r}: {', '.join(known)}", file=sys.stderr)
         return 2
     if is_kernels:
+        if len(argv) != 2:
+            print(__doc__, file=sys.stderr)
+            return 2
         return kernels(rows[0])
     failed = 0
     for row in rows:
@@ -105,31 +109,33 @@ def main(argv: list[str]) -> int:
 
 def measured(settings: list[str]) -> dict[str, Any]:
     """Seconds a step, tokens a second, MFU, the peak of memory, losses."""
-    built, timed_steps = _build(settings)
+    built = _build(settings)
+    import timed_steps  # pyright: ignore[reportMissingImports]
+
     return timed_steps.measured(built, warmup=WARMUP, steps=STEPS, rounds=3)
 
 
 def kernels(row: str) -> int:
     """Prints what the GPU ran in a step."""
-    built, timed_steps = _build(KINDS[row])
+    built = _build(KINDS[row])
+    import timed_steps  # pyright: ignore[reportMissingImports]
+
     for name, (ms, calls) in timed_steps.kernels(built, steps=2).items():
         print(f"{ms:9.3f} ms {calls:6.1f}  {name[:120]}")
     return 0
 
 
-def _build(settings: list[str]) -> tuple[Any, Any]:
+def _build(settings: list[str]) -> Any:
+    """The experiment on one device; jax loads here, in a process made ready for it."""
     from jaxinfra import launcher, options
 
     config, _ = options.read_command(settings)
     launcher.prepare_process(config)
     import jax
 
-    sys.path.insert(0, str(PEER.parent))
-    import timed_steps  # pyright: ignore[reportMissingImports]
-
     from jaxinfra import experiment
 
-    return experiment.build(config, jax.devices()[:1]), timed_steps
+    return experiment.build(config, jax.devices()[:1])
 
 
 def _called(script: str, *words: str) -> dict[str, Any]:

@@ -23,15 +23,14 @@ from jax.extend.core.primitives import name_p
 import jaxinfra
 from jaxinfra.mesh import HOST
 
-# cuDNN's attention, whose backward pass reads its result and the sums of its softmax.
+# cuDNN's attention, whose backward pass reads its result and the sums of its softmax:
+# what is kept as attention there.
 CUDNN = "dot_product_attention_fwd_wrapper"
 
 
 def rematerialised(block: Callable, remat: str, *, prevent_cse: bool) -> Callable:
     """`block` (params, x, context, layer, number, cache), which keeps what `remat`
     says. Raises ConfigError for a word or a name that is unknown."""
-    if remat == "none":
-        return block
 
     def named(params: Any, x_BTD: jax.Array, *more: Any) -> Any:
         return block(params, checkpoint_name(x_BTD, "layer_input"), *more)
@@ -42,19 +41,24 @@ def rematerialised(block: Callable, remat: str, *, prevent_cse: bool) -> Callabl
 
 
 def policy(remat: str) -> Callable[..., Any]:
-    """Of any but none, as `jax.checkpoint` takes it."""
+    """Of an equation's primitive and parameters, as `jax.checkpoint` takes it: whether
+    its results are kept; with offload, and where."""
     policies = jax.checkpoint_policies
+    if remat == "none":
+        return policies.everything_saveable
     if remat == "full":
         return policies.nothing_saveable
     if remat == "dots":
         return policies.dots_saveable
     names = jaxinfra.remat_names(remat)
-    by_name = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=names["save"],
-        names_which_can_be_offloaded=names["offload"],
-        offload_src="device",
-        offload_dst=HOST,
-    )
+    by_name = policies.save_only_these_names(*names["save"])
+    if names["offload"]:
+        by_name = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=names["save"],
+            names_which_can_be_offloaded=names["offload"],
+            offload_src="device",
+            offload_dst=HOST,
+        )
 
     def kept(primitive: Any, *avals: Any, **parameters: Any) -> Any:
         if primitive.name == CUDNN:

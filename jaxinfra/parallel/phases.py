@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-import jaxinfra
-from jaxinfra.ops.rematerialisation import CUDNN
+from jaxinfra.ops import rematerialisation
 from jaxinfra.params import Tree
 
 Values = list[jax.Array]
@@ -128,20 +127,11 @@ def cut(
 
 def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
     """The results of these equations of the forward pass that `remat` lets stay."""
-    saved = []
-    if remat not in ("none", "full", "dots"):  # offload is refused beside pipelines
-        saved = jaxinfra.remat_names(remat)["save"]
+    is_saved = rematerialisation.policy(remat)
     for eqn in eqns:
-        match eqn.primitive.name, remat:
-            case (_, "none") | ("dot_general" | "conv_general_dilated", "dots"):
-                is_kept = True
-            case ("name", _):
-                is_kept = eqn.params["name"] in saved
-            case (primitive, _):
-                is_kept = primitive == CUDNN and "attention" in saved
-        if is_kept:
+        if is_saved(eqn.primitive, **eqn.params):
             yield from eqn.outvars
-        elif saved and eqn.primitive.name == "shard_map":
+        elif remat.startswith("save:") and eqn.primitive.name == "shard_map":
             # A kernel's results, and what is made of them in here: it runs whole.
             inner = _inlined(eqn.params["jaxpr"])
             inside = _depending(inner.eqns, set(_kept(inner.eqns, remat)))

@@ -21,10 +21,10 @@ a pipeline weights come to the stages wrapped, and their rows by turns; figures 
 means over microbatches, and for delayed scales each microbatch tells its own.
 
 When a run in low precision fails, its metrics say why: `quant/<operand>_underflow`
-(what became zero), `_saturation` (what was beyond the scale), each with its `_worst`
-matmul and the worst layer of each kind (`quant/grad_underflow_worst/ffn/up`), and
-`_scale`, for operands input, weight and grad. Saturation can be above zero with delayed
-scales alone: current ones are those of the largest value at hand.
+(what became zero), `_saturation` (what was beyond the scale, and clipped), each with
+its `_worst` matmul and the worst layer of each kind, and `_scale`, for operands input,
+weight and grad: `quant/grad_underflow_worst/ffn/up`. Saturation can be above zero with
+delayed scales alone: current ones are those of the largest value at hand.
 
 `communication` puts FSDP's gathers and reductions into 8 bits for any precision of 16
 or 32 (`--comm.gather`, `--comm.reduce`), which pays on a slow network alone: it says

@@ -120,7 +120,8 @@ def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:
 def gathered_in_few_bits(task: Any, comm: CommConfig) -> Any:
     """`task`, one of a user's own, whose loss is given its matrices whole over fsdp,
     after they have crossed it as `comm.gather` says. Their gradients come back in full:
-    how the task sums over rows is its own. Raises ConfigError if its gradients are."""
+    how the task sums over rows is its own. Raises ConfigError if its gradients are.
+    Limits: a matrix, of all layers if it is a stack, is whole while the loss runs."""
     form = _FORMATS[comm.gather]
     if task.grad_fn is not None:
         raise ConfigError(
@@ -129,9 +130,9 @@ def gathered_in_few_bits(task: Any, comm: CommConfig) -> Any:
         )
 
     def crossed(spec: ParamSpec, w: jax.Array) -> jax.Array:
-        if spec.kind != "matrix" or form is None or not _is_split(_spec_of(w)):
-            return w
         place = _spec_of(w)
+        if spec.kind != "matrix" or form is None or not _is_split(place):
+            return w
         whole = jax.custom_vjp(lambda w: gather_low(w, form, w.dtype))
         whole.defvjp(lambda w: (whole(w), ()), lambda _, g: (jax.reshard(g, place),))
         return whole(w)

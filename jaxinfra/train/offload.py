@@ -1,4 +1,5 @@
-"""The optimizer's state in the host's memory between steps: `optimizer.offload`."""
+"""The optimizer's state in the host's memory between steps: `optimizer.offload`; and
+whether devices can address that memory."""
 
 import functools
 from collections.abc import Callable

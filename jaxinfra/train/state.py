@@ -78,7 +78,8 @@ def abstract_opt_state(
 def init_opt_state(
     tx: optax.GradientTransformation, params: Tree, shardings: Shardings
 ) -> Tree:
-    """The optimizer's first state, made sharded; on the host, array by array."""
+    """The optimizer's first state, made sharded; what rests on the host goes there
+    array by array."""
     near = jax.tree.map(lambda s: s.with_memory_kind(None), shardings.opt_state)
     init = jax.sharding.auto_axes(tx.init, out_sharding=near)
     put = lambda x: jax.tree.map(jax.device_put, x, shardings.opt_state)

@@ -23,7 +23,9 @@ def measured(
     tokens a second, MFU, the process's peak of memory so far; losses of the first step,
     after the warm-up (at least two steps) and after each round."""
     devices = list(built.layout.mesh.devices.flat)
-    flops, tokens = _sizes(built)
+    train = built.config.train
+    tokens = train.batch_size * train.length
+    flops = built.task.flops_per_row * train.batch_size
     with jax.set_mesh(built.layout.mesh):
         batch, state = _batch(built), built.init()
         begin = time.perf_counter()
@@ -75,15 +77,6 @@ def kernels(built: experiment.Experiment, *, steps: int) -> dict[str, list[float
                 one[0] += event.duration_ns / 1e6 / steps
                 one[1] += 1 / steps
     return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
-
-
-def _sizes(built: experiment.Experiment) -> tuple[float, int]:
-    """(FLOPs, tokens) of a batch."""
-    train = built.config.train
-    return (
-        built.task.flops_per_row * train.batch_size,
-        train.batch_size * train.length,
-    )
 
 
 def _batch(built: experiment.Experiment) -> packing.Batch:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
-from ops import naive_attention
+from ops import kernels_anywhere, naive_attention
 
 from jaxinfra.ops import attention, fused_attention, rematerialisation
 from jaxinfra.ops.seam import Context
@@ -150,11 +149,7 @@ def test_a_fused_kernel_on_split_rows_and_heads_is_naive_attention(
 
 @pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
 def test_remat_keeps_the_result_of_attention_once(kernel, one_device, monkeypatch):
-    splash = functools.partial(fused_attention.splash, interpret=True)
-    monkeypatch.setattr(fused_attention, "splash", splash)
-    # Traced alone: there need be no GPU.
-    for of_gpus in ("check_cudnn_version", "check_compute_capability"):
-        monkeypatch.setattr(fused_attention_stablehlo, of_gpus, lambda *_: 92000)
+    kernels_anywhere.allow(monkeypatch)
     arrays = [
         jax.device_put(
             jnp.asarray(x, jnp.bfloat16),

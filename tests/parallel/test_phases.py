@@ -1,16 +1,14 @@
 """The parts of a layer's pull-back do together what the whole does, to the bit."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
+from ops import kernels_anywhere
 
 from jaxinfra.mesh import make_mesh
-from jaxinfra.ops import attention, fused_attention
+from jaxinfra.ops import attention
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import phases
 from jaxinfra.sharding import Rules, spec
@@ -128,11 +126,7 @@ def attention_layer(kernel):
 )
 def test_what_a_kernel_made_is_kept_by_name(kernel, results, monkeypatch):
     """With its sums, as its own pull-back reads it, and as what follows it does."""
-    splash = functools.partial(fused_attention.splash, interpret=True)
-    monkeypatch.setattr(fused_attention, "splash", splash)
-    # Traced alone: there need be no GPU.
-    for of_gpus in ("check_cudnn_version", "check_compute_capability"):
-        monkeypatch.setattr(fused_attention_stablehlo, of_gpus, lambda *_: 92000)
+    kernels_anywhere.allow(monkeypatch)
     rows, length, width, K, G, H = 2, 128, 16, 2, 2, 8
     shapes = {
         "query": (width, K, G, H),
