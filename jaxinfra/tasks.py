@@ -148,6 +148,7 @@ def text(
             layout=layout,
             schedule=config.parallel.schedule,
             virtual_stages=config.parallel.virtual_stages,
+            recompute=config.parallel.recompute,
             microbatches=train.microbatches,
             document_mask=config.model.document_mask,
             remat=train.remat,

@@ -1,5 +1,9 @@
 """The layers of one stage of a pipeline: forward, back, weight gradients of a chunk.
 
+What a forward pass keeps for the backward pass is what `train.remat` says of each
+layer; or, to recompute stages, the chunk's input alone: then the backward pass runs the
+layers once more, keeping of each what `train.remat` says.
+
 A chunk is up to three groups of layers: the prefix, in the first chunk; some repeats of
 the pattern, in all; the suffix, in the last. Layers of a group run one after another;
 repeats are a loop, and one that a chunk lacks is passed over.
@@ -24,8 +28,9 @@ GROUPS = ("prefix", "pattern", "suffix")
 
 class Stack(NamedTuple):
     """The model that is pipelined. model: a `models.transformer.Model`, and loss: of
-    its head, both by the rules `pipeline.inside`. remat: what a layer that runs again
-    keeps for its backward pass. unroll: the repeats of a chunk as a flat program.
+    its head, both by the rules `pipeline.inside`. remat: what a layer keeps for its
+    backward pass. recompute: whether a forward pass keeps a chunk's input alone.
+    unroll: the repeats of a chunk as a flat program.
     order_T: see Context, where it has no place here, since it is not traced.
     routers: of a model with experts, a `train.routers.Routers`. is_trained: bools, a
     tree like the parameters; None: all are."""
@@ -34,6 +39,7 @@ class Stack(NamedTuple):
     cfg: ModelConfig
     loss: LossConfig
     remat: str = "none"
+    recompute: bool = False
     unroll: bool = False
     order_T: Any = None
     routers: Any = None
@@ -56,26 +62,31 @@ class Stack(NamedTuple):
         return self.routers.nothing() if self.routers else ()
 
 
-class Left(NamedTuple):
-    """What a backward pass leaves to the weight gradients, by group and layer."""
+class ByLayer(NamedTuple):
+    """What one pass leaves to another, by group and layer."""
 
     prefix: Tree
     pattern: Tree
     suffix: Tree
 
 
+NOTHING_LEFT = ByLayer((), (), ())
+
+
 class Chunks(NamedTuple):
     """What a stage does with its chunks; `virtual` says which, and may be traced.
 
     forward(virtual, x_BTD, context) -> (y_BTD, what its layers told, summed)
-    back(virtual, x_BTD, dy_BTD, context, grads) -> (dx_BTD, grads, Left)
+    keep(virtual, x_BTD, context) -> (y_BTD, the same, what is kept for `back`)
+    back(virtual, kept, dy_BTD, context, grads) -> (dx_BTD, grads, ByLayer)
     weigh(virtual, left, context, grads) -> grads
 
     grads: a tree like those parameters that are trained, float32, to which is added.
     """
 
     forward: Callable[..., tuple[jax.Array, Tree]]
-    back: Callable[..., tuple[jax.Array, Tree, Left]]
+    keep: Callable[..., tuple[jax.Array, Tree, Tree]]
+    back: Callable[..., tuple[jax.Array, Tree, ByLayer]]
     weigh: Callable[..., Tree]
 
 
@@ -137,12 +148,29 @@ def make_chunks(
         last = (params["suffix"], carry, context, number_of_suffix)
         return suffix.forward(is_last(virtual), *last)
 
-    def back(virtual, x_BTD, dy_BTD, context, grads):
-        def turn(x_BTD, at):
+    def keep(virtual, x_BTD, context):
+        begun = (x_BTD, stack.nothing())
+        args = (params["prefix"], begun, context, 0)
+        begun, kept_first = prefix.keep(is_first(virtual), *args)
+
+        def turn(carry, at):
             row, number, flag = at
             mine = _row(params["pattern"], row)
-            return pattern.keep(there(flag), mine, x_BTD, context, number)
+            return pattern.keep(there(flag), mine, carry, context, number)
 
+        carry, kept = loop(turn, begun, repeats(virtual))
+        args = (params["suffix"], carry, context, number_of_suffix)
+        (y_BTD, told), kept_last = suffix.keep(is_last(virtual), *args)
+        return y_BTD, told, ByLayer(kept_first, kept, kept_last)
+
+    def keep_input(virtual, x_BTD, context):
+        return *forward(virtual, x_BTD, context), x_BTD
+
+    def back_again(virtual, x_BTD, dy_BTD, context, grads):
+        _, _, kept = keep(virtual, x_BTD, context)
+        return back(virtual, kept, dy_BTD, context, grads)
+
+    def back(virtual, kept: ByLayer, dy_BTD, context, grads):
         def turn_back(carry, at):
             (dy_BTD, sums), ((row, number, flag), kept) = carry, at
             mine = _row(params["pattern"], row)
@@ -152,28 +180,20 @@ def make_chunks(
                 return (dy_BTD, sums), made
             return (dy_BTD, _add_row(sums, row, made)), None
 
-        at = repeats(virtual)
-        ends = is_first(virtual), is_last(virtual)
-        x_BTD, kept_first = prefix.keep(ends[0], params["prefix"], x_BTD, context, 0)
-        x_BTD, kept = loop(turn, x_BTD, at)
-        _, kept_last = suffix.keep(
-            ends[1], params["suffix"], x_BTD, context, number_of_suffix
-        )
-        args = (params["suffix"], kept_last, dy_BTD, context, number_of_suffix)
-        dy_BTD, made_last = suffix.back(ends[1], *args)
-        (dy_BTD, sums), made = loop(
-            turn_back, (dy_BTD, grads["pattern"]), (at, kept), reverse=True
-        )
-        args = (params["prefix"], kept_first, dy_BTD, context, 0)
-        dx_BTD, made_first = prefix.back(ends[0], *args)
+        args = (params["suffix"], kept.suffix, dy_BTD, context, number_of_suffix)
+        dy_BTD, made_last = suffix.back(is_last(virtual), *args)
+        begun, at = (dy_BTD, grads["pattern"]), (repeats(virtual), kept.pattern)
+        (dy_BTD, sums), made = loop(turn_back, begun, at, reverse=True)
+        args = (params["prefix"], kept.prefix, dy_BTD, context, 0)
+        dx_BTD, made_first = prefix.back(is_first(virtual), *args)
         if split:
-            return dx_BTD, grads, Left(made_first, made, made_last)
+            return dx_BTD, grads, ByLayer(made_first, made, made_last)
         grads = grads | {
             "prefix": _add(grads["prefix"], made_first),
             "pattern": sums,
             "suffix": _add(grads["suffix"], made_last),
         }
-        return dx_BTD, grads, Left((), (), ())
+        return dx_BTD, grads, NOTHING_LEFT
 
     def weigh(virtual, left, context, grads):
         def turn(sums, at):
@@ -194,7 +214,9 @@ def make_chunks(
             "suffix": _add(grads["suffix"], made_last),
         }
 
-    return Chunks(forward, back, weigh)
+    if stack.recompute:
+        return Chunks(forward, keep_input, back_again, weigh)
+    return Chunks(forward, keep, back, weigh)
 
 
 class _Group(NamedTuple):
@@ -225,16 +247,19 @@ class _Group(NamedTuple):
             return work(carry)
         return jax.lax.cond(flag, work, lambda carry: carry, carry)
 
-    def keep(self, flag, params, x_BTD, context, number):
-        def work(x_BTD):
-            kept = []
+    def keep(self, flag, params, carry, context, number):
+        """As `forward`: (carry, what each layer keeps)."""
+
+        def work(carry):
+            (x_BTD, told), kept = carry, []
             for i, phase in enumerate(self.phases):
                 trained, about = self.parts(params, i, context, number)
-                x_BTD, values = phase.keep(trained, x_BTD, about)
+                x_BTD, more, values = phase.keep(trained, x_BTD, about)
+                told = jax.tree.map(jnp.add, told, more)
                 kept.append(values)
-            return x_BTD, kept
+            return (x_BTD, told), kept
 
-        return self._where(flag, work, x_BTD)
+        return self._where(flag, work, carry)
 
     def back(self, flag, params, kept, dy_BTD, context, number):
         def work(dy_BTD):
@@ -299,7 +324,7 @@ def joined(trained: Tree, rest: Tree) -> Tree:
 def _cut(stack: Stack, x_BTD, context, layer, params, mask, *, split: bool) -> Phases:
     def block(trained, x_BTD, about):
         context, number, rest = about
-        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)[0]
+        return stack.layer(joined(trained, rest), x_BTD, context, layer, number)
 
     trained, rest = apart(params, mask)
     about = (context, jnp.int32(0), rest)

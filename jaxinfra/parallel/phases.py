@@ -22,21 +22,21 @@ Values = list[jax.Array]
 
 
 class Phases(NamedTuple):
-    """The parts of a layer y = layer(params, x, context).
+    """The parts of a layer y, told = layer(params, x, context).
 
-    keep(params, x, context) -> (y, kept)
+    keep(params, x, context) -> (y, told, kept)
     back(params, context, kept, dy) -> (dx, dparams), or, where the weights have a part
     of their own, (dx, left)
     weigh(params, context, left) -> dparams; None where there is none
     """
 
-    keep: Callable[..., tuple[jax.Array, Values]]
+    keep: Callable[..., tuple[jax.Array, Tree, Values]]
     back: Callable[..., tuple[jax.Array, Any]]
     weigh: Callable[..., Tree] | None
 
 
 def cut(
-    layer: Callable[[Tree, jax.Array, Tree], jax.Array],
+    layer: Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]],
     params: Tree,
     x: jax.Array,
     context: Tree,
@@ -44,7 +44,8 @@ def cut(
     remat: str,
     split: bool,
 ) -> Phases:
-    """The parts of `layer` for arguments like these, whose values are not used.
+    """The parts of `layer` for arguments like these, whose values are not used. What
+    it tells beside y has no gradient.
 
     remat: what `keep` leaves, as in `ops.rematerialisation` (nothing is offloaded).
     split: whether the gradients of matrices, and others of two or more dims, get a part
@@ -54,14 +55,18 @@ def cut(
 
     def whole(free, x, dy):
         params, context = structure.unflatten(free)
-        y, pull = jax.vjp(lambda params, x: layer(params, x, context), params, x)
+        of_both = lambda params, x: layer(params, x, context)
+        y, pull, told = jax.vjp(of_both, params, x, has_aux=True)
         dparams, dx = pull(dy)
-        return y, dx, jax.tree.leaves(dparams)
+        return y, told, dx, jax.tree.leaves(dparams)
 
-    closed = jax.make_jaxpr(whole)(free, x, x)
+    closed, made = jax.make_jaxpr(whole, return_shape=True)(free, x, x)
+    like_told = jax.tree.structure(made[1])
+    num_told = like_told.num_leaves
     jaxpr = _inlined(closed.jaxpr)
     *free_vars, x_var, dy_var = jaxpr.invars
-    y_var, dx_var, *dparams_vars = jaxpr.outvars
+    y_var, *told_vars = jaxpr.outvars[: 1 + num_told]
+    dx_var, *dparams_vars = jaxpr.outvars[1 + num_told :]
     on_x = _depending(jaxpr.eqns, {x_var})
     on_dy = _depending(jaxpr.eqns, {dy_var})
     given = {*free_vars, *jaxpr.constvars}
@@ -89,11 +94,11 @@ def cut(
 
         return call
 
-    forward = part([x_var], [y_var, *kept])
+    forward = part([x_var], [y_var, *told_vars, *kept])
 
     def keep(params, x, context):
         y, *values = forward(params, context, [x])
-        return y, values
+        return y, like_told.unflatten(values[:num_told]), values[num_told:]
 
     like_params = jax.tree.structure(params)
     if not split:

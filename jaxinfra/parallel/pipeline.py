@@ -12,10 +12,10 @@ them (`sharding.Rules`), and all work together on the microbatch that enters the
 chunk, and on the one that leaves the last. So neither end is a bottleneck, and a tied
 table is one table.
 
-A stage keeps the inputs of its chunks. A backward pass runs the chunk's layers again,
-keeping of each what `train.remat` says, then walks them backwards, adding gradients
-into the carry. Parameters are gathered over `fsdp` once a step, whatever `zero` is;
-gradients are summed over the axes of rows once, at the end.
+A forward pass leaves to the backward pass what `chunks` says, in a stash; a backward
+pass walks the chunk's layers backwards, adding gradients into the carry. Parameters are
+gathered over `fsdp` once a step, whatever `zero` is; gradients are summed over the axes
+of rows once, at the end.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import placement, schedules, travel
 from jaxinfra.parallel.chunks import (
     GROUPS,
-    Left,
+    NOTHING_LEFT,
     Stack,
     apart,
     joined,
@@ -151,12 +151,13 @@ def run(
 
 
 class _Carry(NamedTuple):
-    """What goes from tick to tick. x, dy: what comes from the neighbours. Each stash
-    has a slot more than is used, for what nobody reads."""
+    """What goes from tick to tick. x, dy: what comes from the neighbours. Stashes: as
+    `schedules.Program` has them."""
 
     x_BTD: jax.Array
     dy_BTD: jax.Array
     x_stash: jax.Array
+    kept_stash: Tree
     dy_stash: jax.Array
     left_stash: Tree
     grads: Tree
@@ -193,13 +194,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
 
     no_x_BTD = zeros_like(jax.eval_shape(enter, jnp.int32(0), ends))
     chunks = make_chunks(
-        stack,
-        params,
-        placed,
-        stage,
-        x_BTD=no_x_BTD,
-        context=of(0)[1],
-        split=is_split,
+        stack, params, placed, stage, x_BTD=no_x_BTD, context=of(0)[1], split=is_split
     )
 
     def leave(microbatch, y_BTD, grads):
@@ -223,18 +218,21 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         return _add(grads, pull(dx_BTD)[0])
 
     def forward(microbatch, virtual, x_BTD):
-        return chunks.forward(virtual, x_BTD, of(microbatch)[1])
+        context = of(microbatch)[1]
+        if has_grads:
+            return chunks.keep(virtual, x_BTD, context)
+        return *chunks.forward(virtual, x_BTD, context), ()
 
-    def back(microbatch, virtual, x_BTD, dy_BTD, grads):
-        return chunks.back(virtual, x_BTD, dy_BTD, of(microbatch)[1], grads)
+    def back(microbatch, virtual, kept, dy_BTD, grads):
+        return chunks.back(virtual, kept, dy_BTD, of(microbatch)[1], grads)
 
     def weigh(microbatch, virtual, left, grads):
         return chunks.weigh(virtual, left, of(microbatch)[1], grads)
 
-    no_sums, no_told = (
-        loss.CrossEntropy(jnp.float32(0), jnp.float32(0)),
-        stack.nothing(),
-    )
+    no_sums = loss.CrossEntropy(jnp.float32(0), jnp.float32(0))
+    no_told = stack.nothing()
+    at_first = jnp.int32(0), jnp.int32(0)
+    no_kept = zeros_like(jax.eval_shape(forward, *at_first, no_x_BTD)[2])
 
     def tick(carry: _Carry, row: schedules.Program):
         grads = carry.grads
@@ -251,12 +249,13 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         with jax.named_scope("forward"):
             # Read outside the branch: inside, the stash would be copied into it.
             x_BTD = jax.lax.optimization_barrier(_take(x_stash, mine.forward_x))
-            y_BTD, told = jax.lax.cond(
+            y_BTD, told, kept = jax.lax.cond(
                 mine.forward_microbatch >= 0,
                 lambda x: forward(mine.forward_microbatch, mine.forward_virtual, x),
-                lambda x: (no_x_BTD, no_told),
+                lambda x: (no_x_BTD, no_told, no_kept),
                 x_BTD,
             )
+        kept_stash = _put(carry.kept_stash, kept, mine.forward_kept)
         with jax.named_scope("leave"):
             sums, dy_BTD, grads = jax.lax.cond(
                 is_leaving,
@@ -268,6 +267,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         new = carry._replace(
             x_BTD=_to_next(y_BTD, schedule.stages),
             x_stash=x_stash,
+            kept_stash=kept_stash,
             sums=jax.tree.map(jnp.add, carry.sums, Sums(sums, told)),
         )
         if not has_grads:
@@ -275,15 +275,18 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         dy_BTD = jnp.where(is_leaving & (stage == last), dy_BTD, carry.dy_BTD)
         dy_stash = _put(carry.dy_stash, dy_BTD, mine.dy_in)
         with jax.named_scope("backward"):
-            reads = _take(x_stash, mine.backward_x), _take(dy_stash, mine.backward_dy)
-            x_BTD, dy_BTD = jax.lax.optimization_barrier(reads)
+            reads = (
+                _take(kept_stash, mine.backward_kept),
+                _take(dy_stash, mine.backward_dy),
+            )
+            kept, dy_BTD = jax.lax.optimization_barrier(reads)
             dx_BTD, grads, left = jax.lax.cond(
                 mine.backward_microbatch >= 0,
                 lambda *args: back(
                     mine.backward_microbatch, mine.backward_virtual, *args
                 ),
-                lambda x, dy, grads: (no_x_BTD, grads, no_left),
-                x_BTD,
+                lambda kept, dy, grads: (no_x_BTD, grads, no_left),
+                kept,
                 dy_BTD,
                 grads,
             )
@@ -316,19 +319,20 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         )
         return new, None
 
-    no_grads, no_left = None, Left((), (), ())
+    no_grads, no_left = None, NOTHING_LEFT
     if has_grads:
         no_grads = jax.tree.map(
             lambda w: zeros_like(w).astype(stack.loss.policy.accumulate),
             apart(params, stack.is_trained)[0],
         )
         if is_split:
-            args = (jnp.int32(0), jnp.int32(0), no_x_BTD, no_x_BTD, no_grads)
+            args = (*at_first, no_kept, no_x_BTD, no_grads)
             no_left = zeros_like(jax.eval_shape(back, *args)[2])
     carry = _Carry(
         x_BTD=no_x_BTD,
         dy_BTD=no_x_BTD,
         x_stash=zeros_like(no_x_BTD, slots.x),
+        kept_stash=zeros_like(no_kept, slots.kept),
         dy_stash=zeros_like(no_x_BTD, slots.dy),
         left_stash=zeros_like(no_left, slots.left),
         grads=no_grads,

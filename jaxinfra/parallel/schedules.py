@@ -47,21 +47,23 @@ class Schedule:
 
 class Program(NamedTuple):
     """A schedule as the executor reads it; all arrays int32, by tick, then by stage.
-
     `*_microbatch` and `*_virtual`: of each pass; microbatch NOTHING where there is
-    none. A slot is a place in one of a stage's three stashes: x, the inputs of chunks;
-    dy, the gradients of their outputs; left, what a backward pass leaves to the weight
-    gradient. `x_in`, `dy_in`: where what arrives goes; the last slot is for what nobody
-    reads. enter, leave, back: the microbatch, the same on every stage, that enters the
-    first chunk, leaves the last, and whose gradient leaves the first.
+    none. A slot is a place in one of a stage's four stashes: x, the inputs of chunks;
+    kept, what a forward pass keeps for the backward pass; dy, the gradients of outputs
+    of chunks; left, what a backward pass leaves to the weight gradient. `x_in`,
+    `dy_in`: where what arrives goes. Each tick puts something everywhere; what nobody
+    reads goes where nothing stands that is read. enter, leave, back: the microbatch,
+    the same on every stage, that enters the first chunk, leaves the last, and whose
+    gradient leaves the first.
     """
 
     forward_microbatch: np.ndarray
     forward_virtual: np.ndarray
     forward_x: np.ndarray
+    forward_kept: np.ndarray
     backward_microbatch: np.ndarray
     backward_virtual: np.ndarray
-    backward_x: np.ndarray
+    backward_kept: np.ndarray
     backward_dy: np.ndarray
     backward_left: np.ndarray
     weight_microbatch: np.ndarray
@@ -75,9 +77,10 @@ class Program(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """How many each stash of a stage has, that for what nobody reads included."""
+    """How many each stash of a stage has, those for what nobody reads included."""
 
     x: int
+    kept: int
     dy: int
     left: int
 
@@ -169,7 +172,7 @@ def lower(schedule: Schedule) -> tuple[Program, Slots]:
 
     A slot is one microbatch's from the tick in which something arrives there to the
     tick in which it is last read; slots are given out by colouring these intervals, so
-    that there are as many as are in use at once.
+    that there are as many as are in use at once, or one more.
     """
     S, M = schedule.stages, schedule.microbatches
     last = schedule.chunks - 1
@@ -178,67 +181,48 @@ def lower(schedule: Schedule) -> tuple[Program, Slots]:
     weight = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "weight")}
     x_spans: list[_Span] = []
     dy_spans: list[_Span] = []
-    left_spans: list[_Span] = []
     for (m, c), tick in forward.items():
         arrives = tick if c == 0 else forward[m, c - 1] + 1
-        read = max(tick, backward.get((m, c), tick))
-        x_spans.append(_Span(c % S, arrives, read, (m, c)))
+        x_spans.append(_Span(c % S, arrives, tick, (m, c)))
     for (m, c), tick in backward.items():
         arrives = forward[m, c] if c == last else backward[m, c + 1] + 1
         dy_spans.append(_Span(c % S, arrives, tick, (m, c)))
-    for (m, c), tick in weight.items():
-        left_spans.append(_Span(c % S, backward[m, c], tick, (m, c)))
+    between = lambda one, other: [
+        _Span(c % S, one[m, c], tick, (m, c)) for (m, c), tick in other.items()
+    ]
     _check_arrivals("inputs", x_spans)
     _check_arrivals("gradients", dy_spans)
-    x_slots, num_x = _colour(x_spans)
-    dy_slots, num_dy = _colour(dy_spans)
-    left_slots, num_left = _colour(left_spans)
+    shape = schedule.ticks, S
+    x = _make_stash(x_spans, shape)
+    kept = _make_stash(between(forward, backward), shape)
+    dy = _make_stash(dy_spans, shape)
+    left = _make_stash(between(backward, weight), shape)
 
-    def empty(fill: int) -> np.ndarray:
-        return np.full((schedule.ticks, S), fill, np.int32)
-
-    fields = {name: empty(NOTHING) for name in Program._fields}
+    fields = {}
+    for kind in ("forward", "backward", "weight"):
+        microbatch, virtual = np.full(shape, NOTHING, np.int32), np.zeros(shape, int)
+        for tick, m, c in passes(schedule, kind):
+            microbatch[tick, c % S], virtual[tick, c % S] = m, c // S
+        fields[f"{kind}_microbatch"] = microbatch
+        fields[f"{kind}_virtual"] = virtual.astype(np.int32)
     fields |= {name: np.full(schedule.ticks, NOTHING, np.int32) for name in _GLOBAL}
-    for kind, ticks in (
-        ("forward", forward),
-        ("backward", backward),
-        ("weight", weight),
-    ):
-        for (m, c), tick in ticks.items():
-            fields[f"{kind}_microbatch"][tick, c % S] = m
-            fields[f"{kind}_virtual"][tick, c % S] = c // S
-    # Where nothing is read or written, the last slot of the stash stands.
-    for name, fill in {
-        "forward_x": num_x,
-        "backward_x": num_x,
-        "backward_dy": num_dy,
-        "backward_left": num_left,
-        "weight_left": num_left,
-        "x_in": num_x,
-        "dy_in": num_dy,
-        "forward_virtual": 0,
-        "backward_virtual": 0,
-        "weight_virtual": 0,
-    }.items():
-        fields[name][fields[name] == NOTHING] = fill
-    for span in x_spans:
-        slot = x_slots[span.item]
-        fields["x_in"][span.first, span.stage] = slot
-        fields["forward_x"][forward[span.item], span.stage] = slot
-        if span.item in backward:
-            fields["backward_x"][backward[span.item], span.stage] = slot
-    for span in dy_spans:
-        fields["dy_in"][span.first, span.stage] = dy_slots[span.item]
-        fields["backward_dy"][span.last, span.stage] = dy_slots[span.item]
-    for span in left_spans:
-        fields["backward_left"][span.first, span.stage] = left_slots[span.item]
-        fields["weight_left"][span.last, span.stage] = left_slots[span.item]
     for m in range(M):
         fields["enter"][forward[m, 0]] = m
         fields["leave"][forward[m, last]] = m
         if backward:
             fields["back"][backward[m, 0]] = m
-    return Program(**fields), Slots(num_x + 1, num_dy + 1, num_left + 1)
+    program = Program(
+        **fields,
+        x_in=x.put,
+        forward_x=x.read,
+        forward_kept=kept.put,
+        backward_kept=kept.read,
+        dy_in=dy.put,
+        backward_dy=dy.read,
+        backward_left=left.put,
+        weight_left=left.read,
+    )
+    return program, Slots(x.slots, kept.slots, dy.slots, left.slots)
 
 
 def passes(schedule: Schedule, kind: str) -> Iterator[Pass]:
@@ -257,9 +241,13 @@ def has_backward(schedule: Schedule) -> bool:
 
 
 def in_flight(schedule: Schedule) -> int:
-    """The most inputs of a chunk, each as long as a backward pass may need it, that one
-    stage keeps at once."""
-    return lower(schedule)[1].x - 1
+    """The most microbatches in a chunk, each from its forward pass to its backward
+    pass, for which one stage keeps something at once."""
+    held_TS = np.zeros((schedule.ticks + 1, schedule.stages), int)
+    for sign, kind, after in ((1, "forward", 0), (-1, "backward", 1)):
+        for tick, _, chunk in passes(schedule, kind):
+            held_TS[tick + after, chunk % schedule.stages] += sign
+    return int(np.cumsum(held_TS, axis=0).max())
 
 
 def bubble(
@@ -371,20 +359,26 @@ def _check_arrivals(what: str, spans: Sequence[_Span]) -> None:
         seen.add((span.stage, span.first))
 
 
-def _colour(spans: Sequence[_Span]) -> tuple[dict[tuple[int, int], int], int]:
-    """(item -> slot, slots): by first tick, each takes the lowest free slot."""
-    slots: dict[tuple[int, int], int] = {}
-    busy: dict[int, list[int]] = {}  # stage -> last tick of each slot's holder
-    for span in sorted(spans, key=lambda span: span.first):
-        held = busy.setdefault(span.stage, [])
-        free = [i for i, last in enumerate(held) if last < span.first]
-        if free:
-            slots[span.item] = free[0]
-            held[free[0]] = span.last
-        else:
-            slots[span.item] = len(held)
-            held.append(span.last)
-    return slots, max((len(held) for held in busy.values()), default=0)
+class _Stash(NamedTuple):
+    """put, read: [ticks, stages], the slot in which a tick puts, and reads, something.
+    slots: how many there are."""
+
+    put: np.ndarray
+    read: np.ndarray
+    slots: int
+
+
+def _make_stash(spans: Sequence[_Span], shape: tuple[int, int]) -> _Stash:
+    """By first tick, each span takes the lowest free slot of its stage, put there in
+    its first tick and read in its last. What else is put goes where nothing is kept."""
+    put, read = np.full(shape, NOTHING, np.int32), np.zeros(shape, np.int32)
+    is_busy = np.zeros((*shape, 1 + len(spans)), bool)
+    for stage, first, last, _ in sorted(spans, key=lambda span: span.first):
+        slot = int(np.argmin(is_busy[first, stage]))
+        is_busy[first : last + 1, stage, slot] = True
+        put[first, stage], read[last, stage] = slot, slot
+    put = np.where(put == NOTHING, np.argmin(is_busy, axis=2), put).astype(np.int32)
+    return _Stash(put, read, 1 + int(put.max(initial=0)))
 
 
 def _cell(entry: int, virtual: int) -> str:

@@ -46,6 +46,7 @@ def make_pipelined(
     microbatches: int,
     document_mask: bool = True,
     remat: str = "none",
+    recompute: bool = False,
     unroll: bool = False,
     order_T: np.ndarray | None = None,
     routers: Any = None,
@@ -56,8 +57,9 @@ def make_pipelined(
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules. schedule: one of
-    `schedules.NAMES`; virtual_stages: of each device. remat: what a layer that runs
-    again in the backward pass keeps of that, for one microbatch at a time. order_T:
+    `schedules.NAMES`; virtual_stages: of each device. remat: what a layer keeps for its
+    backward pass; recompute: whether for one microbatch at a time, in a second forward
+    pass, and until then what enters a stage is kept alone. order_T:
     where each row's tokens stand, of `context.row_order`. routers: of a model with
     experts. staged(model, is_random=has a key): the model that is trained, if its
     parameters come in another form. comm: in how many bits the layers' weights and
@@ -75,7 +77,9 @@ def make_pipelined(
     if tuned is not None:
         specs, is_trained = tuned
         model = model._replace(specs=specs)
-    stack = Stack(model, cfg, sharp, remat, unroll, order_T, routers, is_trained)
+    stack = Stack(
+        model, cfg, sharp, remat, recompute, unroll, order_T, routers, is_trained
+    )
 
     whole = schedules.make(
         schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches

@@ -53,7 +53,7 @@ ROWS = {
     "70B, v5p 64, full": (
         "TPU v5",
         "model_name=llama3-70b compile_topology=v5p-128 ici_fsdp_parallelism=64"
-        " per_device_batch_size=2 max_target_length=4096 remat_policy=full",
+        " per_device_batch_size=2 max_target_length=8192 remat_policy=full",
     ),
     "Mixtral 8x7B, v5p 16": (
         "TPU v5",

@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -48,15 +49,30 @@ MODEL = ji.ModelConfig(
 # Those of the target, but for the wide VMEM, and at XLA's optimization level 1: more
 # takes most of a compiler's time, and next to nothing of memory.
 OPTIONS = compiler_options.for_device("TPU v5", "xla_tpu_scoped_vmem_limit_kib=")
-# Name -> (schedule, virtual stages, microbatches, remat), in the order of their worth.
+
+
+class Case(NamedTuple):
+    """How the 80 layers are pipelined."""
+
+    schedule: str
+    virtual: int = 1
+    microbatches: int = 32
+    recompute: bool = False
+    remat: str = "full"
+
+
+# In the order of their worth.
 CASES = {
-    "1f1b": ("1f1b", 1, 32, "full"),
-    "gpipe": ("gpipe", 1, 32, "full"),
-    "gpipe by autodiff": ("autodiff", 1, 32, "full"),
-    "1f1b, 64 microbatches": ("1f1b", 1, 64, "full"),
-    "interleaved 2": ("interleaved", 2, 32, "full"),
-    "zero_bubble": ("zero_bubble", 1, 32, "full"),
-    "1f1b, remat none": ("1f1b", 1, 32, "none"),
+    "1f1b": Case("1f1b"),
+    "1f1b, recomputed": Case("1f1b", recompute=True),
+    "gpipe by autodiff": Case("autodiff"),
+    "gpipe": Case("gpipe"),
+    "gpipe, recomputed": Case("gpipe", recompute=True),
+    "1f1b, 64 microbatches": Case("1f1b", microbatches=64),
+    "1f1b, recomputed, 64 microbatches": Case("1f1b", microbatches=64, recompute=True),
+    "interleaved 2": Case("interleaved", virtual=2),
+    "zero_bubble": Case("zero_bubble"),
+    "1f1b, recomputed, remat none": Case("1f1b", recompute=True, remat="none"),
 }
 
 
@@ -75,7 +91,7 @@ def main() -> None:
             continue
         if name in results or time.monotonic() - began > args.budget:
             continue
-        results[name], text = compiled(*case)
+        results[name], text = compiled(case)
         print(name, results[name], flush=True)
         args.results.write_text(json.dumps(compared(results), indent=1) + "\n")
         if args.hlo:
@@ -84,21 +100,25 @@ def main() -> None:
 
 def compared(cases: dict) -> dict:
     """The cases, and what temporaries are of one another."""
-    ratios = {
-        "1f1b_over_autodiff": ("1f1b", "gpipe by autodiff"),
-        "1f1b_over_gpipe": ("1f1b", "gpipe"),
-        "1f1b_64_over_32": ("1f1b, 64 microbatches", "1f1b"),
-    }
     size = {name: case["temporaries_gb"] for name, case in cases.items()}
-    return {"cases": cases} | {
-        name: size[a] / size[b]
-        for name, (a, b) in ratios.items()
-        if a in size and b in size
-    }
+    found: dict = {"cases": cases}
+    for form in ("", ", recomputed"):
+        ratios = {
+            "over autodiff": (f"1f1b{form}", "gpipe by autodiff"),
+            "over gpipe": (f"1f1b{form}", f"gpipe{form}"),
+            "64 over 32": (f"1f1b{form}, 64 microbatches", f"1f1b{form}"),
+        }
+        found[f"1f1b{form}"] = {
+            name: size[a] / size[b]
+            for name, (a, b) in ratios.items()
+            if a in size and b in size
+        }
+    return found
 
 
-def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
+def compiled(case: Case):
     """(what the compiler says of the gradient of one step, its program)."""
+    schedule, virtual, microbatches, recompute, remat = case
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
     mesh = ji.make_mesh({"pipeline": STAGES}, devices=topology.devices)
     layout, policy = ji.make_layout(mesh, zero=1), precision.policy("bfloat16")
@@ -136,6 +156,7 @@ def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
                 virtual_stages=virtual,
                 microbatches=microbatches,
                 remat=remat,
+                recompute=recompute,
             ).grad_fn
         lowered = jax.jit(grad_fn).lower(weights, (), batch, None)
         began = time.monotonic()
@@ -158,22 +179,23 @@ def compiled(schedule: str, virtual: int, microbatches: int, remat: str):
         shares = dict.fromkeys(("forward", "backward", "weight"), virtual * often)
         shares |= dict.fromkeys(("enter", "leave"), often)
         figures["matmul_flops"] = program_flops.matmul_flops(text, shares)
-        figures["over_schedule"] = figures["matmul_flops"] / implied_flops(
-            microbatches, remat
-        )
+        figures["over_schedule"] = figures["matmul_flops"] / implied_flops(case)
     return figures, text
 
 
-def implied_flops(microbatches: int, remat: str) -> float:
+def implied_flops(case: Case) -> float:
     """Matmul FLOPs a device that the schedule means, attention's own left out: a layer
-    forward, again, and twice back; with full remat once more, but for its last matmul,
-    whose result no gradient needs. The head's part of a stage, three times."""
+    forward, once more where stages are recomputed, and twice back; with full remat once
+    more, but for its last matmul, whose result no gradient needs. The head's part of a
+    stage, three times."""
     D, F, H = MODEL.width, MODEL.ffn_width, MODEL.head_width
     heads = 2 * MODEL.num_heads + 2 * MODEL.num_kv_heads
     layer = 2 * LENGTH * (D * H * heads + 3 * D * F)
-    passes = 4 * layer + (layer - 2 * LENGTH * D * F if remat == "full" else 0)
+    passes = (3 + case.recompute) * layer
+    if case.remat == "full":
+        passes += layer - 2 * LENGTH * D * F
     head = 3 * 2 * LENGTH * D * VOCAB / STAGES
-    return microbatches * (MODEL.repeats / STAGES * passes + head)
+    return case.microbatches * (MODEL.repeats / STAGES * passes + head)
 
 
 def by_autodiff(model, inner, loss_config, layout, microbatches, remat):

@@ -65,6 +65,7 @@ def config(
     model: dict[str, Any] | None = None,
     way: str = "ring",
     experts: str = "dropless",
+    recompute: bool = False,
     **train: Any,
 ) -> Config:
     """A tiny model on this mesh, its vocabulary prime."""
@@ -83,7 +84,11 @@ def config(
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
         mesh=MeshConfig(**{"data": 1, **sizes}),
         parallel=ParallelConfig(
-            schedule=schedule, virtual_stages=virtual, context=way, experts=experts
+            schedule=schedule,
+            virtual_stages=virtual,
+            context=way,
+            experts=experts,
+            recompute=recompute,
         ),
         precision=precision_name,
         zero=zero,

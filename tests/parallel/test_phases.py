@@ -23,7 +23,8 @@ def layer(params, x_BTD, context):
     gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, params["gate"])
     out_BTD = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, params["down"])
     kept_BTD = jax.random.bernoulli(context["key"], 0.5, out_BTD.shape)
-    return x_BTD + jnp.where(kept_BTD, out_BTD, 0) * jnp.cos(context["angle"])
+    y_BTD = x_BTD + jnp.where(kept_BTD, out_BTD, 0) * jnp.cos(context["angle"])
+    return y_BTD, {"largest": jnp.max(jnp.abs(up_BTF)), "rows": jnp.float32(B)}
 
 
 def arguments():
@@ -60,18 +61,19 @@ def test_the_parts_make_what_the_whole_makes(remat, kept, split):
 
     @jax.jit
     def whole(params, x, dy, context):
-        y, pull = jax.vjp(lambda params, x: layer(params, x, context), params, x)
-        return y, *pull(dy)
+        of_both = lambda params, x: layer(params, x, context)
+        y, pull, told = jax.vjp(of_both, params, x, has_aux=True)
+        return y, told, *pull(dy)
 
     @jax.jit
     def in_parts(params, x, dy, context):
         parts = phases.cut(layer, params, x, context, remat=remat, split=split)
-        y, values = parts.keep(params, x, context)
+        y, told, values = parts.keep(params, x, context)
         values, x = jax.lax.optimization_barrier((values, x))
         dx, made = parts.back(params, context, values, dy)
         if split:
             made = parts.weigh(params, context, made)
-        return (y, made, dx), values
+        return (y, told, made, dx), values
 
     found, values = in_parts(params, x, dy, context)
     jax.tree.map(np.testing.assert_array_equal, found, whole(params, x, dy, context))
@@ -85,7 +87,7 @@ def test_no_product_is_made_twice():
     params, x, dy, context = arguments()
     one = flops(layer, params, x, context)
     parts = phases.cut(layer, params, x, context, remat="none", split=True)
-    _, kept = parts.keep(params, x, context)
+    _, _, kept = parts.keep(params, x, context)
     _, left = parts.back(params, context, kept, dy)
     assert one > 0
     assert flops(parts.keep, params, x, context) == one
@@ -94,7 +96,7 @@ def test_no_product_is_made_twice():
         in_parts + flops(parts.weigh, params, context, left)
         == flops(
             lambda params, x: jax.vjp(
-                lambda params, x: layer(params, x, context), params, x
+                lambda params, x: layer(params, x, context)[0], params, x
             )[1](dy),
             params,
             x,
@@ -116,7 +118,7 @@ def attention_layer(kernel):
         k, v = (project(name, "BTD,DKH->BTKH", None) for name in ("key", "value"))
         a, _ = attend(q, k, v, Context(None), None, window=0, softcap=0.0)
         y = jnp.einsum("BTKGH,KGHD->BTD", a, params["out"], out_sharding=jax.P())
-        return x_BTD + y
+        return x_BTD + y, ()
 
     return layer
 
@@ -140,7 +142,7 @@ def test_what_a_kernel_made_is_kept_by_name(kernel, results, monkeypatch):
 
     def sizes(remat):
         parts = phases.cut(layer, params, x, {}, remat=remat, split=False)
-        _, values = jax.eval_shape(parts.keep, params, x, {})
+        _, _, values = jax.eval_shape(parts.keep, params, x, {})
         return sorted(value.size for value in values)
 
     with jax.set_mesh(make_mesh({}, devices=jax.devices()[:1])):

@@ -15,6 +15,7 @@ from jaxinfra.train import objective
 
 LOSS = 1e-5  # relative: float32 sums in another order
 GRADIENT = 1e-4  # the same, of each tensor; a wrong term is at least 1e-2
+SAME = 1e-6  # the same products and sums, fused otherwise
 BFLOAT16 = 3e-2  # 8-bit mantissa, and sums over microbatches rounded at other places
 
 QUICK = [
@@ -26,11 +27,16 @@ MORE = [
         {"pipeline": 2, "data": 2},
         {"schedule": "zero_bubble", "remat": "full", "model": {"tied": False}},
     ),
-    ({"pipeline": 2, "data": 2, "tensor": 2}, {"schedule": "gpipe"}),
+    ({"pipeline": 2, "data": 2, "tensor": 2}, {"schedule": "gpipe", "recompute": True}),
     ({"pipeline": 4}, {"schedule": "gpipe", "microbatches": 2, "remat": "dots"}),
     (
         {"pipeline": 2, "tensor": 2},
-        {"schedule": "interleaved", "virtual": 2, "label_smoothing": 0.1},
+        {
+            "schedule": "interleaved",
+            "virtual": 2,
+            "label_smoothing": 0.1,
+            "recompute": True,
+        },
     ),
     (
         {"pipeline": 2, "fsdp": 4},
@@ -41,14 +47,20 @@ MORE = [
         {"schedule": "interleaved", "virtual": 3, "model": {"repeats": 7}},
     ),
     ({"pipeline": 2, "fsdp": 2}, {"model": ODD, "remat": "none", "zero": 3}),
-    ({"pipeline": 2}, {"schedule": "zero_bubble", "model": ODD, "remat": "dots"}),
+    (
+        {"pipeline": 2},
+        {"schedule": "zero_bubble", "model": ODD, "remat": "dots", "recompute": True},
+    ),
     (
         {"pipeline": 3, "data": 2},
         {"model": {"repeats": 5}, "remat": "save:attention+ffn_in"},
     ),
     ({"pipeline": 2, "data": 4}, {"microbatches": 1}),
     ({"pipeline": 2, "context": 2}, {"way": "ulysses", "schedule": "zero_bubble"}),
-    ({"pipeline": 2, "context": 4}, {"way": "all_gather", "remat": "full"}),
+    (
+        {"pipeline": 2, "context": 4},
+        {"way": "all_gather", "remat": "full", "recompute": True},
+    ),
     (
         {"pipeline": 4, "data": 2},
         {
@@ -81,6 +93,7 @@ WITH_EXPERTS = [
             "schedule": "zero_bubble",
             "model": ODD_EXPERTS | {"capacity_factor": 1.0},
             "router_bias_rate": 1e-3,
+            "recompute": True,
             **TOLD,
         },
     ),
@@ -97,8 +110,21 @@ WITH_EXPERTS = [
     ),
     (
         {"pipeline": 2, "fsdp": 2, "expert": 2},
-        {"schedule": "gpipe", "model": EXPERTS, "remat": "full", **TOLD},
+        {
+            "schedule": "gpipe",
+            "model": EXPERTS,
+            "remat": "full",
+            "microbatches": 2,
+            **TOLD,
+        },
     ),
+]
+# Of both forms of a backward pass: each schedule, and all that a layer may keep.
+TWICE = [
+    {"schedule": "1f1b", "remat": "save:attention+ffn_in"},
+    {"schedule": "gpipe", "remat": "full", "model": ODD},
+    {"schedule": "interleaved", "virtual": 2, "model": EXPERTS, **TOLD},
+    {"schedule": "zero_bubble", "remat": "dots", "model": {"dropout": 0.3}},
 ]
 
 
@@ -129,6 +155,16 @@ def check(sizes, settings):
 )
 def test_loss_and_gradients_are_those_of_one_device(sizes, settings):
     check(sizes, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", TWICE)
+def test_what_is_kept_is_what_would_be_computed_again(settings):
+    sizes = {"pipeline": 2, "tensor": 2}
+    kept, _, weights = pipelines.gradients(pipelines.config(sizes, **settings))
+    again = pipelines.config(sizes, **settings, recompute=True)
+    far = pipelines.distance(pipelines.gradients(again, weights)[0].grads, kept.grads)
+    assert max(far.values()) < SAME, far
 
 
 @pytest.mark.slow

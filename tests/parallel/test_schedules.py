@@ -65,26 +65,27 @@ def test_what_is_read_from_a_slot_is_what_was_put_there(schedule):
     program, slots = schedules.lower(schedule)
     S, V = schedule.stages, schedule.virtual
     last = S * V - 1
-    stashes = [[{} for _ in range(S)] for _ in range(3)]  # x, dy, left
+    stashes = [[{} for _ in range(S)] for _ in range(4)]
     came_x, came_dy = [None] * S, [None] * S
     for t in range(schedule.ticks):
         done_x, done_dy = [None] * S, [None] * S
         for s in range(S):
-            x, dy, left = (stash[s] for stash in stashes)
+            x, kept, dy, left = (stash[s] for stash in stashes)
             enters = program.enter[t] >= 0 and s == 0
             x[program.x_in[t, s]] = (program.enter[t], 0) if enters else came_x[s]
+            kept_now = left_now = None
             if (m := program.forward_microbatch[t, s]) >= 0:
                 c = program.forward_virtual[t, s] * S + s
                 assert x[program.forward_x[t, s]] == (m, c)
-                done_x[s] = (m, c + 1)
+                done_x[s], kept_now = (m, c + 1), (m, c)
+            kept[program.forward_kept[t, s]] = kept_now
             leaves = program.leave[t] >= 0 and s == S - 1
             if leaves:
                 assert done_x[s] == (program.leave[t], last + 1)
             dy[program.dy_in[t, s]] = (program.leave[t], last) if leaves else came_dy[s]
-            left_now = None
             if (m := program.backward_microbatch[t, s]) >= 0:
                 c = program.backward_virtual[t, s] * S + s
-                assert x[program.backward_x[t, s]] == (m, c)
+                assert kept[program.backward_kept[t, s]] == (m, c)
                 assert dy[program.backward_dy[t, s]] == (m, c)
                 done_dy[s], left_now = (m, c - 1), (m, c)
             left[program.backward_left[t, s]] = left_now
@@ -97,10 +98,14 @@ def test_what_is_read_from_a_slot_is_what_was_put_there(schedule):
         came_dy = [done_dy[(s + 1) % S] for s in range(S)]
     for table, count in (
         (program.x_in, slots.x),
+        (program.forward_kept, slots.kept),
         (program.dy_in, slots.dy),
-        (program.weight_left, slots.left),
+        (program.backward_left, slots.left),
     ):
-        assert table.max() < count
+        assert 0 <= table.min() <= table.max() == count - 1
+    if schedules.has_backward(schedule):
+        assert schedules.in_flight(schedule) <= slots.kept
+        assert slots.kept <= schedules.in_flight(schedule) + 1
 
 
 @given(STAGES, MICROBATCHES)
@@ -110,6 +115,8 @@ def test_1f1b_keeps_as_many_as_the_stages_say_and_gpipe_all(stages, microbatches
     assert schedules.in_flight(made("1f1b", **sizes)) == most
     assert schedules.in_flight(made("zero_bubble", **sizes)) == most
     assert schedules.in_flight(made("gpipe", **sizes)) == microbatches
+    if microbatches >= 2 * stages - 1:  # all slots are in use only where one is filled
+        assert schedules.lower(made("1f1b", **sizes))[1].kept == most
 
 
 @given(STAGES, st.integers(1, 5), st.integers(1, 3))
