@@ -86,13 +86,15 @@ def choose_kernel(
     *,
     window: int,
     softcap: float,
+    parts: int = 1,
     where: str = "",
 ) -> str:
     """`kernel`, or the mesh platform's own; "xla", said once, if that does not cover
-    the case. `where`: why no fused kernel can be used there."""
+    the case. parts: into which rows are cut before a kernel sees them. `where`: why no
+    fused kernel can be used there."""
     case = Case(segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1)
     name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
-    reason = _uncovered(name, case, q_BTKGH) or (where if name != "xla" else "")
+    reason = name != "xla" and (_uncovered(name, case, q_BTKGH, parts) or where)
     if reason:
         _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
         name = "xla"
@@ -182,15 +184,16 @@ def _whole_length(x: jax.Array) -> jax.Array:
     return jax.reshard(x, sharding.gathered(jax.typeof(x).sharding.spec, "context"))
 
 
-def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array) -> str:
-    """Why `kernel` cannot do it; empty if it can."""
+def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array, parts: int) -> str:
+    """Why a fused kernel cannot do it; empty if it can."""
     covers = KERNELS[kernel]
     missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
-    if missing or kernel == "xla":
+    if missing:
         return " + ".join(missing)
+    length = q_BTKGH.shape[1] // parts
     if kernel == "splash":
-        return splash_uncovered(length=q_BTKGH.shape[1])
-    return _cudnn_uncovered(q_BTKGH, has_segments=case.segments)
+        return splash_uncovered(length=length)
+    return _cudnn_uncovered(q_BTKGH, length, has_segments=case.segments)
 
 
 def splash_uncovered(*, length: int) -> str:
@@ -200,9 +203,9 @@ def splash_uncovered(*, length: int) -> str:
     return ""
 
 
-def _cudnn_uncovered(q_BTKGH: jax.Array, *, has_segments: bool) -> str:
+def _cudnn_uncovered(q_BTKGH: jax.Array, length: int, *, has_segments: bool) -> str:
     """Why cuDNN cannot take such rows and heads; empty if it can."""
-    length, width, dtype = q_BTKGH.shape[1], q_BTKGH.shape[-1], q_BTKGH.dtype
+    width, dtype = q_BTKGH.shape[-1], q_BTKGH.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {dtype}"
     if width % 8 or width > 128:

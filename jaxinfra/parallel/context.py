@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxinfra import mesh, sharding
+from jaxinfra import sharding
 from jaxinfra.ops import attention, fused_attention
 from jaxinfra.ops.seam import Attend
 from jaxinfra.parallel import ring
@@ -34,13 +34,15 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
     `row_order`. `kernel`: of `attention.KERNELS`, or the mesh platform's own."""
 
     def attend(q_BTKGH, k_BSKH, v_BSKH, context, cache, *, window, softcap):
+        parts = jax.sharding.get_abstract_mesh().shape["context"]
         chosen = attention.choose_kernel(
             kernel,
             q_BTKGH,
             context.segments_BT,
             window=window,
             softcap=softcap,
-            where=_unfused(way, q_BTKGH, kernel, window),
+            parts=parts if way == "ring" else 1,
+            where=_unfused(way, window, q_BTKGH.shape[1] // (2 * parts)),
         )
         settings = {"window": window, "softcap": softcap, "kernel": chosen}
         match way:
@@ -79,17 +81,15 @@ def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
     return np.concatenate([chunks[list(pair)].reshape(-1) for pair in both])
 
 
-def _unfused(way: Way, q_BTKGH: jax.Array, kernel: str | None, window: int) -> str:
-    """Why no fused kernel serves inside `way`; empty if one does."""
+def _unfused(way: Way, window: int, chunk: int) -> str:
+    """Why no fused kernel serves inside `way`, where a device has two chunks of so many
+    tokens of a row; empty if one does."""
     if way == "ulysses":
         return ""
     if way == "all_gather":
         return "keys that are gathered from many devices"
     if window:
         return "a window in a ring"
-    if (kernel or mesh.platform()) not in ("splash", "tpu"):
-        return "a part of a row's keys"
-    chunk = q_BTKGH.shape[1] // (2 * jax.sharding.get_abstract_mesh().shape["context"])
     return attention.splash_uncovered(length=chunk)
 
 

@@ -1,7 +1,8 @@
 """One part of a row's queries meets one part of its keys: a part of attention, with the
 log-sum-exp by which parts are merged, and its gradient given that of the whole.
 
-By splash on TPU, or in blocks of queries anywhere. Softmax and sums are float32.
+By splash on TPU, cuDNN on GPU, or in blocks of queries anywhere. Softmax and sums are
+float32.
 Source: arXiv:2205.14135 section 3.1 and algorithm 4.
 """
 
@@ -16,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from jaxinfra import mesh
 from jaxinfra.ops import attention, fused_attention
+from jaxinfra.parallel import cudnn_parts
 
 _BLOCK = 512  # queries whose scores exist at a time
 
@@ -87,6 +89,9 @@ def forward(
     if kernel == "splash":
         assert not window
         return _splash_forward(queries, keys, softcap, is_causal)
+    if kernel == "cudnn":
+        assert (window, softcap) == (0, 0.0)
+        return _cudnn_forward(queries, keys, is_causal)
     one = functools.partial(
         _block_forward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
     )
@@ -107,6 +112,8 @@ def backward(
     """(dq_BTKGH, dk_BSKH, dv_BSKH), float32, of these queries by these keys."""
     if kernel == "splash":
         return _splash_backward(queries, keys, asked, softcap, is_causal)
+    if kernel == "cudnn":
+        return _cudnn_backward(queries, keys, asked, is_causal)
     one = functools.partial(
         _block_backward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
     )
@@ -289,6 +296,46 @@ def _splash_backward(queries, keys, asked, softcap, is_causal):
     dq = dq.astype(jnp.float32) / math.sqrt(queries.q_BTKGH.shape[-1])
     back = lambda x: jnp.einsum("BKSH->BSKH", x).astype(jnp.float32)
     return jnp.einsum("BKGTH->BTKGH", dq), back(dk), back(dv)
+
+
+def _cudnn_forward(queries, keys, is_causal) -> Result:
+    q_BTKGH = queries.q_BTKGH
+    out_BTNH, log_sum_BNT = cudnn_parts.forward(
+        _all_heads(q_BTKGH), *keys[:2], _same(queries, keys), is_causal=is_causal
+    )
+    log_sum_BTN = jnp.einsum("BNT->BTN", log_sum_BNT)
+    return Result(
+        out_BTNH.reshape(q_BTKGH.shape).astype(jnp.float32),
+        log_sum_BTN.reshape(q_BTKGH.shape[:-1]),
+    )
+
+
+def _cudnn_backward(queries, keys, asked, is_causal):
+    log_sum_BTKG = asked.log_sum_BTKG
+    log_sum_BTN = log_sum_BTKG.reshape(*log_sum_BTKG.shape[:2], -1)
+    dq_BTNH, dk_BSKH, dv_BSKH = cudnn_parts.backward(
+        _all_heads(queries.q_BTKGH),
+        *keys[:2],
+        _same(queries, keys),
+        _all_heads(asked.out_BTKGH),
+        jnp.einsum("BTN->BNT", log_sum_BTN),
+        _all_heads(asked.g_BTKGH),
+        is_causal=is_causal,
+    )
+    wide = lambda x: x.astype(jnp.float32)
+    return wide(dq_BTNH.reshape(queries.q_BTKGH.shape)), wide(dk_BSKH), wide(dv_BSKH)
+
+
+def _same(queries, keys) -> jax.Array | None:
+    """[B, 1, T, S]: whether a query and a key are of one document."""
+    if queries.segments_BT is None:
+        return None
+    return queries.segments_BT[:, None, :, None] == keys.segments_BS[:, None, None, :]
+
+
+def _all_heads(x_BTKGH: jax.Array) -> jax.Array:
+    B, T, K, G, H = x_BTKGH.shape
+    return x_BTKGH.reshape(B, T, K * G, H)
 
 
 def _half(x: jax.Array, which: int) -> jax.Array:

@@ -63,7 +63,8 @@ def cut(
     closed, made = jax.make_jaxpr(whole, return_shape=True)(free, x, x)
     like_told = jax.tree.structure(made[1])
     num_told = like_told.num_leaves
-    jaxpr = _inlined(closed.jaxpr)
+    jaxpr = inlined(closed.jaxpr)
+    closed = core.ClosedJaxpr(jaxpr, closed.consts)
     *free_vars, x_var, dy_var = jaxpr.invars
     y_var, *told_vars = jaxpr.outvars[: 1 + num_told]
     dx_var, *dparams_vars = jaxpr.outvars[1 + num_told :]
@@ -77,24 +78,16 @@ def cut(
     _, kept = _needed(jaxpr.eqns, [dx_var, *dparams_vars], given | {dy_var} | may_keep)
     kept = [var for var in kept if var in may_keep]
 
-    def part(inputs: Sequence, outputs: Sequence) -> Callable[..., list]:
+    def free_and(inputs: Sequence, outputs: Sequence) -> Callable[..., list]:
         """(free values, values of `inputs`) -> values of `outputs`."""
-        eqns, _ = _needed(jaxpr.eqns, outputs, given | {*inputs})
-        names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-        sub = jaxpr.replace(
-            eqns=eqns,
-            invars=[*free_vars, *inputs],
-            outvars=[*outputs],
-            debug_info=names,
-        )
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(sub, closed.consts))
+        run = part(closed, [*free_vars, *inputs], outputs)
 
         def call(params, context, values):
             return run(*jax.tree.leaves((params, context)), *values)
 
         return call
 
-    forward = part([x_var], [y_var, *told_vars, *kept])
+    forward = free_and([x_var], [y_var, *told_vars, *kept])
 
     def keep(params, x, context):
         y, *values = forward(params, context, [x])
@@ -102,7 +95,7 @@ def cut(
 
     like_params = jax.tree.structure(params)
     if not split:
-        backward = part([*kept, dy_var], [dx_var, *dparams_vars])
+        backward = free_and([*kept, dy_var], [dx_var, *dparams_vars])
 
         def back(params, context, kept, dy):
             dx, *dparams = backward(params, context, [*kept, dy])
@@ -117,8 +110,8 @@ def cut(
     }
     _, left = _needed(jaxpr.eqns, dparams_vars, given | may_leave)
     left = [var for var in left if var in may_leave]
-    backward = part([*kept, dy_var], [dx_var, *left])
-    weights = part(left, dparams_vars)
+    backward = free_and([*kept, dy_var], [dx_var, *left])
+    weights = free_and(left, dparams_vars)
 
     def back_split(params, context, kept, dy):
         dx, *left = backward(params, context, [*kept, dy])
@@ -130,6 +123,20 @@ def cut(
     return Phases(keep, back_split, weigh)
 
 
+def part(
+    closed: core.ClosedJaxpr, inputs: Sequence, outputs: Sequence
+) -> Callable[..., list]:
+    """(values of `inputs`) -> values of `outputs`: variables of a program, of which the
+    outputs need no others than these."""
+    jaxpr = closed.jaxpr
+    eqns, _ = _needed(jaxpr.eqns, outputs, {*inputs, *jaxpr.constvars})
+    names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    sub = jaxpr.replace(
+        eqns=eqns, invars=[*inputs], outvars=[*outputs], debug_info=names
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(sub, closed.consts))
+
+
 def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
     """The results of these equations of the forward pass that `remat` lets stay."""
     is_saved = rematerialisation.policy(remat)
@@ -138,7 +145,7 @@ def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
             yield from eqn.outvars
         elif remat.startswith("save:") and eqn.primitive.name == "shard_map":
             # A kernel's results, and what is made of them in here: it runs whole.
-            inner = _inlined(eqn.params["jaxpr"])
+            inner = inlined(eqn.params["jaxpr"])
             inside = _depending(inner.eqns, set(_kept(inner.eqns, remat)))
             for var, atom in zip(eqn.outvars, inner.outvars, strict=True):
                 if not _is_literal(atom) and atom in inside:
@@ -173,7 +180,7 @@ def _needed(
     return chosen[::-1], list(read)
 
 
-def _inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
+def inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """`jaxpr` with the equations of jitted functions in place of their calls, so that a
     result is not taken to read what only another result of the same call does."""
 

@@ -220,14 +220,13 @@ def test_a_fallback_says_once_which_feature_is_not_covered(one_device, caplog):
         ("cudnn", (1, 100, 1, 1, 64), "bfloat16", ""),
         ("cudnn", (1, 101, 1, 1, 64), "bfloat16", "documents in rows of 101"),
         ("cudnn", (1, 2**15, 1, 1, 64), "bfloat16", "documents in rows of 32768"),
-        ("xla", (1, 100, 1, 1, 64), "float32", ""),
     ],
 )
 def test_what_a_kernel_cannot_take_is_named(kernel, shape, dtype, reason):
     q = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     for segments in (True, False):
         case = attention.Case(segments, window=False, softcap=False, grouped=False)
-        got = attention._uncovered(kernel, case, q)
+        got = attention._uncovered(kernel, case, q, 1)
         is_covered = not reason or ("documents" in reason and not segments)
         assert got == "" if is_covered else reason in got
 

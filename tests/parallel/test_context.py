@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops import naive_attention
+from ops import kernels_anywhere, naive_attention
 
 from jaxinfra import mesh as mesh_lib
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import context, meeting
 from jaxinfra.sharding import Rules
 
+BFLOAT16_ROUNDING = 1e-2  # of inputs, weights, and each part of a result
 FLOAT32_ROUNDING = 1e-5  # sums over 48 keys in another order, of results about 1
 MESH = {"data": 2, "context": 4}
 B, T, K, G, H = 2, 48, 2, 2, 8
@@ -32,19 +33,19 @@ MORE = [
 
 
 @functools.cache
-def inputs():
-    return naive_attention.random_inputs(B=B, T=T, K=K, G=G, H=H)
+def inputs(length=T):
+    return naive_attention.random_inputs(B=B, T=length, K=K, G=G, H=H)
 
 
-def split_attention(way, sizes, *, window, softcap, with_segments):
+def split_attention(way, sizes, given, kernel=None, *, window, softcap, with_segments):
     """(result, dq, dk, dv) on the mesh, back in the order of the rows."""
-    *arrays, g_BTKGH, segments_BT = inputs()
-    parts = sizes["context"]
-    order_T = context.row_order(T, parts=parts, way=way)
-    order_T = np.arange(T) if order_T is None else order_T
+    *arrays, g_BTKGH, segments_BT = given
+    length, parts = segments_BT.shape[1], sizes["context"]
+    order_T = context.row_order(length, parts=parts, way=way)
+    order_T = np.arange(length) if order_T is None else order_T
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     with jax.set_mesh(mesh_lib.make_mesh(sizes, devices=devices)):
-        attend = context.make_split_attend(Rules(), way=way)
+        attend = context.make_split_attend(Rules(), way=way, kernel=kernel)
 
         def run(q, k, v, segments_BT):
             about = Context(None, segments_BT if with_segments else None)
@@ -66,7 +67,7 @@ def split_attention(way, sizes, *, window, softcap, with_segments):
 
 
 def check(way, case, sizes=MESH):
-    found = split_attention(way, sizes, **CASES[case])
+    found = split_attention(way, sizes, inputs(), **CASES[case])
     *arrays, segments_BT = inputs()
     settings = dict(CASES[case])
     segments_BT = segments_BT if settings.pop("with_segments") else None
@@ -92,6 +93,32 @@ def test_heads_and_length_are_split_together(way, sizes):
     if way == "ulysses" and sizes.get("tensor"):
         sizes = {"context": 2}
     check(way, "segments", sizes)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+@pytest.mark.parametrize("with_segments", [True, False])
+def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
+    kernel, with_segments, monkeypatch, caplog
+):
+    kernels_anywhere.allow(monkeypatch)
+    *arrays, segments_BT = inputs(512)
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    settings = {"window": 0, "softcap": 0.0}
+    found = split_attention(
+        "ring",
+        {"context": 2},
+        (*narrow, segments_BT),
+        kernel,
+        with_segments=with_segments,
+        **settings,
+    )
+    assert "xla is used instead" not in caplog.text
+    segments_BT = segments_BT if with_segments else None
+    wide = [np.asarray(x, np.float32) for x in narrow]
+    expected = naive_attention.forward_backward(*wide, segments_BT, **settings)
+    for got, want in zip(found, expected, strict=True):
+        far = np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want)
+        assert far < BFLOAT16_ROUNDING
 
 
 def test_every_device_has_the_same_work():
@@ -126,6 +153,43 @@ def test_every_turn_of_a_ring_computes_half_of_the_scores():
                 assert seen[:, :half].all()
             else:
                 assert seen[half:].all()
+
+
+def test_what_one_device_meets_is_that_of_cudnn(monkeypatch):
+    """Queries that see none of the keys among them; the log-sum-exp in float32."""
+    kernels_anywhere.allow(monkeypatch)
+    rng = np.random.default_rng(3)
+    T, S = 24, 16
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    q, k, v, g = (draw(1, n, 1, *h) for n, *h in ((T, 2, 8), (S, 8), (S, 8), (T, 2, 8)))
+    segments = jnp.asarray(rng.integers(1, 3, (1, T)), jnp.int32).at[0, T - 4 :].set(3)
+    queries = meeting.Queries(q, jnp.arange(T) + S, segments)
+    keys = meeting.Keys(k, v, jnp.arange(S), segments[:, :S])
+
+    @functools.partial(jax.jit, static_argnames=("pass_", "kernel"))
+    def met(pass_, kernel, *given):
+        return pass_(queries, keys, *given, kernel=kernel, window=0, softcap=0.0)
+
+    plain = met(meeting.forward, "xla")
+    fused = met(meeting.forward, "cudnn")
+    sees = slice(0, T - 4)
+    assert (fused.log_sum_BTKG[:, T - 4 :] < -1e4).all()
+    for got, want in zip(fused, plain, strict=True):
+        np.testing.assert_allclose(
+            got[:, sees], want[:, sees], atol=BFLOAT16_ROUNDING, rtol=BFLOAT16_ROUNDING
+        )
+    # The scores of bfloat16 queries and keys are summed in float32.
+    np.testing.assert_allclose(
+        fused.log_sum_BTKG[:, sees], plain.log_sum_BTKG[:, sees], atol=1e-5
+    )
+    log_sum_BTKG = jnp.logaddexp(plain.log_sum_BTKG, 0.3)
+    out_BTKGH = (plain.out_BTKGH * 0.7).astype(jnp.bfloat16)
+    asked = meeting.Asked(g, out_BTKGH, log_sum_BTKG)
+    plain = met(meeting.backward, "xla", asked)
+    fused = met(meeting.backward, "cudnn", asked)
+    for got, want in zip(fused, plain, strict=True):
+        far = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+        assert far < BFLOAT16_ROUNDING
 
 
 def test_what_one_device_meets_is_that_of_the_splash_kernel():
