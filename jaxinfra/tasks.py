@@ -247,14 +247,14 @@ def activation_rules(config: Config, layout: Layout) -> sharding.Rules:
     of the tensor axis keeps a part of the length between blocks (parallel.sequence).
 
     Not where it does not divide the length, and not yet beside other axes that cut the
-    length or the depth, experts, or products in low precision. Source: arXiv:2205.05198
+    length, experts, or products in low precision. Source: arXiv:2205.05198
     section 4.2.2.
     """
     sizes, plain = layout.mesh.shape, ("compute", "compute")
     can_be = (
         config.parallel.sequence
         and config.train.length % sizes["tensor"] == 0
-        and (sizes["context"], sizes["pipeline"], sizes["expert"]) == (1, 1, 1)
+        and (sizes["context"], sizes["expert"]) == (1, 1)
         and all(layer.feed_forward == "dense" for layer in config.model.layers)
         and config.precision not in LOW_PRECISION
         and (config.comm.gather, config.comm.reduce) == plain

@@ -139,9 +139,7 @@ def run(
         in_specs=(
             jax.tree.map(manual, params_at_rest),
             jax.P(None, ROW_AXES),
-            jax.P(),
-            jax.P(),
-            jax.P(),
+            *[jax.P()] * 3,
         ),
         out_specs=(jax.tree.map(manual, grads_at_rest) if has_grads else None, jax.P()),
         axis_names=set(MANUAL),
@@ -197,11 +195,17 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         stack, params, placed, stage, x_BTD=no_x_BTD, context=of(0)[1], split=is_split
     )
 
+    whole = sharding.spec(stack.loss.rules, "batch", "length", "width")
+
     def leave(microbatch, y_BTD, grads):
         """The loss of what the last chunk made, by all stages together."""
         one, _ = of(microbatch)
         y_BTD = _to_all(y_BTD, stage == last)
-        unembed = lambda trained, y_BTD: model.unembed(joined(trained, rest), y_BTD)
+
+        def unembed(trained, y_BTD):
+            h_BTD, head_VD = model.unembed(joined(trained, rest), y_BTD)
+            return jax.reshard(h_BTD, whole), head_VD
+
         (h_BTD, head_VD), pull = jax.vjp(unembed, trained_ends, y_BTD)
         tokens = (one.targets_MBT, one.weights_MBT, stack.loss)
         if not has_grads:
@@ -240,9 +244,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         is_entering, is_leaving = row.enter >= 0, row.leave >= 0
         with jax.named_scope("enter"):
             x_BTD = jax.lax.cond(
-                is_entering,
-                lambda: enter(row.enter, ends),
-                lambda: no_x_BTD,
+                is_entering, lambda: enter(row.enter, ends), lambda: no_x_BTD
             )
         x_BTD = jnp.where(is_entering & (stage == 0), x_BTD, carry.x_BTD)
         x_stash = _put(carry.x_stash, x_BTD, mine.x_in)

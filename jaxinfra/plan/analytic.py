@@ -8,6 +8,9 @@ moments, each on top of what is at rest:
   backward  saved activations, all gradients, and one layer being recomputed
   update    all gradients
 
+A stage of a pipeline has all its gradients at all moments, whole over fsdp, and what
+its schedule keeps of the microbatches under way.
+
 Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
 is taken to bring in all of the state at once; a GPU has held more (plan.__init__).
 """
@@ -20,10 +23,12 @@ import jax
 import numpy as np
 
 import jaxinfra
-from jaxinfra import checks, params, precision, sharding
+from jaxinfra import checks, params, precision, sharding, tasks
 from jaxinfra.config import AXES, Config, LayerConfig, ModelConfig
 from jaxinfra.models import specs as model_specs
 from jaxinfra.ops.layers import GATED
+from jaxinfra.parallel import placement, schedules
+from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout
 from jaxinfra.train import optim, state
 
@@ -91,11 +96,15 @@ def memory(config: Config, num_devices: int, hbm_bytes: int) -> Memory:
     away = optimizer if config.optimizer.offload else 0
     gradients = size(params.abstract(specs, layout, layout.grads, np.dtype("float32")))
     sizes = layout.mesh.shape
-    saved = sum(
-        saved_bytes(config, layer, sizes) for layer in config.model.layers
-    ) + _token_bytes(config, sizes, config.model.width)  # the last layer's result
-    kept = gradients * (2 if config.train.microbatches > 1 else 1)
-    summed = gradients if config.train.microbatches > 1 else 0
+    if sizes["pipeline"] > 1:
+        saved = _stage_bytes(config, layout, specs)
+        kept = summed = _whole_bytes(specs, layout, np.dtype("float32"))
+    else:
+        saved = sum(saved_bytes(config, x, layout) for x in config.model.layers)
+        # The last layer's result.
+        saved += _token_bytes(config, sizes, config.model.width)
+        kept = gradients * (2 if config.train.microbatches > 1 else 1)
+        summed = gradients if config.train.microbatches > 1 else 0
     moments = {
         "loss": saved + summed + _loss_bytes(config, sizes),
         "backward": saved + kept + _layer_bytes(config, specs, layout),
@@ -119,10 +128,10 @@ def batch_bytes(config: Config, layout: Layout) -> int:
     return rows * ((config.train.length + 1) * token + _CUT_BYTES)
 
 
-def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) -> int:
+def saved_bytes(config: Config, layer: LayerConfig, layout: Layout) -> int:
     """Of the activations that one layer keeps for its backward pass, on one device and
     of one microbatch, as train.remat says."""
-    model, remat = config.model, config.train.remat
+    model, remat, sizes = config.model, config.train.remat, layout.mesh.shape
     split = sizes["tensor"]
     heads = model.num_heads * model.head_width // split
     keys = model.num_kv_heads * model.head_width // split
@@ -131,7 +140,8 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
     # float32 sums of the attention kernel, one a query and head, counted in bfloat16.
     sums = 2 * model.num_heads // split
     # What blocks pass on is cut along the length too: parallel.sequence.
-    between = model.width // (split if config.parallel.sequence else 1)
+    is_cut = "tensor" in tasks.activation_rules(config, layout).residual
+    between = model.width // (split if is_cut else 1)
     named = {
         "layer_input": between,
         "query": heads,
@@ -158,6 +168,48 @@ def saved_bytes(config: Config, layer: LayerConfig, sizes: Mapping[str, int]) ->
         # gated product; the kernel's own layouts of queries and keys.
         widths += (2 + 8) * between + into + ffn + heads + keys
     return _token_bytes(config, sizes, widths)
+
+
+def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
+    """Of what a stage of a pipeline holds all the time, but its parameters at rest and
+    its gradients: its stashes, what one microbatch puts there and reads, parameters
+    that were gathered or that travelled to their chunks."""
+    model, parallel, sizes = config.model, config.parallel, layout.mesh.shape
+    shape = {"stages": sizes["pipeline"], "virtual": parallel.virtual_stages}
+    placed = placement.place(
+        model.repeats,
+        **shape,
+        size=len(model.pattern),
+        prefix=len(model.prefix),
+        suffix=len(model.suffix),
+    )
+    table = schedules.make(
+        parallel.schedule, **shape, microbatches=config.train.microbatches
+    )
+    slots = schedules.lower(table)[1]
+    layers = [*model.prefix, *model.pattern * placed.depth, *model.suffix]
+    of_layers = sum(saved_bytes(config, layer, layout) for layer in layers)
+    is_cut = "tensor" in tasks.activation_rules(config, layout).residual
+    width = model.width // (sizes["tensor"] if is_cut else 1)
+    x = _token_bytes(config, sizes, width)
+    kept = x if parallel.recompute else of_layers
+    total = slots.kept * kept + (slots.x + slots.dy) * x + 2 * of_layers
+    if parallel.schedule == "zero_bubble":
+        # What meets in the gradients of a layer's matrices: both sides of each.
+        split = sizes["tensor"]
+        ffn = max(_ffn_width(model, layer) for layer in layers) // split
+        heads = (model.num_heads + model.num_kv_heads) * model.head_width // split
+        left = _token_bytes(config, sizes, 4 * model.width + 4 * ffn + 4 * heads)
+        total += (slots.left + 2) * len(layers) * left
+    whole = _whole_bytes(specs, layout, precision.policy(config.precision).param)
+    copies = (checks.resolve_zero(config) >= 3) + bool(placed.rounds)
+    return total + copies * whole
+
+
+def _whole_bytes(specs: Tree, layout: Layout, dtype: np.dtype) -> int:
+    """Of the parameters on a device in `dtype`, whole over fsdp."""
+    rules = dataclasses.replace(layout.params, embed=())
+    return sharding.bytes_per_device(params.abstract(specs, layout, rules, dtype))
 
 
 def _token_bytes(config: Config, sizes: Mapping[str, int], width: float) -> int:

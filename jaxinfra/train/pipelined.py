@@ -66,7 +66,7 @@ def make_pipelined(
     gradients cross the fsdp axis. tuned: (specs of the parameters, whether each is
     trained), where some are not.
     """
-    rules = pipeline.inside(layout.params)
+    rules = pipeline.inside(loss_config.rules)
     stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)

@@ -34,6 +34,7 @@ def test_a_device_of_the_tensor_axis_keeps_its_part_of_the_length():
         ("data", "fsdp", "expert"), "tensor"
     )
     assert sharding.spec(rules, "length") == jax.P("context")
+    assert rules_of(tiny({"pipeline": 2, "tensor": 2})).residual == ("tensor",)
 
 
 @pytest.mark.parametrize(
