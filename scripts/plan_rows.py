@@ -54,6 +54,9 @@ ROWS = {
     "70B, v5p 64, pipeline 8": "--config llama3_70b --target v5p:4x4x4"
     " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4"
     " --mesh.tensor 2 --parallel.schedule 1f1b",
+    "70B, v5p 64, pipeline 8, recomputed": "--config llama3_70b --target v5p:4x4x4"
+    " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4"
+    " --mesh.tensor 2 --parallel.schedule 1f1b --parallel.recompute true",
     "8B, 128k tokens, v5p 16": "--config llama3_8b --target v5p:2x2x4"
     " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
     " --parallel.context ring",

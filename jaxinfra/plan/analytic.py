@@ -196,10 +196,11 @@ def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
     total = slots.kept * kept + (slots.x + slots.dy) * x + 2 * of_layers
     if parallel.schedule == "zero_bubble":
         # What meets in the gradients of a layer's matrices: both sides of each.
-        split = sizes["tensor"]
-        ffn = max(_ffn_width(model, layer) for layer in layers) // split
-        heads = (model.num_heads + model.num_kv_heads) * model.head_width // split
-        left = _token_bytes(config, sizes, 4 * model.width + 4 * ffn + 4 * heads)
+        ffn = max(_ffn_width(model, layer) for layer in layers)
+        ffn *= 3 if model.activation in GATED else 2
+        heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_width
+        widths = 4 * model.width + (ffn + heads) // sizes["tensor"]
+        left = _token_bytes(config, sizes, widths)
         total += (slots.left + 2) * len(layers) * left
     whole = _whole_bytes(specs, layout, precision.policy(config.precision).param)
     copies = (checks.resolve_zero(config) >= 3) + bool(placed.rounds)

@@ -84,7 +84,9 @@ def devices(target: Target) -> list[Any]:
     try:
         if target.chip.platform == "tpu":
             found = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{target.kind}:{shape}"
+                platform="tpu",
+                topology_name=f"{target.kind}:{shape}",
+                wrap=target.wraps,
             )
         else:
             nodes, each = target.shape

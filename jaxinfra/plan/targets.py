@@ -98,6 +98,15 @@ class Target:
     def num_devices(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def wraps(self) -> tuple[bool, bool, bool]:
+        """Along which dims of a TPU's topology links join the ends: of v5p along all
+        where each is a multiple of 4 chips; of v5e and v6e along one that is 16 long.
+        Source: cloud.google.com/tpu/docs, TPU v5p and v6e."""
+        if self.chip.dims == 3:
+            return (all(size % 4 == 0 for size in self.shape),) * 3
+        return *(size == 16 for size in self.shape), False
+
 
 def parse(name: str) -> Target:
     """The target called `name`; ConfigError says what names are like."""

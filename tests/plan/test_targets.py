@@ -6,6 +6,13 @@ from jaxinfra.config import ConfigError
 from jaxinfra.plan import targets
 
 
+def test_links_join_the_ends_of_whole_cubes_and_of_rows_of_16():
+    assert targets.parse("v5p:4x4x8").wraps == (True, True, True)
+    assert targets.parse("v5p:2x2x4").wraps == (False, False, False)
+    assert targets.parse("v6e:8x16").wraps == (False, True, False)
+    assert targets.parse("v5e:8x8").wraps == (False, False, False)
+
+
 def test_a_name_gives_the_chips_and_their_number():
     target = targets.parse("v5p:2x2x4")
     assert (target.kind, target.shape, target.num_devices) == ("v5p", (2, 2, 4), 16)
