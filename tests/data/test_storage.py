@@ -170,13 +170,15 @@ def test_a_server_that_is_away_is_waited_for_and_told_of_once(web):
 
 def test_patience_ends(web):
     web.fault = lambda request: 503
-    with pytest.raises(DataError, match=r"x.txt cannot be read for 0 s: HTTP 503"):
+    with pytest.raises(DataError, match=r"x.txt cannot be read for \d+ s: HTTP 503"):
         storage.read_bytes(f"{web.url}/a/x.txt", patience=Patience(0.2))
     with socket.socket() as free:  # bound, and nobody listens
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         for scheme in ("http", "webhdfs"):
-            with pytest.raises(DataError, match="for 0 s: Connection refused; check"):
+            with pytest.raises(
+                DataError, match=r"for \d+ s: Connection refused; check"
+            ):
                 storage.size(f"{scheme}://127.0.0.1:{port}/a", patience=Patience(0.2))
 
 
@@ -198,6 +200,14 @@ def test_what_does_not_pass_is_an_error_after_one_request(web, status, message):
         assert len(web.requests) == 1
 
 
+@pytest.fixture
+def no_filesystems():
+    """None is kept from before, and none for after."""
+    filesystems._made_filesystem.cache_clear()
+    yield
+    filesystems._made_filesystem.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [
@@ -210,22 +220,24 @@ def test_what_does_not_pass_is_an_error_after_one_request(web, status, message):
             "cannot be read: HTTP 403: access is refused; check GOOGLE_APPLICATION_C",
         ),
         (404, "cannot be read: there is no such file, folder or bucket"),
-        (503, "cannot be read for 0 s: HTTP 503; check the server"),
+        (503, r"cannot be read for \d+ s: HTTP 503; check the server"),
     ],
 )
-def test_answers_of_gcs_mean_the_same(web, monkeypatch, capfd, status, message):
+def test_answers_of_gcs_mean_the_same(
+    web, no_filesystems, monkeypatch, capfd, status, message
+):
     pytest.importorskip("gcsfs.core")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", web.url)
-    filesystems._made_filesystem.cache_clear()
     web.fault = lambda request: status
     for call in (storage.size, storage.read_bytes, storage.list_files):
         with pytest.raises(DataError, match=f"gs://bucket/a {message}"):
             call("gs://bucket/a", patience=Patience(0.2))
     assert capfd.readouterr() == ("", "")
-    filesystems._made_filesystem.cache_clear()
 
 
-def test_credentials_of_gcs_that_cannot_be_read_are_an_error(monkeypatch, tmp_path):
+def test_credentials_of_gcs_that_cannot_be_read_are_an_error(
+    no_filesystems, monkeypatch, tmp_path
+):
     pytest.importorskip("gcsfs.core")
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / SECRET))
