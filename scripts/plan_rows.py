@@ -193,7 +193,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "failed" in row:
             lines.append(f"| {name} | failed: {row['failed'][:160]} |||||||||")
             continue
-        wire = sum(row["sent_gb"].values())
+        sent = row["sent_gb"].items()
+        wire = sum(gb for kind, gb in sent if not kind.startswith("copy host"))
         price, step, mfu = "", "", ""
         if not row["is_quick"]:
             price = f"**{row['price_secs']:.3f}**: {row['compute_secs']:.3f}"

@@ -1,8 +1,9 @@
-"""What a compiled, scheduled program costs a device: it is played on one core and one
-link.
+"""What a compiled, scheduled program costs a device: it is played on one core, one
+link, and the way to the host's memory.
 
 The core runs a computation's instructions in the order in which they are scheduled,
-each for its time (`Clock`). The link carries one collective at a time. A synchronous
+each for its time (`Clock`). The link carries one collective at a time, the way to the
+host one copy, either way. A synchronous
 collective stops the core until it is through, an asynchronous one only where its result
 is awaited too early. A loop costs its trip count times one turn, drained at the turn's
 end; a conditional the mean of its branches by the shares that the caller gives, else
@@ -10,10 +11,12 @@ its dearest. Pallas and fused attention kernels carry no time and are counted by
 `predict` adds it.
 
 Limits: a model of order, not of time. One link for all mesh axes, no latency, no
-contention of memory between a collective and the core.
+contention of memory between a collective and the core; host memory at one rate for all
+devices that share it.
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +36,8 @@ class Cost:
     """One run of a program on one device.
 
     secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
-    kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire.
+    kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of kind
+    "copy" over "host" what goes to the host's memory or comes from it.
     waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name.
     scopes: jax scope -> seconds of compute. unknown_loops: loops whose trip count could
     not be read, taken as one turn.
@@ -51,10 +55,6 @@ class Cost:
     @property
     def secs(self) -> float:
         return self.compute_secs + self.waiting_secs
-
-    @property
-    def wire_bytes(self) -> float:
-        return sum(self.sent.values())
 
 
 def cycles_at(clock_hz: float) -> Clock:
@@ -89,11 +89,13 @@ def play(
     *,
     clock: Clock,
     link_bytes_per_sec: float,
+    host_bytes_per_sec: float = math.inf,
     axes: wires.Axes | None = None,
     shares: Shares | None = None,
 ) -> Cost:
     """The cost of one run; `axes` tells which mesh axes a collective's groups span."""
-    player = _Player(program, clock, link_bytes_per_sec, axes, shares or {})
+    rates = {"link": link_bytes_per_sec, wires.HOST: host_bytes_per_sec}
+    player = _Player(program, clock, rates, axes, shares or {})
     secs, totals = player.play(program.entry)
     compute = sum(v for (what, *_), v in totals.items() if what == "scope")
 
@@ -196,8 +198,8 @@ def _written(program: Program, where: str, line: Instruction) -> float:
 class _Player:
     """Core and link of one device; the totals of each computation are kept."""
 
-    def __init__(self, program, clock, link, axes, shares):
-        self.program, self.clock, self.link = program, clock, link
+    def __init__(self, program, clock, rates, axes, shares):
+        self.program, self.clock, self.rates = program, clock, rates
         self.axes, self.shares, self.played = axes, shares, {}
         self.unknown_loops = 0
 
@@ -207,22 +209,24 @@ class _Player:
             turn = _Turn(self, where)
             for line in self.program[where]:
                 turn.run(line)
-            turn.wait(turn.free, turn.last)
+            for way, free in turn.free.items():
+                turn.wait(free, turn.last.get(way))
             self.played[where] = turn.core, turn.totals
         return self.played[where]
 
 
 class _Turn:
-    """One run of one computation. core, free: when the core and the link are done with
-    what they have; due: of collectives under way, when they end, and what they are."""
+    """One run of one computation. core, free: when the core, and each way, are done
+    with what they have; last: what that is; due: of what is under way, when it ends,
+    and what it is."""
 
     def __init__(self, player: _Player, where: str):
         self.player, self.where, self.program = player, where, player.program
-        self.core = self.free = 0.0
+        self.core, self.free = 0.0, dict.fromkeys(player.rates, 0.0)
         self.totals: Counter = Counter()
         self.due: dict[str, tuple[float, Wire | None]] = {}
         self.held: dict[str, list[Wire]] = {}
-        self.last: Wire | None = None
+        self.last: dict[str, Wire] = {}
 
     def wait(self, until: float, wire: Wire | None) -> None:
         if until > self.core and wire is not None:
@@ -230,15 +234,18 @@ class _Turn:
         self.core = max(self.core, until)
 
     def send(self, wire: Wire, key: str | None = None) -> None:
-        """Puts a collective on the link; without a `key` the core waits for it."""
-        self.free = max(self.free, self.core) + wire.bytes / self.player.link
-        self.last = wire
+        """Puts a collective on the link, or a copy on its way to the host; without a
+        `key` the core waits for it."""
+        way = wires.HOST if wire.axes == wires.HOST else "link"
+        taken = wire.bytes / self.player.rates[way]
+        self.free[way] = max(self.free[way], self.core) + taken
+        self.last[way] = wire
         how = "sync" if key is None else "async"
         self.totals["sent", wire.kind, wire.axes, how] += wire.bytes
         if key is None:
-            self.wait(self.free, wire)
+            self.wait(self.free[way], wire)
         else:
-            self.due[key] = self.free, wire
+            self.due[key] = self.free[way], wire
 
     def add(self, totals: Counter, times: float = 1.0) -> None:
         for key, value in totals.items():
@@ -253,6 +260,9 @@ class _Turn:
             self.core += secs
             self.totals["scope", line.scope] += secs
         self.totals[("flops",)] += matmul_flops(self.program, self.where, line)
+        if copy := wires.with_host(self.program, self.where, line):
+            self.send(copy, line.name if line.op.endswith("-start") else None)
+            return
         operand = (line.operands or [""])[0]
         kind = line.op.removesuffix("-start")
         match line.op:
@@ -296,7 +306,7 @@ class _Turn:
             turns = 1
         secs, totals = self.player.play(line.computation("body"))
         self.core += turns * secs
-        self.free = max(self.free, self.core)
+        self.free = {way: max(free, self.core) for way, free in self.free.items()}
         self.add(totals, turns)
 
     def _branch(self, line: Instruction) -> None:

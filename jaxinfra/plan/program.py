@@ -20,7 +20,9 @@ COLLECTIVES = (
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 
-_SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8e4m3fn|f8e5m2)\[([\d,]*)\]")
+_SHAPE = re.compile(
+    r"\b(pred|[suf]\d+|bf16|f8e4m3fn|f8e5m2)\[([\d,]*)\](\{[^{}]*S\(5\)[^{}]*\})?"
+)
 _LINE = re.compile(r"(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", re.DOTALL)
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,15})"')
@@ -28,10 +30,11 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 class Shape(NamedTuple):
-    """dtype as XLA spells it, and dims."""
+    """dtype as XLA spells it, dims, and whether it lies in the host's memory."""
 
     dtype: str
     dims: tuple[int, ...]
+    is_host: bool = False
 
     @property
     def size(self) -> int:
@@ -129,8 +132,8 @@ def parse(text: str) -> Program:
 def shapes(text: str) -> tuple[Shape, ...]:
     """All array shapes in a type."""
     return tuple(
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _SHAPE.findall(text)
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), bool(host))
+        for dtype, dims, host in _SHAPE.findall(text)
     )
 
 

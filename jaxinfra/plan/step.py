@@ -47,6 +47,7 @@ def plan_step(
         program.parse(compiled.text),
         clock=clock,
         link_bytes_per_sec=chip.link_bytes_per_sec,
+        host_bytes_per_sec=chip.host_bytes_per_sec,
         axes=sizes,
         shares=pipeline_shares(config) | dict(shares or {}),
     )

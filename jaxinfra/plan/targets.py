@@ -15,9 +15,10 @@ class Chip:
     """One device. hbm_bytes: what a program may use. peak_flops: dense bfloat16, a
     second; peak_8bit: fp8 and int8, where the compiler tells no cycles. link_bytes: on
     the wire a second and device, one way, all links together that a ring over one mesh
-    axis can use. Of peak, attention_share is what the fused attention kernel reaches,
-    forward and backward together, on a TPU an assumption; matmul_share what other
-    matmuls do, where the compiler tells no cycles.
+    axis can use; host_bytes: to its host's memory or from it. Of peak, attention_share
+    is what the fused attention kernel reaches, forward and backward together, on a TPU
+    an assumption; matmul_share what other matmuls do, where the compiler tells no
+    cycles.
     """
 
     platform: str
@@ -27,19 +28,22 @@ class Chip:
     peak_flops: float
     peak_8bit: float = 0.0
     link_bytes_per_sec: float
+    host_bytes_per_sec: float
     clock_hz: float = 0.0  # of a TPU's core, by which the compiler's cycles are seconds
     attention_share: float = 0.5
     matmul_share: float = 1.0
 
 
 # TPUs: cloud.google.com/tpu/docs system architecture pages (peak, HBM, interchip links;
-# a ring over an axis uses two of a chip's links); HBM as the compiler has it, less
-# what it keeps. Clocks: peak / (FLOP a cycle of the matrix units). GPU: NVIDIA H100
-# SXM data sheet (dense; NVLink 900 GB/s both ways). Its shares are measured on one
-# H200, which has its units: FLOPs of a plan over seconds of their kernels in a step of
-# 1.2 billion parameters (scripts/results/kernels_h200.json), matmuls of 16 bits 746
+# a ring over an axis uses two of a chip's links); HBM as the compiler has it, less what
+# it keeps. Clocks: peak / (FLOP a cycle of the matrix units). Their way to the host is
+# PCIe as "How to Scale Your Model" part 2 has it, not measured. GPU: NVIDIA H100 SXM
+# data sheet (dense; NVLink 900 GB/s both ways). Its shares are measured on one H200,
+# which has its units: FLOPs of a plan over seconds of their kernels in a step of 1.2
+# billion parameters (scripts/results/kernels_h200.json), matmuls of 16 bits 746
 # TFLOP/s, attention with heads of 64 342; alone with heads of 128 366
-# (device_h200.json). Matmuls of 8 bits are taken to reach the same share.
+# (device_h200.json, as its way to the host, 48 to 52 GB/s). Matmuls of 8 bits are taken
+# to reach the same share.
 CHIPS = {
     "v5p": Chip(
         platform="tpu",
@@ -48,6 +52,7 @@ CHIPS = {
         hbm_bytes_per_sec=2.765e12,
         peak_flops=459e12,
         link_bytes_per_sec=2.7e11,
+        host_bytes_per_sec=1.6e10,
         clock_hz=1.75e9,
     ),
     "v5e": Chip(
@@ -57,6 +62,7 @@ CHIPS = {
         hbm_bytes_per_sec=8.1e11,
         peak_flops=197e12,
         link_bytes_per_sec=9e10,
+        host_bytes_per_sec=1.6e10,
         clock_hz=1.5e9,
     ),
     "v6e": Chip(
@@ -66,6 +72,7 @@ CHIPS = {
         hbm_bytes_per_sec=1.64e12,
         peak_flops=918e12,
         link_bytes_per_sec=1.8e11,
+        host_bytes_per_sec=3.2e10,
         clock_hz=1.75e9,
     ),
     "h100": Chip(
@@ -76,6 +83,7 @@ CHIPS = {
         peak_flops=989.5e12,
         peak_8bit=1979e12,
         link_bytes_per_sec=4.5e11,
+        host_bytes_per_sec=5e10,
         attention_share=0.35,
         matmul_share=0.75,
     ),

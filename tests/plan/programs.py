@@ -97,3 +97,41 @@ ENTRY %main (stack: f32[100,4,8], i: s32[]) -> f32[100,4,8] {
   ROOT %all = f32[100,4,8]{2,1,0} fusion(%put), kind=kLoop, calls=%twice
 }
 """
+
+# A loop of two turns: a part of an array that lies with the host is written beside a
+# matmul, then one is read.
+HOST = """HloModule jit_step, is_scheduled=true
+
+%body.1 (p: (s32[], bf16[8,4], bf16[2,8,4])) -> (s32[], bf16[8,4], bf16[2,8,4]) {
+  %p = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %away = bf16[2,8,4]{2,1,0:S(5)} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %go = ((bf16[2,8,4]{2,1,0:S(5)}, bf16[8,4]{1,0}, s32[]), bf16[2,8,4]{2,1,0:S(5)}, \
+u32[]) fusion-start(%away, %x, %i), kind=kLoop, calls=%put
+  %dot.1 = bf16[8,8]{1,0} convolution(%x, %x), \
+backend_config={"estimated_cycles":"1000"}
+  %gone = bf16[2,8,4]{2,1,0:S(5)} fusion-done(%go)
+  %back = bf16[8,4]{1,0} dynamic-slice(%gone, %i, %i, %i), dynamic_slice_sizes={1,8,4}
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) tuple(%next, %back, %gone)
+}
+
+%condition.1 (q: (s32[], bf16[8,4], bf16[2,8,4])) -> pred[] {
+  %q = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %bound = s32[] constant(2)
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main.1 (x: bf16[8,4]) -> bf16[8,4] {
+  %x.1 = bf16[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %room = bf16[2,8,4]{2,1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %start = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) tuple(%zero, %x.1, %room)
+  %while.1 = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) while(%start), \
+condition=%condition.1, body=%body.1
+  ROOT %out = bf16[8,4]{1,0} get-tuple-element(%while.1), index=1
+}
+"""

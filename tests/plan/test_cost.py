@@ -70,6 +70,27 @@ def test_only_what_nothing_hides_is_waited_for():
     assert slow.secs == pytest.approx(slow.compute_secs + slow.waiting_secs)
 
 
+def test_copies_to_the_host_have_a_way_of_their_own():
+    """Two turns: 64 bytes go beside a matmul of 1 s, 64 come where nobody computes."""
+    played = cost.play(
+        program.parse(programs.HOST),
+        clock=cost.cycles_at(1000.0),
+        link_bytes_per_sec=1e-9,
+        host_bytes_per_sec=32.0,
+    )
+    assert played.sent == {
+        ("copy", "host", "async"): 2 * 64.0,
+        ("copy", "host", "sync"): 2 * 64.0,
+    }
+    assert played.compute_secs == pytest.approx(2 * 1.0)
+    # Of the 2 s of the first the matmul hides one; all of the second is waited for.
+    assert played.waited == {("copy", "host"): pytest.approx(2 * (1.0 + 2.0))}
+    unknown = cost.play(
+        program.parse(programs.HOST), clock=cost.cycles_at(1e3), link_bytes_per_sec=1.0
+    )
+    assert unknown.waiting_secs == 0
+
+
 def test_a_loop_that_cannot_be_read_is_counted():
     text = programs.LOOP.replace("%bound = s32[]{:T(128)} constant(3)",
                                  "%bound = s32[]{:T(128)} negate(%j)")  # fmt: skip
