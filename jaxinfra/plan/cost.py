@@ -19,10 +19,16 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxinfra.plan import wires
-from jaxinfra.plan.program import COLLECTIVES, Instruction, Program, trip_count
+from jaxinfra.plan.program import (
+    COLLECTIVES,
+    Instruction,
+    Program,
+    Shape,
+    trip_count,
+)
 from jaxinfra.plan.wires import Wire
 
 # Conditional's scope contains this text -> share of the times that each branch is
@@ -149,23 +155,47 @@ def matmul_flops(
 def moved_bytes(program: Program, where: str, line: Instruction) -> float:
     """What an instruction reads and writes; of an array from which it takes a slice, or
     which it updates in place, that slice."""
+    return sum(size for _, size in _arrays(program, where, line))
+
+
+def host_bytes(program: Program, where: str, line: Instruction) -> float:
+    """What an instruction copies, or starts to, between the memories of device and
+    host; a fusion reads and writes the host's in place."""
+    if line.op.endswith("-start"):  # the device's side is the part that is copied
+        if not any(shape.is_host for shape in line.out):
+            return 0.0
+        return max((x.bytes for x in line.out if not x.is_host), default=0.0)
+    if line.op not in ("copy", "fusion", "dynamic-slice", "dynamic-update-slice"):
+        return 0.0
+    return sum(size for shape, size in _arrays(program, where, line) if shape.is_host)
+
+
+def _arrays(
+    program: Program, where: str, line: Instruction
+) -> Iterator[tuple[Shape, float]]:
+    """The arrays that an instruction reads and writes, and how many bytes of each."""
     inside = line.called[0] if line.op == "fusion" and line.called else ""
     if not inside:
-        return _written(program, where, line) + sum(
-            _read(program, where, name, [line]) for name in line.operands
-        )
+        for name in line.operands:
+            for shape in program.shapes_of(where, name)[:1]:
+                yield shape, _read(program, where, name, [line])
+        yield from zip(line.out[:1], [_written(program, where, line)], strict=False)
+        return
     lines = program[inside]
-    given = sorted(
-        (line for line in lines if line.op == "parameter"),
-        key=lambda line: int(line.rest.split(")")[0]),
-    )
+    given = {
+        int(line.rest.split(")")[0]): line.name
+        for line in lines
+        if line.op == "parameter"
+    }
+    for number, name in enumerate(line.operands):
+        for shape in program.shapes_of(where, name)[:1]:
+            yield shape, _read(program, inside, given.get(number, ""), lines)
     roots = [line for line in lines if line.is_root]
     if roots and roots[0].op == "tuple":
         by_name = program.by_name(inside)
         roots = [by_name[name] for name in roots[0].operands if name in by_name]
-    return sum(_written(program, inside, root) for root in roots) + sum(
-        _read(program, inside, parameter.name, lines) for parameter in given
-    )
+    for shape, root in zip(line.out, roots, strict=False):
+        yield shape, _written(program, inside, root)
 
 
 def _read(program: Program, where: str, name: str, lines: Sequence[Instruction]):
@@ -260,8 +290,9 @@ class _Turn:
             self.core += secs
             self.totals["scope", line.scope] += secs
         self.totals[("flops",)] += matmul_flops(self.program, self.where, line)
-        if copy := wires.with_host(self.program, self.where, line):
-            self.send(copy, line.name if line.op.endswith("-start") else None)
+        if copied := host_bytes(self.program, self.where, line):
+            key = line.name if line.op.endswith("-start") else None
+            self.send(Wire("copy", wires.HOST, copied), key)
             return
         operand = (line.operands or [""])[0]
         kind = line.op.removesuffix("-start")

@@ -1,5 +1,4 @@
-"""Collectives of a compiled program: what each puts on the wire, and over which axes;
-and copies to the host's memory and from it.
+"""Collectives of a compiled program: what each puts on the wire, and over which axes.
 
 Bytes are those that a device sends in a ring over a group of n: (n - 1) / n of the
 whole for a gather or scatter, twice that for an all-reduce.
@@ -17,12 +16,7 @@ import numpy as np
 from jaxinfra.plan.program import COLLECTIVES, Instruction, Program
 
 Axes = Mapping[str, int]  # mesh axis -> size, in the order of the mesh
-HOST = "host"  # in the place of mesh axes
-# Instructions that move nothing themselves.
-_STILL = (
-    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
-    "conditional", "call", "optimization-barrier", "custom-call",
-)  # fmt: skip
+HOST = "host"  # in the place of mesh axes, of a copy to the host's memory or from it
 _KERNELS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "triton_kernel_call")
 
 
@@ -39,21 +33,6 @@ def is_kernel(line: Instruction) -> bool:
     """Whether this call is a kernel for which the compiler tells neither time nor
     FLOPs."""
     return any(f'custom_call_target="{name}' in line.rest for name in _KERNELS)
-
-
-def with_host(program: Program, where: str, line: Instruction) -> Wire | None:
-    """The copy between the memories of device and host that an instruction makes, or
-    starts: as large as the largest array on the device's side."""
-    if line.op in _STILL or line.op.endswith(("-done", "-update")):
-        return None
-    shapes = [*line.out]
-    if not line.op.endswith("-start"):  # whose result has its operands' types
-        for name in line.operands:
-            shapes += program.shapes_of(where, name)
-    if not any(shape.is_host for shape in shapes):
-        return None
-    sizes = [shape.bytes for shape in shapes if not shape.is_host]
-    return Wire("copy", HOST, max(sizes, default=0.0))
 
 
 def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
