@@ -67,6 +67,9 @@ ROWS = {
     " --train.remat save:query+key+value+attention+attention_out+ffn_in",
     "8B, 8 H100, inputs and attention on the host": f"{_8B} --target h100:1x8"
     " --model.document_mask false --train.remat offload:layer_input+attention",
+    "8B, 128k tokens, 16 H100": "--config llama3_8b --target h100:2x8"
+    " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
+    " --parallel.context ring",
     "8B, 64 H100, full": "--config llama3_8b --target h100:8x8 --train.batch_size 128"
     " --mesh.data 8 --mesh.fsdp 8 --model.document_mask false",
 }

@@ -12,6 +12,7 @@ or as a `GradFn`, and no model knows of them.
 | `context` | attention over rows whose length is split; the balanced order |
 | `ring` | keys that go round, or all come at once |
 | `meeting` | a part of the queries meets a part of the keys: kernel, merger, gradient |
+| `cudnn_parts` | the same by cuDNN's kernels, cut from what jax makes of them |
 
 **Pipelines.** `--mesh.pipeline S` with `--parallel.schedule` gpipe, 1f1b, interleaved
 (`--parallel.virtual_stages V`) or zero_bubble; a table of one's own runs as well. One
@@ -50,8 +51,9 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
 `--parallel.context`:
 
 - `ring`: keys and values go round P devices while what is here is computed; memory for
-  two parts of them. Half of all scores are computed, as causality asks. Splash inside
-  on TPU (not for layers with a window), blocks of 512 queries elsewhere.
+  two parts of them. Half of all scores are computed, as causality asks. Inside, splash
+  on TPU and cuDNN on GPU (not for layers with a window, nor for parts of a row that are
+  no multiple of 256 tokens), blocks of 512 queries elsewhere.
 - `all_gather`: one collective, memory for the keys of whole rows; with short windows
   only the chunks in sight are computed.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of

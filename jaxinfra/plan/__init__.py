@@ -8,9 +8,10 @@ The real compilers of TPUs and GPUs need no hardware: `compilers` gives them a t
 the options of `compiler_options`, and gets the program that would run. From that come
 
 - memory, exactly: arguments, temporaries and their peak on a device, against its HBM;
-- what travels: `program` reads the compiled text, `cost` plays it on one core and one
-  link, loops multiplied out, and tells for each collective its kind, mesh axes, bytes
-  on the wire, and how long the core waits for it;
+- what travels: `program` reads the compiled text, `cost` plays it on one core, one link
+  and the way to the host's memory, loops multiplied out, and tells for each collective
+  its kind, mesh axes, bytes on the wire, and how long the core waits for it; what is
+  offloaded is of kind "copy", over "host";
 - the time of a step: on a TPU the compiler's own cycles of every fusion, plus that
   waiting, plus the kernels that carry no cycles: attention at a stated share of peak,
   grouped matmuls at peak; on a GPU, whose compiler tells no time, a roofline of every
@@ -21,8 +22,8 @@ alone, in a second or two, for choosing a mesh before anything is compiled; it i
 model, fitted to compiled programs, where the rest is read from them.
 
 A prediction orders programs: it tells which of two is better and where the time goes.
-It is not a measurement, and says nothing of stragglers, of data, or of the time that
-offloaded arrays take to the host and back; and beside optimizer.offload an H200 held
-21.9 GB at its peak where 13.5 were foretold, for a reason that is not known
-(`scripts/device_steps.py` compares both on one GPU).
+It is not a measurement, and says nothing of stragglers or of data; and beside
+optimizer.offload an H200 held 21.9 GB at its peak where 13.5 are foretold, for a reason
+that is not known (`scripts/device_steps.py` compares both on one GPU; since then the
+state is made one array after another, which was not measured).
 """
