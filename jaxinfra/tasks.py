@@ -246,21 +246,13 @@ def activation_rules(config: Config, layout: Layout) -> sharding.Rules:
     """Where activations are in training: as `layout.params` says, but that each device
     of the tensor axis keeps a part of the length between blocks (parallel.sequence).
 
-    Not where it does not divide the length, and not yet beside other axes that cut the
-    length, experts, or products in low precision. Source: arXiv:2205.05198
-    section 4.2.2.
+    Not where these parts do not divide the length. Source: arXiv:2205.05198, 4.2.2.
     """
-    sizes, plain = layout.mesh.shape, ("compute", "compute")
-    can_be = (
-        config.parallel.sequence
-        and config.train.length % sizes["tensor"] == 0
-        and (sizes["context"], sizes["expert"]) == (1, 1)
-        and all(layer.feed_forward == "dense" for layer in config.model.layers)
-        and config.precision not in LOW_PRECISION
-        and (config.comm.gather, config.comm.reduce) == plain
-    )
-    rules = layout.params
-    return dataclasses.replace(rules, residual=("tensor",)) if can_be else rules
+    sizes, rules = layout.mesh.shape, layout.params
+    parts = sizes["context"] * sizes["tensor"]
+    if not config.parallel.sequence or config.train.length % parts:
+        return rules
+    return dataclasses.replace(rules, residual=(*rules.residual, "tensor"))
 
 
 def open_sets(config: Config) -> dict[str, shards.Dataset]:

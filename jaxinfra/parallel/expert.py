@@ -45,6 +45,9 @@ def make_dispatch(
     traffic = communication.of_experts(comm) if comm else grouped.PLAIN
 
     def dispatch(params, x_BTD, context, number, *, einsum):
+        whole = sharding.spec(rules, "batch", "length", "width")
+        between = sharding.spec(rules, "batch", "residual", "width")
+        x_BTD = jax.reshard(x_BTD, whole)
         bias_LE = context.router_bias_LE
         bias_E = None if bias_LE is None else bias_LE[number]
         choice, told = experts.choose(
@@ -64,6 +67,7 @@ def make_dispatch(
             gates_BTE = experts.gates_of_all(choice, cfg).astype(y_BTD.dtype)
             bias_ED = experts.on_all(params["down_bias"]).astype(y_BTD.dtype)
             y_BTD += jnp.einsum("BTE,ED->BTD", gates_BTE, bias_ED)
+        y_BTD = jax.reshard(y_BTD, between)
         if "shared" in params:
             y_BTD += layers.mlp(
                 params["shared"], x_BTD, activation=cfg.activation, einsum=einsum

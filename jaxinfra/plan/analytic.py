@@ -139,7 +139,7 @@ def saved_bytes(config: Config, layer: LayerConfig, layout: Layout) -> int:
     into = ffn * (2 if model.activation in GATED else 1)
     # float32 sums of the attention kernel, one a query and head, counted in bfloat16.
     sums = 2 * model.num_heads // split
-    # What blocks pass on is cut along the length too: parallel.sequence.
+    # What blocks pass on may be cut along the length too: parallel.sequence.
     is_cut = "tensor" in tasks.activation_rules(config, layout).residual
     between = model.width // (split if is_cut else 1)
     named = {

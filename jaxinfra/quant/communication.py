@@ -45,6 +45,7 @@ from jaxinfra.params import ParamSpec
 from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
 from jaxinfra.quant.formats import FormatName
+from jaxinfra.quant.matmul import of_whole_rows
 from jaxinfra.sharding import Rules
 
 BLOCK = 128
@@ -105,7 +106,8 @@ def low_bit_traffic(
         return dx, dw.astype(w.dtype)
 
     contract.defvjp(forward, backward)
-    return seam.opened(lambda equation, x, w, *, out: contract(equation, x, w, out))
+    of_rows = lambda equation, x, w, *, out: contract(equation, x, w, out)
+    return seam.opened(of_whole_rows(of_rows, rules))
 
 
 def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:

@@ -82,13 +82,28 @@ def low_precision_einsum(
     units for the formats; else products are of the same codes in a wider type."""
     block = recipe.groups == "block"
     contract = (_block_contract if block else _contract)(recipe, policy, rules, native)
+    rounded = of_whole_rows(lambda eq, x, w, *, out: contract(eq, out, x, w), rules)
 
     def einsum(equation: str, x: jax.Array, w, *, out: Names) -> jax.Array:
-        if not isinstance(w, Weight):
-            return plain(equation, x, w, out=out)
-        return contract(equation, out, x, w)
+        return (rounded if isinstance(w, Weight) else plain)(equation, x, w, out=out)
 
     return einsum
+
+
+def of_whole_rows(einsum: Einsum, rules: Rules) -> Einsum:
+    """`einsum`, which wants activations whole over tensor along the length, where those
+    between blocks are cut: they are made whole before it and cut after it."""
+    if rules.residual == rules.length:
+        return einsum
+
+    def on_whole_rows(equation: str, x: jax.Array, w, *, out: Names) -> jax.Array:
+        is_cut = lambda entry: sharding.axes_of(entry) == rules.residual
+        spec = (rules.length if is_cut(entry) else entry for entry in _spec_of(x))
+        whole = tuple("length" if name == "residual" else name for name in out)
+        y = einsum(equation, jax.reshard(x, jax.P(*spec)), w, out=whole)
+        return jax.reshard(y, sharding.spec(rules, *out))
+
+    return on_whole_rows
 
 
 def _contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
