@@ -133,14 +133,10 @@ def run(
         grads = _each_device(plain, grads, grads_at_rest, reduce or plain)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
-    has_grads = schedules.has_backward(schedule)
+    has_grads, rows = schedules.has_backward(schedule), jax.P(None, ROW_AXES)
     mapped = jax.shard_map(
         body,
-        in_specs=(
-            jax.tree.map(manual, params_at_rest),
-            jax.P(None, ROW_AXES),
-            *[jax.P()] * 3,
-        ),
+        in_specs=(jax.tree.map(manual, params_at_rest), rows, *[jax.P()] * 3),
         out_specs=(jax.tree.map(manual, grads_at_rest) if has_grads else None, jax.P()),
         axis_names=set(MANUAL),
         check_vma=False,  # every sum over a manual axis is made here, by hand
@@ -277,11 +273,9 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         dy_BTD = jnp.where(is_leaving & (stage == last), dy_BTD, carry.dy_BTD)
         dy_stash = _put(carry.dy_stash, dy_BTD, mine.dy_in)
         with jax.named_scope("backward"):
-            reads = (
-                _take(kept_stash, mine.backward_kept),
-                _take(dy_stash, mine.backward_dy),
-            )
-            kept, dy_BTD = jax.lax.optimization_barrier(reads)
+            kept = _take(kept_stash, mine.backward_kept)
+            dy_BTD = _take(dy_stash, mine.backward_dy)
+            kept, dy_BTD = jax.lax.optimization_barrier((kept, dy_BTD))
             dx_BTD, grads, left = jax.lax.cond(
                 mine.backward_microbatch >= 0,
                 lambda *args: back(
