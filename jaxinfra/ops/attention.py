@@ -86,15 +86,15 @@ def choose_kernel(
     *,
     window: int,
     softcap: float,
-    parts: int = 1,
+    chunks: int = 1,
     where: str = "",
 ) -> str:
     """`kernel`, or the mesh platform's own; "xla", said once, if that does not cover
-    the case. parts: into which rows are cut before a kernel sees them. `where`: why no
-    fused kernel can be used there."""
+    the case. chunks: into which rows are cut, of which a kernel sees one or two.
+    `where`: why no fused kernel can be used there."""
     case = Case(segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1)
     name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
-    reason = name != "xla" and (_uncovered(name, case, q_BTKGH, parts) or where)
+    reason = name != "xla" and (_uncovered(name, case, q_BTKGH, chunks) or where)
     if reason:
         _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
         name = "xla"
@@ -184,16 +184,17 @@ def _whole_length(x: jax.Array) -> jax.Array:
     return jax.reshard(x, sharding.gathered(jax.typeof(x).sharding.spec, "context"))
 
 
-def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array, parts: int) -> str:
+def _uncovered(kernel: str, case: Case, q_BTKGH: jax.Array, chunks: int) -> str:
     """Why a fused kernel cannot do it; empty if it can."""
     covers = KERNELS[kernel]
     missing = [n for n in Case._fields if getattr(case, n) and not getattr(covers, n)]
     if missing:
         return " + ".join(missing)
-    length = q_BTKGH.shape[1] // parts
+    chunk = q_BTKGH.shape[1] // chunks
     if kernel == "splash":
-        return splash_uncovered(length=length)
-    return _cudnn_uncovered(q_BTKGH, length, has_segments=case.segments)
+        return splash_uncovered(length=chunk)
+    most = 2**14 // min(chunks, 2)  # a mask of the square of all that it sees
+    return _cudnn_uncovered(q_BTKGH, chunk, most if case.segments else 0)
 
 
 def splash_uncovered(*, length: int) -> str:
@@ -203,14 +204,15 @@ def splash_uncovered(*, length: int) -> str:
     return ""
 
 
-def _cudnn_uncovered(q_BTKGH: jax.Array, length: int, *, has_segments: bool) -> str:
-    """Why cuDNN cannot take such rows and heads; empty if it can."""
+def _cudnn_uncovered(q_BTKGH: jax.Array, length: int, most: int) -> str:
+    """Why cuDNN cannot take such rows and heads; empty if it can. most: tokens of a row
+    of documents; 0 without them."""
     width, dtype = q_BTKGH.shape[-1], q_BTKGH.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {dtype}"
     if width % 8 or width > 128:
         return f"heads of width {width}"
-    if has_segments and (length % 2 or length > 2**14):  # a mask of length^2
+    if most and (length % 2 or length > most):
         return f"documents in rows of {length}"
     return ""
 

@@ -34,15 +34,15 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
     `row_order`. `kernel`: of `attention.KERNELS`, or the mesh platform's own."""
 
     def attend(q_BTKGH, k_BSKH, v_BSKH, context, cache, *, window, softcap):
-        parts = jax.sharding.get_abstract_mesh().shape["context"]
+        devices = jax.sharding.get_abstract_mesh().shape["context"]
         chosen = attention.choose_kernel(
             kernel,
             q_BTKGH,
             context.segments_BT,
             window=window,
             softcap=softcap,
-            parts=parts if way == "ring" else 1,
-            where=_unfused(way, window, q_BTKGH.shape[1] // (2 * parts)),
+            chunks=2 * devices if way == "ring" else 1,
+            where=_unfused(way, window),
         )
         settings = {"window": window, "softcap": softcap, "kernel": chosen}
         match way:
@@ -61,7 +61,9 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
             check_vma=False,  # Pallas kernels do not say what their results vary over
         )
         a_BTKGH = mapped(q_BTKGH, k_BSKH, v_BSKH, context.segments_BT)
-        return checkpoint_name(a_BTKGH, "attention"), cache
+        if way == "ulysses":  # the others name it themselves
+            a_BTKGH = checkpoint_name(a_BTKGH, "attention")
+        return a_BTKGH, cache
 
     return attend
 
@@ -81,16 +83,11 @@ def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
     return np.concatenate([chunks[list(pair)].reshape(-1) for pair in both])
 
 
-def _unfused(way: Way, window: int, chunk: int) -> str:
-    """Why no fused kernel serves inside `way`, where a device has two chunks of so many
-    tokens of a row; empty if one does."""
-    if way == "ulysses":
-        return ""
+def _unfused(way: Way, window: int) -> str:
+    """Why no fused kernel serves inside `way`; empty if one does."""
     if way == "all_gather":
         return "keys that are gathered from many devices"
-    if window:
-        return "a window in a ring"
-    return attention.splash_uncovered(length=chunk)
+    return "a window in a ring" if way == "ring" and window else ""
 
 
 def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):

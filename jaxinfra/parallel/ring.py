@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra.parallel import meeting
 from jaxinfra.parallel.meeting import Keys, Queries
@@ -86,9 +87,7 @@ def _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         steps = jnp.arange(1, P - 1)
         (last, result), _ = jax.lax.scan(turn, (coming, result), steps)
         result = meeting.merged(result, met(last, jnp.int32(P - 1)))
-    out_BTKGH = result.out_BTKGH.astype(q_BTKGH.dtype)
-    residuals = (q_BTKGH, k_BSKH, v_BSKH, segments_BT, out_BTKGH, result.log_sum_BTKG)
-    return out_BTKGH, residuals
+    return _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result)
 
 
 def _ring_backward(settings, residuals, g_BTKGH):
@@ -153,9 +152,7 @@ def _gathered_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         return jax.lax.fori_loop(first, last, add, meeting.nothing(queries))
 
     result = meeting.joined(half(queries.low()), half(queries.high()))
-    out_BTKGH = result.out_BTKGH.astype(q_BTKGH.dtype)
-    residuals = (q_BTKGH, k_BSKH, v_BSKH, segments_BT, out_BTKGH, result.log_sum_BTKG)
-    return out_BTKGH, residuals
+    return _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result)
 
 
 def _gathered_backward(settings, residuals, g_BTKGH):
@@ -189,6 +186,15 @@ def _gathered_backward(settings, residuals, g_BTKGH):
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result):
+    """(The result, residuals). What the backward pass reads of the whole is named for
+    remat, so that none of its parts need be kept, or made again."""
+    out_BTKGH = checkpoint_name(result.out_BTKGH.astype(q_BTKGH.dtype), "attention")
+    log_sum_BTKG = checkpoint_name(result.log_sum_BTKG, "attention")
+    residuals = (q_BTKGH, k_BSKH, v_BSKH, segments_BT, out_BTKGH, log_sum_BTKG)
+    return out_BTKGH, residuals
 
 
 def _own(q_BTKGH, k_BSKH, v_BSKH, segments_BT) -> tuple[Queries, Keys]:

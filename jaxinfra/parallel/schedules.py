@@ -372,7 +372,11 @@ def _make_stash(spans: Sequence[_Span], shape: tuple[int, int]) -> _Stash:
     """By first tick, each span takes the lowest free slot of its stage, put there in
     its first tick and read in its last. What else is put goes where nothing is kept."""
     put, read = np.full(shape, NOTHING, np.int32), np.zeros(shape, np.int32)
-    is_busy = np.zeros((*shape, 1 + len(spans)), bool)
+    in_use = np.zeros((shape[0] + 1, shape[1]), int)
+    for stage, first, last, _ in spans:
+        in_use[first, stage] += 1
+        in_use[last + 1, stage] -= 1
+    is_busy = np.zeros((*shape, 1 + int(np.cumsum(in_use, axis=0).max())), bool)
     for stage, first, last, _ in sorted(spans, key=lambda span: span.first):
         slot = int(np.argmin(is_busy[first, stage]))
         is_busy[first : last + 1, stage, slot] = True

@@ -222,7 +222,8 @@ def by_scope(scopes: dict[str, float]) -> Counter:
     for scope, secs in scopes.items():
         parts = scope.replace("(", "/").replace(")", "/").split("/")
         part = next((name for name in named if name in parts), "rest of the step")
-        if "rematted_computation" in parts:
+        in_a_stage = "backward" in parts and "transpose" not in parts
+        if "rematted_computation" in parts or in_a_stage:
             when = "recomputed"
         elif "transpose" in parts:
             when = "backward"

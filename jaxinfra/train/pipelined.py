@@ -56,7 +56,8 @@ def make_pipelined(
 ) -> Pipelined:
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
-    model_of(rules): the transformer of `cfg` by these rules. schedule: one of
+    model_of(rules): the transformer of `cfg` by these rules; those of loss_config are
+    taken, but for what the executor splits itself. schedule: one of
     `schedules.NAMES`; virtual_stages: of each device. remat: what a layer keeps for its
     backward pass; recompute: whether for one microbatch at a time, in a second forward
     pass, and until then what enters a stage is kept alone. order_T:

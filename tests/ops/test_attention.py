@@ -226,9 +226,26 @@ def test_what_a_kernel_cannot_take_is_named(kernel, shape, dtype, reason):
     q = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     for segments in (True, False):
         case = attention.Case(segments, window=False, softcap=False, grouped=False)
-        got = attention._uncovered(kernel, case, q, 1)
+        got = attention._uncovered(kernel, case, q, chunks=1)
         is_covered = not reason or ("documents" in reason and not segments)
         assert got == "" if is_covered else reason in got
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length", "chunks", "reason"),
+    [
+        ("cudnn", 2**17, 16, ""),
+        ("cudnn", 2**17, 8, "documents in rows of 16384"),
+        ("cudnn", 16 * 101, 16, "documents in rows of 101"),
+        ("splash", 2**17, 16, ""),
+        ("splash", 2**10, 16, "length of 64"),
+    ],
+)
+def test_of_a_row_in_chunks_a_kernel_sees_one_or_two(kernel, length, chunks, reason):
+    q = jax.ShapeDtypeStruct((1, length, 1, 1, 64), jnp.bfloat16)
+    case = attention.Case(segments=True, window=False, softcap=False, grouped=False)
+    got = attention._uncovered(kernel, case, q, chunks)
+    assert reason in got if reason else got == ""
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -9,6 +9,7 @@ import pytest
 from ops import kernels_anywhere, naive_attention
 
 from jaxinfra import mesh as mesh_lib
+from jaxinfra.ops import attention, rematerialisation
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import context, meeting
 from jaxinfra.sharding import Rules
@@ -101,6 +102,7 @@ def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
     kernel, with_segments, monkeypatch, caplog
 ):
     kernels_anywhere.allow(monkeypatch)
+    attention._say_once.cache_clear()
     *arrays, segments_BT = inputs(512)
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
     settings = {"window": 0, "softcap": 0.0}
@@ -119,6 +121,48 @@ def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
     for got, want in zip(found, expected, strict=True):
         far = np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want)
         assert far < BFLOAT16_ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("way", "window", "reason"),
+    [
+        ("ring", 9, "a window in a ring"),
+        ("all_gather", 0, "keys that are gathered from many devices"),
+        ("ulysses", 9, ""),
+        ("ring", 0, ""),
+    ],
+)
+def test_where_no_kernel_serves_is_said(way, window, reason):
+    assert context._unfused(way, window) == reason
+
+
+@pytest.mark.parametrize(
+    ("way", "kernel"),
+    [("ring", "cudnn"), ("ring", "splash"), ("ring", "xla"), ("all_gather", "xla")],
+)
+def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
+    """By name: the result of attention and its log-sum-exp, beside what goes in."""
+    kernels_anywhere.allow(monkeypatch)
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(512)[:3]]
+    place = jax.P(("data", "fsdp", "expert"), "context", "tensor")
+    with jax.set_mesh(mesh_lib.make_mesh({"context": 2}, devices=jax.devices()[:2])):
+        attend = context.make_split_attend(Rules(), way=way, kernel=kernel)
+
+        def run(*arrays):
+            out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
+            return jnp.square(out)
+
+        def kept(remat):
+            saving = jax.checkpoint(run, policy=rematerialisation.policy(remat))
+            out, pull = jax.eval_shape(functools.partial(jax.vjp, saving), *arrays)
+            sizes = sorted(x.size for x in jax.tree.leaves(pull))
+            return [size for size in sizes if size > 1000], out.size  # no tables
+
+        arrays = [jax.device_put(x, place) for x in arrays]
+        given = sorted(x.size for x in arrays)
+        assert kept("full")[0] == given
+        sizes, result = kept("save:attention")
+        assert sizes == sorted([*given, result, result // H])
 
 
 def test_every_device_has_the_same_work():

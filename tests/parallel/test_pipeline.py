@@ -1,6 +1,7 @@
 """A pipeline gives the loss and the gradients of one device, by every schedule."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -155,6 +156,23 @@ def check(sizes, settings):
 )
 def test_loss_and_gradients_are_those_of_one_device(sizes, settings):
     check(sizes, settings)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_stage_keeps_its_layers_inputs_or_its_own(recompute):
+    """By the loop over ticks: with 2 stages 3 microbatches are under way."""
+    settings = {"schedule": "1f1b", "remat": "full", "recompute": recompute}
+    config = pipelines.config({"pipeline": 2}, **settings)
+    built = pipelines.build(config)
+    with jax.set_mesh(built.layout.mesh):
+        here = pipelines.placed(built, pipelines.first_params(built))
+        args = (here, (), pipelines.rows(built), None)
+        program = str(jax.make_jaxpr(built.task.grad_fn)(*args))
+    program = re.sub(r"@(\w+|\([\w,]*\))", "", program)  # how arrays are laid out
+    rows, layers = pipelines.ROWS // config.train.microbatches, 2
+    shape = lambda *first: f"f32[{','.join(map(str, first))},{rows},24"
+    assert (shape(3, layers) in program) is not recompute
+    assert (shape(3) in program) is recompute
 
 
 @pytest.mark.slow

@@ -99,8 +99,18 @@ ENTRY %main (stack: f32[100,4,8], i: s32[]) -> f32[100,4,8] {
 """
 
 # A loop of two turns: a part of an array that lies with the host is written beside a
-# matmul, then one is read.
+# matmul, then a fusion reads one in place.
 HOST = """HloModule jit_step, is_scheduled=true
+
+%take (near: bf16[8,4], far: bf16[2,8,4], at: s32[]) -> bf16[8,4] {
+  %near = bf16[8,4]{1,0} parameter(0)
+  %at = s32[] parameter(2)
+  %far = bf16[2,8,4]{2,1,0} parameter(1)
+  %part = bf16[1,8,4]{2,1,0} dynamic-slice(%far, %at, %at, %at), \
+dynamic_slice_sizes={1,8,4}
+  %flat = bf16[8,4]{1,0} bitcast(%part)
+  ROOT %sum = bf16[8,4]{1,0} add(%near, %flat)
+}
 
 %body.1 (p: (s32[], bf16[8,4], bf16[2,8,4])) -> (s32[], bf16[8,4], bf16[2,8,4]) {
   %p = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) parameter(0)
@@ -113,7 +123,7 @@ u32[]) fusion-start(%away, %x, %i), kind=kLoop, calls=%put
   %dot.1 = bf16[8,8]{1,0} convolution(%x, %x), \
 backend_config={"estimated_cycles":"1000"}
   %gone = bf16[2,8,4]{2,1,0:S(5)} fusion-done(%go)
-  %back = bf16[8,4]{1,0} dynamic-slice(%gone, %i, %i, %i), dynamic_slice_sizes={1,8,4}
+  %back = bf16[8,4]{1,0} fusion(%x, %gone, %i), kind=kLoop, calls=%take
   %next = s32[] add(%i, %one)
   ROOT %t = (s32[], bf16[8,4]{1,0}, bf16[2,8,4]{2,1,0:S(5)}) tuple(%next, %back, %gone)
 }

@@ -38,18 +38,44 @@ def compiled_arguments(config):
         tiny({"fsdp": 4, "tensor": 2}),
         tiny({"data": 4, "fsdp": 2}, zero=1, precision="bfloat16_params"),
         tiny({"fsdp": 8}, precision="float16"),
+        tiny({"pipeline": 2, "fsdp": 2, "tensor": 2}),
         tiny(
             {"data": 2, "fsdp": 4},
             zero=2,
             optimizer=dataclasses.replace(tiny({}).optimizer, name="muon"),
         ),
     ],
-    ids=["fsdp4-tensor2", "zero1-bfloat16", "float16", "zero2-muon"],
+    ids=["fsdp4-tensor2", "zero1-bfloat16", "float16", "pipeline", "zero2-muon"],
 )
 @pytest.mark.slow
 def test_what_is_at_rest_is_exactly_the_programs_arguments(config):
     found = analytic.memory(config, 8, GIB)
     assert found.arguments_bytes == compiled_arguments(config)
+
+
+def test_what_stages_keep_is_as_their_schedule_and_remat_say():
+    def temporary(schedule="1f1b", remat="full", microbatches=16, **parallel):
+        config = tiny({"pipeline": 4, "data": 2})
+        train = {"remat": remat, "microbatches": microbatches, "length": 4096}
+        parallel = {"schedule": schedule, "recompute": False, **parallel}
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, repeats=8),
+            train=dataclasses.replace(
+                config.train, batch_size=2 * microbatches, **train
+            ),
+            parallel=dataclasses.replace(config.parallel, **parallel),
+        )
+        return analytic.memory(config, 8, GIB).temporary_bytes
+
+    x_bytes = 4096 * 32 * 4  # of a microbatch between two layers
+    fewer = temporary() - temporary(recompute=True)
+    # 7 under way and 2 in passing of 2 layers' inputs, for 7 of one and 2 of 2.
+    assert fewer == 7 * x_bytes
+    assert temporary(microbatches=32) == temporary(microbatches=16)
+    assert temporary("gpipe") > temporary() + (16 - 7) * 2 * x_bytes
+    assert temporary(remat="none") > temporary(remat="dots") > temporary()
+    assert temporary("zero_bubble") > temporary()
 
 
 def test_more_fsdp_is_less_at_rest_and_more_remat_is_less_saved():
