@@ -196,8 +196,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "failed" in row:
             lines.append(f"| {name} | failed: {row['failed'][:160]} |||||||||")
             continue
-        sent = row["sent_gb"].items()
-        wire = sum(gb for kind, gb in sent if not kind.startswith("copy host"))
+        sent = row["sent_gb"]
+        host = sum(gb for kind, gb in sent.items() if kind.startswith("copy host"))
+        wire = f"{sum(sent.values()) - host:.1f}"
+        wire += f" (and {host:.1f} with the host)" if host else ""
         price, step, mfu = "", "", ""
         if not row["is_quick"]:
             price = f"**{row['price_secs']:.3f}**: {row['compute_secs']:.3f}"
@@ -206,7 +208,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {row['arguments_gb']:.2f} + {row['temporary_gb']:.2f}"
             f" | {row['peak_gb']:.2f} of {row['hbm_gb']:.1f}"
-            f" | {row['analytic_peak_gb']:.2f} | {price} | {step} | {mfu} | {wire:.1f}"
+            f" | {row['analytic_peak_gb']:.2f} | {price} | {step} | {mfu} | {wire}"
             f" | {row['compile_secs']:.0f} |"
         )
     lines += ["", "Where the core's time goes, ms (the ten largest):", ""]

@@ -20,6 +20,7 @@ import jaxinfra
 from jaxinfra import config as c
 from jaxinfra import mesh as meshes
 from jaxinfra.ops import attention, fused_attention, grouped
+from jaxinfra.parallel import meeting
 from jaxinfra.precision import policy
 from jaxinfra.train import facts
 
@@ -60,6 +61,7 @@ def report(repeats: int = 5) -> dict:
         "links": lambda: links(sizes["mib"], repeats),
         "experts": lambda: experts(sizes["experts"], repeats),
         "step": lambda: step(sizes["model"], repeats),
+        "parts": lambda: parts(sizes["attention"], repeats),
         "attention": lambda: kernels(sizes["attention"], repeats),
     }
     result = {
@@ -227,16 +229,74 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
     return found
 
 
-def _by_row(q_BTKGH, k_BSKH, v_BSKH):
+def parts(sizes: tuple[int, ...], repeats: int) -> dict:
+    """What a device of a ring computes of rows in two halves, as the later one's: its
+    queries meet their own keys, causally, and all earlier ones. By the kernel of a ring
+    here, forward and backward in bfloat16, with documents and without, against
+    float32."""
+    B, T, K, G, H = sizes
+    half = T // 2
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+    q, k, v = draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)
+    g = draw(3, B, T, K, G, H).at[:, :half].set(0)
+    places_T = jnp.arange(T)
+    platform = jax.devices()[0].platform
+    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    how = {"kernel": kernel, "window": 0, "softcap": 0.0}
+    options = jaxinfra.options_for(meshes.make_mesh({"data": jax.device_count()}))
+
+    def later(q, k, v, g, segments_BT):
+        of = lambda tree, at: jax.tree.map(
+            lambda x: x[at] if x.ndim == 1 else x[:, at], tree
+        )
+        early, late = slice(0, half), slice(half, T)
+        queries = of(meeting.Queries(q, places_T, segments_BT), late)
+        keys = meeting.Keys(k, v, places_T, segments_BT)
+        own, before = of(keys, late), of(keys, early)
+        result = meeting.merged(
+            meeting.forward(queries, own, is_causal=True, **how),
+            meeting.forward(queries, before, **how),
+        )
+        out = result.out_BTKGH.astype(q.dtype)
+        asked = meeting.Asked(g[:, late], out, result.log_sum_BTKG)
+        dq, *of_own = meeting.backward(queries, own, asked, is_causal=True, **how)
+        more, *of_before = meeting.backward(queries, before, asked, **how)
+        both = zip(of_before, of_own, strict=True)
+        return out, dq + more, *(jnp.concatenate(pair, axis=1) for pair in both)
+
+    found: dict = {"kernel": kernel}
+    documents_BT = 1 + (places_T > T // 3) + (places_T > T - T // 8) + jnp.zeros((B, 1))
+    for name, segments_BT in (("whole", None), ("documents", documents_BT)):
+        wide = [x.astype(jnp.float32) for x in (q, k, v)]
+        exact = functools.partial(_by_row, segments_BT=segments_BT)
+        expected = list(jax.jit(functools.partial(_both, exact))(*wide, g))
+        expected[:2] = [x[:, half:] for x in expected[:2]]
+        if segments_BT is not None:
+            segments_BT = segments_BT.astype(jnp.int32)
+        run = jax.jit(later, compiler_options=options)
+        error = max(
+            float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
+            for x, y in zip(run(q, k, v, g, segments_BT), expected, strict=True)
+        )
+        secs = timed(run, q, k, v, g, segments_BT, repeats=repeats)
+        found[name] = {"error": error, "is_right": error < BF16_ROUNDING, "secs": secs}
+    return found
+
+
+def _by_row(q_BTKGH, k_BSKH, v_BSKH, segments_BT=None):
     """All scores of a row at once, one row after the other: few shapes for a compiler
     that tries ways of multiplying for each."""
-    seen_1TS = jnp.tri(q_BTKGH.shape[1], dtype=bool)[None]
+    B, T = q_BTKGH.shape[:2]
+    if segments_BT is None:
+        segments_BT = jnp.zeros((B, T))
 
     def one(row):
-        q, k, v = (x[None] for x in row)
+        q, k, v, segments_1T = (x[None] for x in row)
+        same_1TS = segments_1T[:, :, None] == segments_1T[:, None, :]
+        seen_1TS = jnp.tri(T, dtype=bool) & same_1TS
         return attention.masked(q, k, v, seen_1TS, softcap=0.0)[0]
 
-    return jax.lax.map(jax.checkpoint(one), (q_BTKGH, k_BSKH, v_BSKH))
+    return jax.lax.map(jax.checkpoint(one), (q_BTKGH, k_BSKH, v_BSKH, segments_BT))
 
 
 def _both(kernel, q, k, v, g):
