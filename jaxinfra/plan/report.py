@@ -228,7 +228,7 @@ def by_scope(scopes: dict[str, float]) -> Counter:
         elif "transpose" in parts:
             when = "backward"
         else:
-            when = "forward" if "jvp" in parts else ""
+            when = "forward" if {"jvp", "forward"} & {*parts} else ""
         what = "matmul" if "dot_general" in parts else "other"
         total[" ".join(filter(None, (when, part, what)))] += secs
     return total

@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfra import options
 from jaxinfra.config import MeshConfig, ParallelConfig
-from jaxinfra.plan.report import kernel_flops
+from jaxinfra.plan.report import by_scope, kernel_flops
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,27 @@ def test_grouped_matmuls_take_each_token_to_its_experts():
     assert model.expert_width > 0
     expert = 3 * model.width * model.expert_width
     assert found.grouped == pytest.approx(6 * tokens * model.experts_per_token * expert)
+
+
+@pytest.mark.parametrize(
+    ("scope", "named"),
+    [
+        ("jit(step)/jvp(ffn)/while/dot_general", "forward ffn matmul"),
+        ("jit(step)/transpose(jvp(ffn))/dot_general", "backward ffn matmul"),
+        (
+            "jit(step)/transpose(jvp())/rematted_computation/ffn/mul",
+            "recomputed ffn other",
+        ),
+        # In a pipeline, by the branches of its executor.
+        ("jit(step)/while/forward/cond/ffn/dot_general", "forward ffn matmul"),
+        ("jit(step)/while/forward/cond/jvp(attention)/exp", "forward attention other"),
+        ("jit(step)/while/backward/cond/jvp(ffn)/dot_general", "recomputed ffn matmul"),
+        (
+            "jit(step)/while/backward/cond/transpose(jvp(ffn))/dot_general",
+            "backward ffn matmul",
+        ),
+        ("jit(step)/update/mul", "update other"),
+    ],
+)
+def test_time_is_told_by_pass_and_named_scope(scope, named):
+    assert dict(by_scope({scope: 2.0})) == {named: 2.0}
