@@ -52,8 +52,8 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
 
 - `ring`: keys and values go round P devices while what is here is computed; memory for
   two parts of them. Half of all scores are computed, as causality asks. Inside, splash
-  on TPU and cuDNN on GPU (not for layers with a window, nor for parts of a row that are
-  no multiple of 256 tokens), blocks of 512 queries elsewhere.
+  on TPU (parts of a row are multiples of 256 tokens) and cuDNN on GPU (with documents
+  up to 16,384 tokens), blocks of 512 queries elsewhere and for layers with a window.
 - `all_gather`: one collective, memory for the keys of whole rows; with short windows
   only the chunks in sight are computed.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
