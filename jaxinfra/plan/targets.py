@@ -107,8 +107,8 @@ class Target:
         return math.prod(self.shape)
 
     @property
-    def wraps(self) -> tuple[bool, bool, bool]:
-        """Along which dims of a TPU's topology links join the ends: of v5p along all
+    def wraps(self) -> tuple[bool, ...]:
+        """Of three dims. Along which dims of a TPU's topology links join the ends: of v5p along all
         where each is a multiple of 4 chips; of v5e and v6e along one that is 16 long.
         Source: cloud.google.com/tpu/docs, TPU v5p and v6e."""
         if self.chip.dims == 3:
