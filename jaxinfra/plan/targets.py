@@ -108,9 +108,9 @@ class Target:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Of three dims. Along which dims of a TPU's topology links join the ends: of v5p along all
-        where each is a multiple of 4 chips; of v5e and v6e along one that is 16 long.
-        Source: cloud.google.com/tpu/docs, TPU v5p and v6e."""
+        """Of three dims, along which of a TPU's topology links join the ends: of v5p
+        along all where each is a multiple of 4 chips; of v5e and v6e along one that is
+        16 long. Source: cloud.google.com/tpu/docs, TPU v5p and v6e."""
         if self.chip.dims == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
         return *(size == 16 for size in self.shape), False
