@@ -140,9 +140,7 @@ def saved_bytes(config: Config, layer: LayerConfig, layout: Layout) -> int:
     into = ffn * (2 if model.activation in GATED else 1)
     # float32 sums of the attention kernel, one a query and head, counted in bfloat16.
     sums = 2 * model.num_heads // split
-    # What blocks pass on may be cut along the length too: parallel.sequence.
-    is_cut = "tensor" in tasks.activation_rules(config, layout).residual
-    between = model.width // (split if is_cut else 1)
+    between = _width_between(config, layout)
     named = {
         "layer_input": between,
         "query": heads,
@@ -176,23 +174,18 @@ def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
     its gradients: its stashes, what one microbatch puts there and reads, parameters
     that were gathered or that travelled to their chunks."""
     model, parallel, sizes = config.model, config.parallel, layout.mesh.shape
-    shape = {"stages": sizes["pipeline"], "virtual": parallel.virtual_stages}
     placed = placement.place(
         model.repeats,
-        **shape,
+        stages=sizes["pipeline"],
+        virtual=parallel.virtual_stages,
         size=len(model.pattern),
         prefix=len(model.prefix),
         suffix=len(model.suffix),
     )
-    table = schedules.make(
-        parallel.schedule, **shape, microbatches=config.train.microbatches
-    )
-    slots = schedules.lower(table)[1]
+    slots = schedules.lower(schedule_of(config, sizes["pipeline"]))[1]
     layers = [*model.prefix, *model.pattern * placed.depth, *model.suffix]
     of_layers = sum(saved_bytes(config, layer, layout) for layer in layers)
-    is_cut = "tensor" in tasks.activation_rules(config, layout).residual
-    width = model.width // (sizes["tensor"] if is_cut else 1)
-    x = _token_bytes(config, sizes, width)
+    x = _token_bytes(config, sizes, _width_between(config, layout))
     kept = x if parallel.recompute else of_layers
     total = slots.kept * kept + (slots.x + slots.dy) * x + 2 * of_layers
     if parallel.schedule == "zero_bubble":
@@ -206,6 +199,23 @@ def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
     whole = _whole_bytes(specs, layout, precision.policy(config.precision).param)
     copies = (checks.resolve_zero(config) >= 3) + bool(placed.rounds)
     return total + copies * whole
+
+
+def schedule_of(config: Config, stages: int) -> schedules.Schedule:
+    """The schedule of `config` over so many stages."""
+    return schedules.make(
+        config.parallel.schedule,
+        stages=stages,
+        virtual=config.parallel.virtual_stages,
+        microbatches=config.train.microbatches,
+    )
+
+
+def _width_between(config: Config, layout: Layout) -> int:
+    """Numbers a token that a device holds between blocks, where activations may be cut
+    along the length too: parallel.sequence."""
+    is_cut = "tensor" in tasks.activation_rules(config, layout).residual
+    return config.model.width // (layout.mesh.shape["tensor"] if is_cut else 1)
 
 
 def _whole_bytes(specs: Tree, layout: Layout, dtype: np.dtype) -> int:

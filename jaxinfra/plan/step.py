@@ -75,12 +75,7 @@ def pipeline_shares(config: Config) -> dict[str, tuple[float, float]]:
     """
     if config.mesh.pipeline <= 1:
         return {}
-    table = schedules.make(
-        config.parallel.schedule,
-        stages=config.mesh.pipeline,
-        virtual=config.parallel.virtual_stages,
-        microbatches=config.train.microbatches,
-    )
+    table = analytic.schedule_of(config, config.mesh.pipeline)
     rows = schedules.lower(table)[0]
     passes = {
         "/forward/": rows.forward_microbatch,

@@ -214,10 +214,7 @@ def kernels(sizes: tuple[int, ...], repeats: int) -> dict:
     for name, kernel in candidates.items():
         both = run(kernel)
         got = both(*given, g_BTKGH)
-        error = max(
-            float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
-            for x, y in zip(got, expected, strict=True)
-        )
+        error = _error(got, expected)
         secs = timed(both, *given, g_BTKGH, repeats=repeats)
         found[name] = {
             "error": error,
@@ -241,7 +238,7 @@ def parts(sizes: tuple[int, ...], repeats: int) -> dict:
     g = draw(3, B, T, K, G, H).at[:, :half].set(0)
     places_T = jnp.arange(T)
     platform = jax.devices()[0].platform
-    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    kernel = attention.PLATFORM_KERNEL.get(platform, "xla")
     how = {"kernel": kernel, "window": 0, "softcap": 0.0}
     options = jaxinfra.options_for(meshes.make_mesh({"data": jax.device_count()}))
 
@@ -274,13 +271,18 @@ def parts(sizes: tuple[int, ...], repeats: int) -> dict:
         if segments_BT is not None:
             segments_BT = segments_BT.astype(jnp.int32)
         run = jax.jit(later, compiler_options=options)
-        error = max(
-            float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
-            for x, y in zip(run(q, k, v, g, segments_BT), expected, strict=True)
-        )
+        error = _error(run(q, k, v, g, segments_BT), expected)
         secs = timed(run, q, k, v, g, segments_BT, repeats=repeats)
         found[name] = {"error": error, "is_right": error < BF16_ROUNDING, "secs": secs}
     return found
+
+
+def _error(got, expected) -> float:
+    """The largest of all arrays, of an array's largest number."""
+    return max(
+        float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y)))
+        for x, y in zip(got, expected, strict=True)
+    )
 
 
 def _by_row(q_BTKGH, k_BSKH, v_BSKH, segments_BT=None):

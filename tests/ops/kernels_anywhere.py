@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.interpreters import mlir
 
-from jaxinfra.ops import fused_attention
+from jaxinfra.ops import fused_attention, rematerialisation
+from jaxinfra.ops.seam import Context
 
 CUDNN_VERSION = 92000  # 9.20, newer than anything that is asked for
 
@@ -20,6 +21,23 @@ def allow(monkeypatch):
     for of_gpus in ("check_cudnn_version", "check_compute_capability"):
         monkeypatch.setattr(fused_attention_stablehlo, of_gpus, found)
     _compute_on_cpu()
+
+
+def saving(attend, remat):
+    """Attention over (q, k, v), which keeps what `remat` says; squared, as whatever
+    follows it is of use to the gradient."""
+
+    def run(*arrays):
+        out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
+        return jnp.square(out)
+
+    return jax.checkpoint(run, policy=rematerialisation.policy(remat))
+
+
+def sizes_kept(function, arrays):
+    """(size of the result, those of all arrays that the pull-back holds)."""
+    out, pull = jax.eval_shape(functools.partial(jax.vjp, function), *arrays)
+    return out.size, sorted(x.size for x in jax.tree.leaves(pull))
 
 
 @functools.cache

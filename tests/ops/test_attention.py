@@ -159,19 +159,13 @@ def test_remat_keeps_the_result_of_attention_once(kernel, one_device, monkeypatc
     ]
     attend = attention.make_attend(Rules(), kernel=kernel)
 
-    def run(*arrays):
-        # Squared, as whatever follows it is of use to the gradient.
-        out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
-        return jnp.square(out)
-
     def kept(remat):
         """(arrays as large as the result, times that cuDNN runs forward)"""
-        saving = jax.checkpoint(run, policy=rematerialisation.policy(remat))
-        out, pull = jax.eval_shape(functools.partial(jax.vjp, saving), *arrays)
+        saving = kernels_anywhere.saving(attend, remat)
+        result, sizes = kernels_anywhere.sizes_kept(saving, arrays)
         total = lambda *x: jnp.sum(saving(*x).astype(jnp.float32))
         program = str(jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*arrays))
-        large = [x for x in jax.tree.leaves(pull) if x.size == out.size]
-        return len(large), program.count(rematerialisation.CUDNN + "[")
+        return sizes.count(result), program.count(rematerialisation.CUDNN + "[")
 
     once = int(kernel == "cudnn")
     assert kept("full") == (1, 2 * once)  # the queries

@@ -9,7 +9,7 @@ import pytest
 from ops import kernels_anywhere, naive_attention
 
 from jaxinfra import mesh as mesh_lib
-from jaxinfra.ops import attention, rematerialisation
+from jaxinfra.ops import attention
 from jaxinfra.ops.seam import Context
 from jaxinfra.parallel import context, meeting
 from jaxinfra.sharding import Rules
@@ -148,15 +148,10 @@ def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
     with jax.set_mesh(mesh_lib.make_mesh({"context": 2}, devices=jax.devices()[:2])):
         attend = context.make_split_attend(Rules(), way=way, kernel=kernel)
 
-        def run(*arrays):
-            out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
-            return jnp.square(out)
-
         def kept(remat):
-            saving = jax.checkpoint(run, policy=rematerialisation.policy(remat))
-            out, pull = jax.eval_shape(functools.partial(jax.vjp, saving), *arrays)
-            sizes = sorted(x.size for x in jax.tree.leaves(pull))
-            return [size for size in sizes if size > 1000], out.size  # no tables
+            saving = kernels_anywhere.saving(attend, remat)
+            result, sizes = kernels_anywhere.sizes_kept(saving, arrays)
+            return [size for size in sizes if size > 1000], result  # no tables
 
         arrays = [jax.device_put(x, place) for x in arrays]
         given = sorted(x.size for x in arrays)
