@@ -135,33 +135,25 @@ def make_chunks(
 
     loop = functools.partial(jax.lax.scan, unroll=placed.depth if stack.unroll else 1)
 
-    def forward(virtual, x_BTD, context):
-        begun = (x_BTD, stack.nothing())
-        begun = prefix.forward(is_first(virtual), params["prefix"], begun, context, 0)
-
-        def turn(carry, at):
-            row, number, flag = at
-            mine = _row(params["pattern"], row)
-            return pattern.forward(there(flag), mine, carry, context, number), None
-
-        carry, _ = loop(turn, begun, repeats(virtual))
-        last = (params["suffix"], carry, context, number_of_suffix)
-        return suffix.forward(is_last(virtual), *last)
-
-    def keep(virtual, x_BTD, context):
+    def through(virtual, x_BTD, context, *, keeps: bool):
         begun = (x_BTD, stack.nothing())
         args = (params["prefix"], begun, context, 0)
-        begun, kept_first = prefix.keep(is_first(virtual), *args)
+        begun, kept_first = prefix.through(is_first(virtual), *args, keeps=keeps)
 
         def turn(carry, at):
             row, number, flag = at
-            mine = _row(params["pattern"], row)
-            return pattern.keep(there(flag), mine, carry, context, number)
+            args = (_row(params["pattern"], row), carry, context, number)
+            return pattern.through(there(flag), *args, keeps=keeps)
 
         carry, kept = loop(turn, begun, repeats(virtual))
         args = (params["suffix"], carry, context, number_of_suffix)
-        (y_BTD, told), kept_last = suffix.keep(is_last(virtual), *args)
+        (y_BTD, told), kept_last = suffix.through(is_last(virtual), *args, keeps=keeps)
         return y_BTD, told, ByLayer(kept_first, kept, kept_last)
+
+    def forward(virtual, x_BTD, context):
+        return through(virtual, x_BTD, context, keeps=False)[:2]
+
+    keep = functools.partial(through, keeps=True)
 
     def keep_input(virtual, x_BTD, context):
         return *forward(virtual, x_BTD, context), x_BTD
@@ -233,28 +225,18 @@ class _Group(NamedTuple):
         trained, rest = apart(params[i], self.is_trained[i])
         return trained, (context, number + i, rest)
 
-    def forward(self, flag, params, carry, context, number):
-        """carry: (x_BTD, what layers told so far)."""
-
-        def work(carry):
-            x_BTD, told = carry
-            for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
-                x_BTD, more = self.stack.layer(p, x_BTD, context, layer, number + i)
-                told = jax.tree.map(jnp.add, told, more)
-            return x_BTD, told
-
-        if flag is True or not self.configs:
-            return work(carry)
-        return jax.lax.cond(flag, work, lambda carry: carry, carry)
-
-    def keep(self, flag, params, carry, context, number):
-        """As `forward`: (carry, what each layer keeps)."""
+    def through(self, flag, params, carry, context, number, *, keeps: bool):
+        """carry: (x_BTD, what layers told so far) -> (carry, what each keeps)."""
 
         def work(carry):
             (x_BTD, told), kept = carry, []
-            for i, phase in enumerate(self.phases):
-                trained, about = self.parts(params, i, context, number)
-                x_BTD, more, values = phase.keep(trained, x_BTD, about)
+            for i, (layer, p) in enumerate(zip(self.configs, params, strict=True)):
+                if keeps:
+                    trained, about = self.parts(params, i, context, number)
+                    x_BTD, more, values = self.phases[i].keep(trained, x_BTD, about)
+                else:
+                    x_BTD, more = self.stack.layer(p, x_BTD, context, layer, number + i)
+                    values = []
                 told = jax.tree.map(jnp.add, told, more)
                 kept.append(values)
             return (x_BTD, told), kept
