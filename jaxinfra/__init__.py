@@ -30,6 +30,7 @@ _HOMES = {
     "launch.discovery": ("find_job", "with_job"),
     "parallel.context": ("make_split_attend", "row_order"),
     "parallel.expert": ("make_dispatch",),
+    "parallel.schedules": ("schedule_of",),
     "quant.arrays": ("QuantizedArray", "dequantize", "quantize"),
     "models.transformer": ("Model", "make_model"),
     "data.prepare": ("prepare", "prepared"),

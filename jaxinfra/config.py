@@ -388,9 +388,9 @@ class ParallelConfig:
     backward; 1f1b: backward as soon as can be, so that the stages, and not the
     microbatches, say how much is kept; interleaved: the same over several
     virtual_stages of each device, which wait less; zero_bubble: weight gradients fill
-    the ticks in which a stage would wait. recompute: stages keep only what enters them,
-    and run their layers once more in the backward pass; else what train.remat says of
-    each layer, for all microbatches that are under way.
+    the ticks in which a stage would wait. balanced: late stages keep a part for early
+    ones, which travels; auto: where a layer keeps its input alone. recompute: stages
+    keep what enters them, and run their layers once more; else by train.remat.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense). sequence: activations between
@@ -399,6 +399,7 @@ class ParallelConfig:
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
+    balanced: Literal["auto", "true", "false"] = "auto"
     recompute: bool = False
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
     experts: Literal["dropless", "dense"] = "dropless"

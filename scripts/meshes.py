@@ -136,14 +136,18 @@ def config_of(case: Case | None, model: str) -> Any:
     if case is None:
         return base
     by_axis = dict(zip(AXES, case.sizes, strict=True))
+    pipeline = by_axis["pipeline"]
     parallel = {"schedule": case.schedule or "1f1b", "context": case.context or "ring"}
     parallel |= {"virtual_stages": 2 if case.schedule == "interleaved" else 1}
+    parallel |= {"balanced": "true"}
     return dataclasses.replace(
         base,
         mesh=c.MeshConfig(**by_axis),
         parallel=c.ParallelConfig(**parallel),
         train=dataclasses.replace(
-            base.train, microbatches=4 if by_axis["pipeline"] > 1 else 1
+            base.train,
+            # So many that late stages keep a part for early ones.
+            microbatches=2 * pipeline if pipeline > 1 else 1,
         ),
         runtime=c.RuntimeConfig(devices=DEVICES),
     )

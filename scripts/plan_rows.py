@@ -35,6 +35,11 @@ _TIMES = (
 _LESS_VMEM = "xla_tpu_scoped_vmem_limit_kib="
 _8B = "--config llama3_8b --train.batch_size 16"
 _V5P8 = f"{_8B} --target v5p:2x2x2"
+_70B_PIPELINE = (
+    "--config llama3_70b --target v5p:4x4x4 --train.batch_size 256"
+    " --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4 --mesh.tensor 2"
+    " --parallel.schedule 1f1b"
+)
 # Name -> what scripts/plan.py is asked, in the order of their worth.
 ROWS = {
     "8B, v5p 8, full": _V5P8,
@@ -51,12 +56,12 @@ ROWS = {
     " --train.batch_size 128 --mesh.fsdp 64 --mesh.tensor 1",
     "Mixtral 8x7B, v5p 16": "--config mixtral_8x7b --target v5p:2x2x4"
     " --train.batch_size 32 --mesh.fsdp 4 --mesh.expert 4",
-    "70B, v5p 64, pipeline 8": "--config llama3_70b --target v5p:4x4x4"
-    " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4"
-    " --mesh.tensor 2 --parallel.schedule 1f1b",
-    "70B, v5p 64, pipeline 8, recomputed": "--config llama3_70b --target v5p:4x4x4"
-    " --train.batch_size 256 --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4"
-    " --mesh.tensor 2 --parallel.schedule 1f1b --parallel.recompute true",
+    "70B, v5p 64, pipeline 8": _70B_PIPELINE,
+    "70B, v5p 64, pipeline 8, attention saved": f"{_70B_PIPELINE}"
+    " --train.remat save:attention --parallel.balanced true",
+    "70B, v5p 64, pipeline 8, not balanced": f"{_70B_PIPELINE}"
+    " --parallel.balanced false",
+    "70B, v5p 64, pipeline 8, recomputed": f"{_70B_PIPELINE} --parallel.recompute true",
     "8B, 128k tokens, v5p 16": "--config llama3_8b --target v5p:2x2x4"
     " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
     " --parallel.context ring",

@@ -9,8 +9,8 @@
 
 `config.REMAT_NAMES` has the names. layer_input is what every layer keeps: with
 offload:layer_input it keeps nothing on the device. A CPU, whose memory is the host's,
-keeps what is offloaded. A fused kernel under Ulysses, or in a pipeline, has its result
-kept twice: as it made it, and as what follows reads it.
+keeps what is offloaded. A fused kernel under Ulysses has its result kept twice: as it
+made it, and as what follows reads it.
 """
 
 from collections.abc import Callable

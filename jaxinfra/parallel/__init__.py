@@ -5,9 +5,11 @@ or as a `GradFn`, and no model knows of them.
 
 | file | subject |
 |---|---|
-| `schedules` | a schedule is a table tick x stage: made, checked, drawn |
+| `schedules` | a schedule is a table tick x stage: made, checked, balanced, drawn |
+| `lowering` | the same as rows of integers, and how much room each stage needs |
 | `placement`, `travel` | which repeats each chunk of layers holds, how they travel |
 | `pipeline`, `chunks`, `phases` | the executor, a stage, a layer cut in parts |
+| `hops` | what goes from stage to stage |
 | `expert` | tokens go to the devices of their experts and come back |
 | `context` | attention over rows whose length is split; the balanced order |
 | `ring` | keys that go round, or all come at once |
@@ -23,16 +25,24 @@ and suffix counted. It composes with data, fsdp (every zero), expert, tensor and
 axes, float32, bfloat16 and float16, dropout, documents, unequal weights, tied tables.
 What layers of experts tell the loss is summed over chunks as they run forward, and its
 gradient joins that of the layer's result. A stage keeps what `train.remat` says of each
-of its layers for all microbatches under way, at most 2 S - 1 of them by 1f1b; with
-`--parallel.recompute true` only what enters it, for one more forward pass: of 80 layers
-in 8 stages, full remat, 32 microbatches, 4.4 GB of temporaries for 8.9 and 26% more
-FLOPs of matmuls (gpipe 6.2 for 16.1 GB; `scripts/bench.py pipeline`). zero_bubble also
-leaves to the weight pass what the gradients of matrices need, of up to S microbatches,
-which train.remat does not make less: 71 GB there. With zero 3 the parameters of a stage
-are gathered once a step and are whole meanwhile; zero is 1 unless it is set. Refused
-(`compositions`): ring attention, whose exchange all devices join while stages take
-different branches; a task of one's own, whose layers are not known; activations in the
-host's memory. More stages than repeats are refused too.
+of its layers for all microbatches under way: by 1f1b 2 S - 1 of them on the first stage
+and one on the last, and one program has room for the most on every device. So late
+stages may keep a part for early ones (`--parallel.balanced`): while a stage runs its
+passes, what an earlier pass kept goes to the partner, and as much comes back, and all
+need room for S or so. By itself (auto) this is done where a layer keeps its input
+alone, and what travels, on several links, takes less time than the passes; with 2
+stages it would save nothing. `--parallel.recompute true` keeps only what enters a
+stage, for one more forward pass. Of 80 layers in 8 stages, full remat, 32 microbatches,
+1f1b takes 6.9 GB of temporaries (9.0 not balanced, 4.3 recomputed, with 26% more FLOPs
+of matmuls; gpipe 16.1; `scripts/bench.py pipeline`). zero_bubble also leaves to the
+weight pass what the gradients of matrices need, of up to S microbatches, which
+train.remat does not make less: 69 GB there. With interleaved most repeats are not at
+home in their chunks: they travel there once a step, as they are at rest, and their
+gradients back, and both are held twice: 24 GB there. With zero 3 the parameters of a
+stage are gathered once a step and are whole meanwhile; zero is 1 unless it is set.
+Refused (`compositions`): ring attention, whose exchange all devices join while stages
+take different branches; a task of one's own, whose layers are not known; activations in
+the host's memory. More stages than repeats are refused too.
 Limits: prefix and suffix are held by every stage.
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a

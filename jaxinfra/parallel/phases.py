@@ -1,9 +1,10 @@
 """A layer's forward and backward pass, cut into parts that run at different times.
 
 The whole, forward pass and pull-back, is traced once to one list of equations. Each
-part is the equations that its results need, up to values that an earlier part has left:
-so the parts together do what the whole does, to the bit, and no product twice. What
-depends on parameters and context alone is not left but computed again where needed.
+part is the equations that its results need, up to values that an earlier part has left,
+those inside of a shard_map likewise: so the parts together do what the whole does, to
+the bit, and no product or kernel twice. What depends on parameters and context alone is
+not left but computed again where needed.
 
 What the forward part leaves follows `train.remat`; the cut replaces `jax.checkpoint`,
 inside which weight gradients could not be told from those of the activations.
@@ -144,11 +145,13 @@ def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
         if is_saved(eqn.primitive, **eqn.params):
             yield from eqn.outvars
         elif remat.startswith("save:") and eqn.primitive.name == "shard_map":
-            # A kernel's results, and what is made of them in here: it runs whole.
+            # What is saved in there, or all that is made of it where it stays there.
             inner = inlined(eqn.params["jaxpr"])
-            inside = _depending(inner.eqns, set(_kept(inner.eqns, remat)))
+            outs = set(_variables(inner.outvars))
+            saved = set(_kept(inner.eqns, remat))
+            leaving = saved & outs | _depending(inner.eqns, saved - outs)
             for var, atom in zip(eqn.outvars, inner.outvars, strict=True):
-                if not _is_literal(atom) and atom in inside:
+                if not _is_literal(atom) and atom in leaving:
                     yield var
 
 
@@ -172,12 +175,45 @@ def _needed(
     for eqn in reversed(eqns):
         if not any(var in wanted and var not in given for var in eqn.outvars):
             continue
+        if eqn.primitive.name == "shard_map":
+            eqn = _with_less(eqn, wanted - given, given)
         chosen.append(eqn)
         for var in _variables(eqn.invars):
             wanted.add(var)
             if var in given:
                 read[var] = None
     return chosen[::-1], list(read)
+
+
+def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
+    """A shard_map that makes those of its results that are wanted, of its inputs and
+    of those of its results that are given."""
+    inner, specs = inlined(eqn.params["jaxpr"]), eqn.params["out_specs"]
+    outputs = list(zip(eqn.outvars, inner.outvars, specs, strict=True))
+    made = [output for output in outputs if output[0] in wanted]
+    # Inside -> what stands for it outside, and its spec.
+    outside = zip(eqn.invars, eqn.params["in_specs"], strict=True)
+    inputs = dict(zip(inner.invars, outside, strict=True))
+    for var, atom, spec in outputs:
+        if var in given and not _is_literal(atom):
+            inputs[atom] = var, spec
+    eqns, read = _needed(inner.eqns, [atom for _, atom, _ in made], {*inputs})
+    part = inner.replace(
+        eqns=eqns,
+        invars=read,
+        outvars=[atom for _, atom, _ in made],
+        debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    changed = {
+        "jaxpr": part,
+        "in_specs": tuple(inputs[var][1] for var in read),
+        "out_specs": tuple(spec for _, _, spec in made),
+    }
+    return eqn.replace(
+        invars=[inputs[var][0] for var in read],
+        outvars=[var for var, _, _ in made],
+        params=eqn.params | changed,
+    )
 
 
 def inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:

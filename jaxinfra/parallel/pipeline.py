@@ -1,10 +1,11 @@
 """The executor of pipeline schedules: one SPMD program, a loop over a table's rows.
 
 Inside one `shard_map`, manual over `pipeline` and over the axes that only split rows,
-a `scan` walks the rows of `schedules.Program`. In a tick every stage, each under a
+a `scan` walks the rows of `lowering.Program`. In a tick every stage, each under a
 `cond` of its own, runs the forward pass, the backward pass and the weight gradient that
-its row names; then what they made travels to the neighbours. No collective over a
-manual axis is inside a branch that stages take differently. Tensor, context and expert
+its row names; then what they made travels to the neighbours. In a balanced schedule
+what a pass kept travels to the partner meanwhile. No collective over a manual axis is
+inside a branch that stages take differently. Tensor, context and expert
 axes stay Explicit, so that the model's own code runs in the branches as it is.
 
 The embedding and the head belong to no stage: their vocabulary is split over all of
@@ -26,10 +27,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import mesh, sharding
+from jaxinfra import sharding
 from jaxinfra.ops import loss
 from jaxinfra.ops.seam import Context
-from jaxinfra.parallel import placement, schedules, travel
+from jaxinfra.parallel import hops, lowering, placement, schedules, travel
 from jaxinfra.parallel.chunks import (
     GROUPS,
     NOTHING_LEFT,
@@ -146,7 +147,7 @@ def run(
 
 class _Carry(NamedTuple):
     """What goes from tick to tick. x, dy: what comes from the neighbours. Stashes: as
-    `schedules.Program` has them."""
+    `lowering.Program` has them."""
 
     x_BTD: jax.Array
     dy_BTD: jax.Array
@@ -162,7 +163,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     """One device's way through the table: (gradients by its own rows and chunks, sums
     of the loss over its own rows)."""
     model, last = stack.model, schedule.stages - 1
-    program, slots = schedules.lower(schedule)
+    table, slots = lowering.lower(schedule)
     has_grads, is_split = schedules.has_backward(schedule), schedule.weight is not None
     stage = jax.lax.axis_index("pipeline")
     of_ends = lambda tree: {name: tree[name] for name in params if name not in GROUPS}
@@ -196,7 +197,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     def leave(microbatch, y_BTD, grads):
         """The loss of what the last chunk made, by all stages together."""
         one, _ = of(microbatch)
-        y_BTD = _to_all(y_BTD, stage == last)
+        y_BTD = hops.to_all(y_BTD, stage == last)
 
         def unembed(trained, y_BTD):
             h_BTD, head_VD = model.unembed(joined(trained, rest), y_BTD)
@@ -212,7 +213,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
 
     def go_back(microbatch, dx_BTD, grads):
         """The gradient of the embedding, by all stages together."""
-        dx_BTD = _to_all(dx_BTD, stage == 0)
+        dx_BTD = hops.to_all(dx_BTD, stage == 0)
         embed = lambda trained: enter(microbatch, joined(trained, rest))
         _, pull = jax.vjp(embed, trained_ends)
         return _add(grads, pull(dx_BTD)[0])
@@ -234,10 +235,17 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
     at_first = jnp.int32(0), jnp.int32(0)
     no_kept = zeros_like(jax.eval_shape(forward, *at_first, no_x_BTD)[2])
 
-    def tick(carry: _Carry, row: schedules.Program):
+    def tick(carry: _Carry, row: lowering.Program):
         grads = carry.grads
         mine = jax.tree.map(lambda x: x[stage] if x.ndim else x, row)
         is_entering, is_leaving = row.enter >= 0, row.leave >= 0
+        kept_stash, lent = carry.kept_stash, ()
+        if schedule.is_balanced:
+            with jax.named_scope("lend"):
+                lent = _take(kept_stash, mine.kept_out)
+                # Read before anything is put there: else the stash would be copied.
+                lent, kept_stash = jax.lax.optimization_barrier((lent, kept_stash))
+                lent = hops.to_partner(lent, schedule.stages)
         with jax.named_scope("enter"):
             x_BTD = jax.lax.cond(
                 is_entering, lambda: enter(row.enter, ends), lambda: no_x_BTD
@@ -253,7 +261,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
                 lambda x: (no_x_BTD, no_told, no_kept),
                 x_BTD,
             )
-        kept_stash = _put(carry.kept_stash, kept, mine.forward_kept)
+        kept_stash = _put(kept_stash, kept, mine.forward_kept)
         with jax.named_scope("leave"):
             sums, dy_BTD, grads = jax.lax.cond(
                 is_leaving,
@@ -263,7 +271,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
                 grads,
             )
         new = carry._replace(
-            x_BTD=_to_next(y_BTD, schedule.stages),
+            x_BTD=hops.to_next(y_BTD, schedule.stages),
             x_stash=x_stash,
             kept_stash=kept_stash,
             sums=jax.tree.map(jnp.add, carry.sums, Sums(sums, told)),
@@ -286,6 +294,10 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
                 dy_BTD,
                 grads,
             )
+        if schedule.is_balanced:
+            # After both branches, so that it can travel while they run.
+            lent, dx_BTD = jax.lax.optimization_barrier((lent, dx_BTD))
+            kept_stash = _put(kept_stash, lent, mine.kept_in)
         left_stash = _put(carry.left_stash, left, mine.backward_left)
         if is_split:
             with jax.named_scope("weight"):
@@ -308,7 +320,8 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
                 grads,
             )
         new = new._replace(
-            dy_BTD=_to_next(dx_BTD, schedule.stages, by=-1),
+            dy_BTD=hops.to_next(dx_BTD, schedule.stages, by=-1),
+            kept_stash=kept_stash,
             dy_stash=dy_stash,
             left_stash=left_stash,
             grads=grads,
@@ -334,7 +347,7 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         grads=no_grads,
         sums=Sums(no_sums, no_told),
     )
-    carry, _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, program))
+    carry, _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, table))
     return carry.grads, carry.sums
 
 
@@ -380,17 +393,3 @@ def _take(tree: Tree, slot) -> Tree:
 def _put(tree: Tree, values: Tree, slot) -> Tree:
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=slot, axis=0)
     return jax.tree.map(put, tree, values)
-
-
-def _to_all(x: jax.Array, is_source) -> jax.Array:
-    """`x` of the one stage that is the source, on every stage."""
-    # XLA's CPU backend aborts on a bfloat16 sum in a region that is manual in part.
-    dtype = jnp.float32 if mesh.platform() == "cpu" else x.dtype
-    own = jnp.where(is_source, x, 0).astype(dtype)
-    return jax.lax.psum(own, "pipeline").astype(x.dtype)
-
-
-def _to_next(x: jax.Array, stages: int, *, by: int = 1) -> jax.Array:
-    """`x` of the stage before; the last's goes to the first."""
-    pairs = [(stage, (stage + by) % stages) for stage in range(stages)]
-    return jax.lax.ppermute(x, "pipeline", pairs)

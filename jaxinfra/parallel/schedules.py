@@ -7,15 +7,17 @@ gradient, in this order, each of one microbatch through one chunk. What a pass g
 the next chunk is there in the next tick.
 
 `make` has the named schedules; any other table that `check` accepts runs as well.
-`lower` turns a table into the rows of integers that `pipeline` executes.
+`lowering` turns a table into the rows of integers that `pipeline` executes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, assert_never
 
 import numpy as np
+
+from jaxinfra.config import Config
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 NOTHING = -1
@@ -25,7 +27,9 @@ NOTHING = -1
 class Schedule:
     """Three tables [ticks, stages] of int32: `microbatch * virtual + v`, or NOTHING.
 
-    weight: None where a backward pass makes the gradients of the weights too.
+    weight: None where a backward pass makes the gradients of the weights too. away: of
+    the first half of the stages, for how many ticks what a stage keeps is with its
+    partner; () or zeros where all is kept at home. See `balanced`.
     """
 
     name: str
@@ -35,6 +39,11 @@ class Schedule:
     forward: np.ndarray
     backward: np.ndarray
     weight: np.ndarray | None = None
+    away: tuple[int, ...] = ()
+
+    @property
+    def is_balanced(self) -> bool:
+        return any(self.away)
 
     @property
     def ticks(self) -> int:
@@ -45,46 +54,6 @@ class Schedule:
         return self.stages * self.virtual
 
 
-class Program(NamedTuple):
-    """A schedule as the executor reads it; all arrays int32, by tick, then by stage.
-    `*_microbatch` and `*_virtual`: of each pass; microbatch NOTHING where there is
-    none. A slot is a place in one of a stage's four stashes: x, the inputs of chunks;
-    kept, what a forward pass keeps for the backward pass; dy, the gradients of outputs
-    of chunks; left, what a backward pass leaves to the weight gradient. `x_in`,
-    `dy_in`: where what arrives goes. Each tick puts something everywhere; what nobody
-    reads goes where nothing stands that is read. enter, leave, back: the microbatch,
-    the same on every stage, that enters the first chunk, leaves the last, and whose
-    gradient leaves the first.
-    """
-
-    forward_microbatch: np.ndarray
-    forward_virtual: np.ndarray
-    forward_x: np.ndarray
-    forward_kept: np.ndarray
-    backward_microbatch: np.ndarray
-    backward_virtual: np.ndarray
-    backward_kept: np.ndarray
-    backward_dy: np.ndarray
-    backward_left: np.ndarray
-    weight_microbatch: np.ndarray
-    weight_virtual: np.ndarray
-    weight_left: np.ndarray
-    x_in: np.ndarray
-    dy_in: np.ndarray
-    enter: np.ndarray
-    leave: np.ndarray
-    back: np.ndarray
-
-
-class Slots(NamedTuple):
-    """How many each stash of a stage has, those for what nobody reads included."""
-
-    x: int
-    kept: int
-    dy: int
-    left: int
-
-
 class Pass(NamedTuple):
     """One entry of a table."""
 
@@ -93,11 +62,38 @@ class Pass(NamedTuple):
     chunk: int
 
 
+# Of a tick, in this order: something goes to the partner, a forward pass puts what it
+# keeps, a backward pass reads what was kept, what the partner sent is put.
+MOMENTS = 4
+SEND, PUT, READ, GET = range(MOMENTS)
+
+
+def schedule_of(config: Config, stages: int) -> Schedule:
+    """The schedule of config.parallel, over so many stages."""
+    parallel, train = config.parallel, config.train
+    schedule = make(
+        parallel.schedule,
+        stages=stages,
+        virtual=parallel.virtual_stages,
+        microbatches=train.microbatches,
+    )
+    match parallel.balanced:
+        case "auto":
+            keeps_little = parallel.recompute or train.remat == "full"
+            return balanced(schedule) if keeps_little else schedule
+        case "true":
+            return balanced(schedule)
+        case "false":
+            return schedule
+        case _:
+            assert_never(parallel.balanced)
+
+
 def make(name: str, *, stages: int, virtual: int, microbatches: int) -> Schedule:
     """The schedule called `name`; only 'interleaved' has several virtual stages.
 
     gpipe: all forward, then all backward (arXiv:1811.06965). 1f1b: a backward pass as
-    soon as it can be, so that at most 2 stages - 1 microbatches are in flight
+    soon as it can be, so that at most 2 stages - 1 microbatches are under way
     (arXiv:1806.03377). interleaved: the same over several virtual stages, which divides
     the bubble by them (arXiv:2104.04473 section 2.2). zero_bubble: 1f1b whose weight
     gradients fill the ticks in which a stage would wait (ZB-H1 of arXiv:2401.10241).
@@ -165,64 +161,12 @@ def check(schedule: Schedule) -> None:
     for (m, c), tick in weight.items():
         if backward[m, c] > tick:
             raise _too_early(schedule, "weight", m, c, tick, "its backward pass")
-
-
-def lower(schedule: Schedule) -> tuple[Program, Slots]:
-    """The rows that the executor reads, and the sizes of its stashes.
-
-    A slot is one microbatch's from the tick in which something arrives there to the
-    tick in which it is last read; slots are given out by colouring these intervals, so
-    that there are as many as are in use at once, or one more.
-    """
-    S, M = schedule.stages, schedule.microbatches
-    last = schedule.chunks - 1
-    forward = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "forward")}
-    backward = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "backward")}
-    weight = {(p.microbatch, p.chunk): p.tick for p in passes(schedule, "weight")}
-    x_spans: list[_Span] = []
-    dy_spans: list[_Span] = []
-    for (m, c), tick in forward.items():
-        arrives = tick if c == 0 else forward[m, c - 1] + 1
-        x_spans.append(_Span(c % S, arrives, tick, (m, c)))
-    for (m, c), tick in backward.items():
-        arrives = forward[m, c] if c == last else backward[m, c + 1] + 1
-        dy_spans.append(_Span(c % S, arrives, tick, (m, c)))
-    between = lambda one, other: [
-        _Span(c % S, one[m, c], tick, (m, c)) for (m, c), tick in other.items()
-    ]
-    _check_arrivals("inputs", x_spans)
-    _check_arrivals("gradients", dy_spans)
-    shape = schedule.ticks, S
-    x = _make_stash(x_spans, shape)
-    kept = _make_stash(between(forward, backward), shape)
-    dy = _make_stash(dy_spans, shape)
-    left = _make_stash(between(backward, weight), shape)
-
-    fields = {}
-    for kind in ("forward", "backward", "weight"):
-        microbatch, virtual = np.full(shape, NOTHING, np.int32), np.zeros(shape, int)
-        for tick, m, c in passes(schedule, kind):
-            microbatch[tick, c % S], virtual[tick, c % S] = m, c // S
-        fields[f"{kind}_microbatch"] = microbatch
-        fields[f"{kind}_virtual"] = virtual.astype(np.int32)
-    fields |= {name: np.full(schedule.ticks, NOTHING, np.int32) for name in _GLOBAL}
-    for m in range(M):
-        fields["enter"][forward[m, 0]] = m
-        fields["leave"][forward[m, last]] = m
-        if backward:
-            fields["back"][backward[m, 0]] = m
-    program = Program(
-        **fields,
-        x_in=x.put,
-        forward_x=x.read,
-        forward_kept=kept.put,
-        backward_kept=kept.read,
-        dy_in=dy.put,
-        backward_dy=dy.read,
-        backward_left=left.put,
-        weight_left=left.read,
-    )
-    return program, Slots(x.slots, kept.slots, dy.slots, left.slots)
+    half = schedule.stages // 2
+    if len(schedule.away) > half or min(schedule.away, default=0) < 0:
+        raise ValueError(
+            f"away={schedule.away} must be ticks, of at most the first {half} of "
+            f"{schedule.stages} stages, which have a partner further on"
+        )
 
 
 def passes(schedule: Schedule, kind: str) -> Iterator[Pass]:
@@ -240,14 +184,69 @@ def has_backward(schedule: Schedule) -> bool:
     return bool((schedule.backward != NOTHING).any())
 
 
-def in_flight(schedule: Schedule) -> int:
+def balanced(schedule: Schedule) -> Schedule:
+    """The same passes, where what the early stages keep is in part with the late ones.
+
+    By 1f1b stage s keeps 2 (S - s) - 1 microbatches, and every device has room for as
+    many as the first. So what stage s keeps is with its partner S - 1 - s for some
+    ticks, as many as make both keep about S. Each tick a stage sends its partner what
+    one pass kept, and gets as much (BPipe, Kim et al., ICML 2023).
+    """
+    S, schedule = schedule.stages, dataclasses.replace(schedule, away=())
+    most_S, spans = _most_kept(schedule), keeping(schedule)
+    if (most_S == most_S[::-1]).all():
+        return schedule
+    life = 1 + int((spans[:, 2] - spans[:, 1]).max(initial=0)) // MOMENTS
+    most_ES = np.stack(
+        [
+            _most_kept(dataclasses.replace(schedule, away=(ticks,) * (S // 2)))
+            for ticks in range(life)
+        ]
+    )
+    of_pairs = np.maximum(most_ES, most_ES[:, ::-1])[:, : S // 2]
+    return dataclasses.replace(schedule, away=tuple(map(int, of_pairs.argmin(axis=0))))
+
+
+def keeping(schedule: Schedule) -> np.ndarray:
+    """When stages keep what forward passes keep, [spans, 3]: a stage, the first and the
+    last moment of its ticks, both included."""
+    if not has_backward(schedule):
+        return np.zeros((0, 3), int)
+    begun_MC, ended_MC = _ticks_of(schedule, "forward"), _ticks_of(schedule, "backward")
+    S, stage = schedule.stages, np.arange(schedule.chunks) % schedule.stages
+    away = np.array([*schedule.away, *[0] * (S - len(schedule.away))])[stage]
+    put, read = begun_MC * MOMENTS + PUT, ended_MC * MOMENTS + READ
+    there, back = (begun_MC + 1) * MOMENTS, (begun_MC + 1 + away) * MOMENTS
+    is_lent = (there < back) & (back + GET < read)
+    spans = [
+        (stage, put, np.where(is_lent, there + SEND, read)),
+        (S - 1 - stage, there + GET, back + SEND),
+        (stage, back + GET, read),
+    ]
+    own, *lent = (np.stack(np.broadcast_arrays(*span), axis=-1) for span in spans)
+    return np.concatenate([own.reshape(-1, 3), *(span[is_lent] for span in lent)])
+
+
+def in_use(spans: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[times, stages], from the shape: how many things a stage keeps then. spans: as
+    `keeping` has them."""
+    stage, first, last = np.asarray(spans, int).reshape(-1, 3).T
+    change = np.zeros((shape[0] + 1, shape[1]), int)
+    np.add.at(change, (first, stage), 1)
+    np.add.at(change, (last + 1, stage), -1)
+    return np.cumsum(change, axis=0)[:-1]
+
+
+def most_kept(schedule: Schedule) -> int:
     """The most microbatches in a chunk, each from its forward pass to its backward
     pass, for which one stage keeps something at once."""
-    held_TS = np.zeros((schedule.ticks + 1, schedule.stages), int)
-    for sign, kind, after in ((1, "forward", 0), (-1, "backward", 1)):
-        for tick, _, chunk in passes(schedule, kind):
-            held_TS[tick + after, chunk % schedule.stages] += sign
-    return int(np.cumsum(held_TS, axis=0).max())
+    return int(_most_kept(schedule).max())
+
+
+def _most_kept(schedule: Schedule) -> np.ndarray:
+    """[stages]"""
+    shape = schedule.ticks * MOMENTS, schedule.stages
+    return in_use(keeping(schedule), shape).max(axis=0)
 
 
 def bubble(
@@ -281,9 +280,14 @@ def draw(schedule: Schedule, *, ticks: int = 40) -> str:
     more = "" if schedule.ticks <= ticks else f" ... {schedule.ticks - ticks} more"
     lines = [
         f"{schedule.name}: {S} stages x {V} virtual, {schedule.microbatches} "
-        f"microbatches, {schedule.ticks} ticks, bubble {bubble(schedule):.1%}, at most "
-        f"{in_flight(schedule)} in flight"
+        f"microbatches, {schedule.ticks} ticks, bubble {bubble(schedule):.1%}, a stage "
+        f"keeps at most {most_kept(schedule)}"
     ]
+    if schedule.is_balanced:
+        lines.append(
+            f"what stage s keeps is with stage {S - 1} - s for so many ticks: "
+            + ", ".join(map(str, schedule.away))
+        )
     for stage in range(S):
         for kind, rows in cells.items():
             name = f"stage {stage}" if kind == "forward" else ""
@@ -292,17 +296,14 @@ def draw(schedule: Schedule, *, ticks: int = 40) -> str:
     return "\n".join(lines)
 
 
-# Arrays that are the same on every stage.
-_GLOBAL = ("enter", "leave", "back")
-
-
-class _Span(NamedTuple):
-    """Ticks from first to last, both included, in which a stage keeps something."""
-
-    stage: int
-    first: int
-    last: int
-    item: tuple[int, int]
+def _ticks_of(schedule: Schedule, kind: str) -> np.ndarray:
+    """[microbatches, chunks]"""
+    table = getattr(schedule, kind)
+    tick, stage = np.nonzero(table != NOTHING)
+    m, v = np.divmod(table[tick, stage], schedule.virtual)
+    at_MC = np.zeros((schedule.microbatches, schedule.chunks), int)
+    at_MC[m, v * schedule.stages + stage] = tick
+    return at_MC
 
 
 def _table(at_MC: np.ndarray, *, ticks: int, stages: int, virtual: int) -> np.ndarray:
@@ -345,44 +346,6 @@ def _too_early(schedule, kind, m, c, tick, what) -> ValueError:
         f"{kind} of microbatch {m} in chunk {c} (stage {c % schedule.stages}) is at "
         f"tick {tick}, before {what} is there"
     )
-
-
-def _check_arrivals(what: str, spans: Sequence[_Span]) -> None:
-    """One thing at a time can be put into a stash."""
-    seen: set[tuple[int, int]] = set()
-    for span in spans:
-        if (span.stage, span.first) in seen:
-            raise ValueError(
-                f"stage {span.stage} would get two {what} at tick {span.first}; one "
-                "of them must be made at another"
-            )
-        seen.add((span.stage, span.first))
-
-
-class _Stash(NamedTuple):
-    """put, read: [ticks, stages], the slot in which a tick puts, and reads, something.
-    slots: how many there are."""
-
-    put: np.ndarray
-    read: np.ndarray
-    slots: int
-
-
-def _make_stash(spans: Sequence[_Span], shape: tuple[int, int]) -> _Stash:
-    """By first tick, each span takes the lowest free slot of its stage, put there in
-    its first tick and read in its last. What else is put goes where nothing is kept."""
-    put, read = np.full(shape, NOTHING, np.int32), np.zeros(shape, np.int32)
-    in_use = np.zeros((shape[0] + 1, shape[1]), int)
-    for stage, first, last, _ in spans:
-        in_use[first, stage] += 1
-        in_use[last + 1, stage] -= 1
-    is_busy = np.zeros((*shape, 1 + int(np.cumsum(in_use, axis=0).max())), bool)
-    for stage, first, last, _ in sorted(spans, key=lambda span: span.first):
-        slot = int(np.argmin(is_busy[first, stage]))
-        is_busy[first : last + 1, stage, slot] = True
-        put[first, stage], read[last, stage] = slot, slot
-    put = np.where(put == NOTHING, np.argmin(is_busy, axis=2), put).astype(np.int32)
-    return _Stash(put, read, 1 + int(put.max(initial=0)))
 
 
 def _cell(entry: int, virtual: int) -> str:

@@ -10,7 +10,7 @@ moments, each on top of what is at rest:
 
 In a pipeline a stage's gradients, whole over fsdp, and what its schedule keeps of the
 microbatches under way are there at the first two: of eight that were compiled for v5p
-the peak is within 4%, but 9% too high where several virtual stages take turns.
+the peak is within 5%, but 9% too high where several virtual stages take turns.
 
 Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
 is taken to bring in all of the state at once; a GPU has held more (plan.__init__).
@@ -28,7 +28,7 @@ from jaxinfra import checks, params, precision, sharding, tasks
 from jaxinfra.config import AXES, Config, LayerConfig, ModelConfig
 from jaxinfra.models import specs as model_specs
 from jaxinfra.ops.layers import GATED
-from jaxinfra.parallel import placement, schedules
+from jaxinfra.parallel import lowering, placement, schedules
 from jaxinfra.params import Tree
 from jaxinfra.sharding import Layout
 from jaxinfra.train import optim, state
@@ -182,12 +182,14 @@ def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
         prefix=len(model.prefix),
         suffix=len(model.suffix),
     )
-    slots = schedules.lower(schedule_of(config, sizes["pipeline"]))[1]
+    schedule = schedules.schedule_of(config, sizes["pipeline"])
+    slots = lowering.lower(schedule)[1]
     layers = [*model.prefix, *model.pattern * placed.depth, *model.suffix]
     of_layers = sum(saved_bytes(config, layer, layout) for layer in layers)
     x = _token_bytes(config, sizes, _width_between(config, layout))
     kept = x if parallel.recompute else of_layers
-    total = slots.kept * kept + (slots.x + slots.dy) * x + 2 * of_layers
+    travelling = 2 * schedule.is_balanced  # one on its way out, and one that comes
+    total = (slots.kept + travelling) * kept + (slots.x + slots.dy) * x + 2 * of_layers
     if parallel.schedule == "zero_bubble":
         # What meets in the gradients of a layer's matrices: both sides of each.
         ffn = max(_ffn_width(model, layer) for layer in layers)
@@ -199,16 +201,6 @@ def _stage_bytes(config: Config, layout: Layout, specs: Tree) -> int:
     whole = _whole_bytes(specs, layout, precision.policy(config.precision).param)
     copies = (checks.resolve_zero(config) >= 3) + bool(placed.rounds)
     return total + copies * whole
-
-
-def schedule_of(config: Config, stages: int) -> schedules.Schedule:
-    """The schedule of `config` over so many stages."""
-    return schedules.make(
-        config.parallel.schedule,
-        stages=stages,
-        virtual=config.parallel.virtual_stages,
-        microbatches=config.train.microbatches,
-    )
 
 
 def _width_between(config: Config, layout: Layout) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxinfra import compiler_options, experiment, tasks
 from jaxinfra.config import Config
 from jaxinfra.data import packing
-from jaxinfra.parallel import schedules
+from jaxinfra.parallel import lowering, schedules
 from jaxinfra.plan import analytic, compilers, cost, program, report
 from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
@@ -75,8 +75,8 @@ def pipeline_shares(config: Config) -> dict[str, tuple[float, float]]:
     """
     if config.mesh.pipeline <= 1:
         return {}
-    table = analytic.schedule_of(config, config.mesh.pipeline)
-    rows = schedules.lower(table)[0]
+    table = schedules.schedule_of(config, config.mesh.pipeline)
+    rows = lowering.lower(table)[0]
     passes = {
         "/forward/": rows.forward_microbatch,
         "/backward/": rows.backward_microbatch,

@@ -1,13 +1,15 @@
 """Collectives of a compiled program: what each puts on the wire, and over which axes.
 
 Bytes are those that a device sends in a ring over a group of n: (n - 1) / n of the
-whole for a gather or scatter, twice that for an all-reduce.
+whole for a gather or scatter, twice that for an all-reduce. A permutation's are those
+of the busiest link of a ring over its axis, each pair by the shorter way.
 Source: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002.
 """
 
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -56,6 +58,8 @@ def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
         "reduce-scatter": whole * (n - 1),
         "all-to-all": whole * (n - 1) / n,
     }
+    if kind == "collective-permute" and axes:
+        return Wire(kind, name, whole * _load(groups, axes))
     return Wire(kind, name, sent.get(kind, whole))
 
 
@@ -94,6 +98,24 @@ def spanned(groups: Sequence[Sequence[int]], axes: Axes) -> str:
             if len({place[i] for place in places}) > 1
         }
     return "+".join(axis for axis in axes if axis in moving) or "?"
+
+
+def _load(pairs: Sequence[Sequence[int]], axes: Axes) -> int:
+    """How many of the pairs share the busiest link, one way, where an axis is a ring.
+    Pairs along several axes have links of their own."""
+    used: Counter[tuple] = Counter()
+    for pair in pairs:
+        source, target = (_place(number, axes) for number in pair)
+        moved = [i for i, (a, b) in enumerate(zip(source, target)) if a != b]
+        if len(moved) != 1:
+            continue
+        [axis], size = moved, list(axes.values())[moved[0]]
+        way = (target[axis] - source[axis]) % size
+        step, hops = (1, way) if way <= size - way else (-1, size - way)
+        rest = source[:axis] + source[axis + 1 :]
+        for hop in range(hops):
+            used[axis, rest, (source[axis] + step * hop) % size, step] += 1
+    return max(used.values(), default=1)
 
 
 def _place(number: int, axes: Axes) -> tuple[int, ...]:

@@ -41,9 +41,7 @@ def make_pipelined(
     loss_config: LossConfig,
     *,
     layout: Layout,
-    schedule: str,
-    virtual_stages: int,
-    microbatches: int,
+    schedule: schedules.Schedule,
     document_mask: bool = True,
     remat: str = "none",
     recompute: bool = False,
@@ -57,18 +55,16 @@ def make_pipelined(
     """The next-token loss of `cfg` over the pipeline of the layout's mesh.
 
     model_of(rules): the transformer of `cfg` by these rules; those of loss_config are
-    taken, but for what the executor splits itself. schedule: one of
-    `schedules.NAMES`; virtual_stages: of each device. remat: what a layer keeps for its
-    backward pass; recompute: whether for one microbatch at a time, in a second forward
-    pass, and until then what enters a stage is kept alone. order_T:
-    where each row's tokens stand, of `context.row_order`. routers: of a model with
-    experts. staged(model, is_random=has a key): the model that is trained, if its
-    parameters come in another form. comm: in how many bits the layers' weights and
-    gradients cross the fsdp axis. tuned: (specs of the parameters, whether each is
-    trained), where some are not.
+    taken, but for what the executor splits itself. schedule: of as many stages as the
+    mesh has. remat: what a layer keeps for its backward pass; recompute: whether a
+    stage keeps what enters it alone, and runs its layers once more. order_T: where each
+    row's tokens stand, of `context.row_order`. routers: of a model with experts.
+    staged(model, is_random=has a key): the model that is trained, if its parameters
+    come in another form. comm: in how many bits the layers' weights and gradients cross
+    the fsdp axis. tuned: (specs of the parameters, whether each is trained), where some
+    are not.
     """
     rules = pipeline.inside(loss_config.rules)
-    stages = layout.mesh.shape["pipeline"]
     sharp = dataclasses.replace(loss_config, rules=rules, label_smoothing=0.0)
     smooth = dataclasses.replace(loss_config, rules=rules)
     gather, reduce = sharding.all_gather, None
@@ -80,10 +76,6 @@ def make_pipelined(
         model = model._replace(specs=specs)
     stack = Stack(
         model, cfg, sharp, remat, recompute, unroll, order_T, routers, is_trained
-    )
-
-    whole = schedules.make(
-        schedule, stages=stages, virtual=virtual_stages, microbatches=microbatches
     )
 
     def run(table, params, model_state, batch, key, scale=1.0, model=stack.model):
@@ -126,19 +118,23 @@ def make_pipelined(
         if staged is not None:
             model = staged(model, is_random=key is not None)
         if not isinstance(model_state, objective.Scaled):
-            return Gradients(*run(whole, params, model_state, batch, key, model=model))
+            return Gradients(
+                *run(schedule, params, model_state, batch, key, model=model)
+            )
         scale, inner = model_state.scale, model_state.inner
-        grads, loss_sum, aux = run(whole, params, inner, batch, key, scale, model)
+        grads, loss_sum, aux = run(schedule, params, inner, batch, key, scale, model)
         return Gradients(jax.tree.map(lambda g: g / scale, grads), loss_sum, aux)
 
     def loss_fn(params, model_state, batch, key):
         parts = sharding.axis_product(layout.mesh, layout.params.batch)
         table = schedules.forward_only(
-            stages=stages,
-            virtual=virtual_stages,
-            microbatches=math.gcd(len(batch.tokens_BT1) // parts, microbatches),
+            stages=schedule.stages,
+            virtual=schedule.virtual,
+            microbatches=math.gcd(
+                len(batch.tokens_BT1) // parts, schedule.microbatches
+            ),
         )
         _, loss_sum, aux = run(table, params, model_state, batch, key)
         return loss_sum, aux
 
-    return Pipelined(grad_fn, loss_fn, schedules.draw(whole))
+    return Pipelined(grad_fn, loss_fn, schedules.draw(schedule))

@@ -66,6 +66,7 @@ def config(
     way: str = "ring",
     experts: str = "dropless",
     recompute: bool = False,
+    balanced: str = "true",
     **train: Any,
 ) -> Config:
     """A tiny model on this mesh, its vocabulary prime."""
@@ -89,6 +90,7 @@ def config(
             context=way,
             experts=experts,
             recompute=recompute,
+            balanced=balanced,
         ),
         precision=precision_name,
         zero=zero,

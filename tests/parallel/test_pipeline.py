@@ -57,6 +57,7 @@ MORE = [
         {"model": {"repeats": 5}, "remat": "save:attention+ffn_in"},
     ),
     ({"pipeline": 2, "data": 4}, {"microbatches": 1}),
+    ({"pipeline": 4}, {"microbatches": 8, "balanced": "false"}),
     ({"pipeline": 2, "context": 2}, {"way": "ulysses", "schedule": "zero_bubble"}),
     (
         {"pipeline": 2, "context": 4},
@@ -158,21 +159,26 @@ def test_loss_and_gradients_are_those_of_one_device(sizes, settings):
     check(sizes, settings)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_stage_keeps_its_layers_inputs_or_its_own(recompute):
-    """By the loop over ticks: with 2 stages 3 microbatches are under way."""
+@pytest.mark.parametrize(
+    ("recompute", "balanced", "most"),
+    [(False, "true", 3), (False, "false", 7), (True, "auto", 3)],
+)
+def test_a_stage_keeps_its_layers_inputs_or_its_own(recompute, balanced, most):
+    """By the loop over ticks: of 4 stages the first has 7 microbatches under way, the
+    last 1; balanced, one of 4 is on its way."""
     settings = {"schedule": "1f1b", "remat": "full", "recompute": recompute}
-    config = pipelines.config({"pipeline": 2}, **settings)
+    settings |= {"model": {"repeats": 20}, "microbatches": 8, "balanced": balanced}
+    config = pipelines.config({"pipeline": 4}, **settings)
     built = pipelines.build(config)
     with jax.set_mesh(built.layout.mesh):
         here = pipelines.placed(built, pipelines.first_params(built))
         args = (here, (), pipelines.rows(built), None)
         program = str(jax.make_jaxpr(built.task.grad_fn)(*args))
     program = re.sub(r"@(\w+|\([\w,]*\))", "", program)  # how arrays are laid out
-    rows, layers = pipelines.ROWS // config.train.microbatches, 2
+    rows, layers = pipelines.ROWS // config.train.microbatches, 5
     shape = lambda *first: f"f32[{','.join(map(str, first))},{rows},24"
-    assert (shape(3, layers) in program) is not recompute
-    assert (shape(3) in program) is recompute
+    assert (shape(most, layers) in program) is not recompute
+    assert (shape(most) in program) is recompute
 
 
 @pytest.mark.slow
@@ -183,6 +189,42 @@ def test_what_is_kept_is_what_would_be_computed_again(settings):
     again = pipelines.config(sizes, **settings, recompute=True)
     far = pipelines.distance(pipelines.gradients(again, weights)[0].grads, kept.grads)
     assert max(far.values()) < SAME, far
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({"pipeline": 4}, {"remat": "full"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ({"pipeline": 3}, {"model": ODD, "remat": "none"}),
+                ({"pipeline": 4, "tensor": 2}, {"schedule": "zero_bubble"}),
+                (
+                    {"pipeline": 2, "expert": 2},
+                    {
+                        "schedule": "interleaved",
+                        "virtual": 2,
+                        "microbatches": 4,
+                        "model": EXPERTS,
+                        **TOLD,
+                    },
+                ),
+                ({"pipeline": 4}, {"recompute": True, "precision_name": "bfloat16"}),
+            ]
+        ),
+    ],
+)
+def test_what_is_lent_comes_back_as_it_was(sizes, settings):
+    """To the bit: what is computed is the same, wherever it is kept."""
+    settings = {"microbatches": 8} | settings
+    balanced = pipelines.config(sizes, **settings)
+    schedule = schedules.schedule_of(balanced, sizes["pipeline"])
+    assert schedule.is_balanced
+    lent, _, weights = pipelines.gradients(balanced)
+    plain = pipelines.config(sizes, **settings, balanced="false")
+    kept, _, _ = pipelines.gradients(plain, weights)
+    jax.tree.map(np.testing.assert_array_equal, lent, kept)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfra.parallel import schedules
+from jaxinfra import config
+from jaxinfra.parallel import lowering, schedules
 
 STAGES, MICROBATCHES, VIRTUALS = (
     st.integers(1, 7),
@@ -27,9 +28,14 @@ def made(name, *, stages=4, virtual=1, microbatches=6):
 def any_schedule(draw):
     name = draw(st.sampled_from(schedules.NAMES))
     virtual = draw(VIRTUALS) if name == "interleaved" else 1
-    return made(
+    schedule = made(
         name, stages=draw(STAGES), virtual=virtual, microbatches=draw(MICROBATCHES)
     )
+    # Not as `balanced` has it: whatever is right for one is right for it too.
+    away = draw(st.lists(st.integers(0, 9), max_size=schedule.stages // 2))
+    schedule = dataclasses.replace(schedule, away=tuple(away))
+    schedules.check(schedule)
+    return schedule
 
 
 @given(any_schedule())
@@ -62,13 +68,14 @@ def test_every_pass_is_done_once_and_after_what_it_needs(schedule):
 @given(any_schedule())
 def test_what_is_read_from_a_slot_is_what_was_put_there(schedule):
     """Plays the lowered rows with numbers for activations."""
-    program, slots = schedules.lower(schedule)
+    program, slots = lowering.lower(schedule)
     S, V = schedule.stages, schedule.virtual
     last = S * V - 1
     stashes = [[{} for _ in range(S)] for _ in range(4)]
     came_x, came_dy = [None] * S, [None] * S
     for t in range(schedule.ticks):
         done_x, done_dy = [None] * S, [None] * S
+        lent = [stashes[1][s].get(program.kept_out[t, s]) for s in range(S)][::-1]
         for s in range(S):
             x, kept, dy, left = (stash[s] for stash in stashes)
             enters = program.enter[t] >= 0 and s == 0
@@ -88,6 +95,8 @@ def test_what_is_read_from_a_slot_is_what_was_put_there(schedule):
                 assert kept[program.backward_kept[t, s]] == (m, c)
                 assert dy[program.backward_dy[t, s]] == (m, c)
                 done_dy[s], left_now = (m, c - 1), (m, c)
+            if schedule.is_balanced:
+                kept[program.kept_in[t, s]] = lent[s]
             left[program.backward_left[t, s]] = left_now
             if (m := program.weight_microbatch[t, s]) >= 0:
                 c = program.weight_virtual[t, s] * S + s
@@ -98,25 +107,82 @@ def test_what_is_read_from_a_slot_is_what_was_put_there(schedule):
         came_dy = [done_dy[(s + 1) % S] for s in range(S)]
     for table, count in (
         (program.x_in, slots.x),
-        (program.forward_kept, slots.kept),
+        (
+            np.maximum(program.forward_kept, schedule.is_balanced * program.kept_in),
+            slots.kept,
+        ),
         (program.dy_in, slots.dy),
         (program.backward_left, slots.left),
     ):
         assert 0 <= table.min() <= table.max() == count - 1
     if schedules.has_backward(schedule):
-        assert schedules.in_flight(schedule) <= slots.kept
-        assert slots.kept <= schedules.in_flight(schedule) + 1
+        assert schedules.most_kept(schedule) <= slots.kept
+        assert slots.kept <= schedules.most_kept(schedule) + 1
 
 
 @given(STAGES, MICROBATCHES)
 def test_1f1b_keeps_as_many_as_the_stages_say_and_gpipe_all(stages, microbatches):
     sizes = {"stages": stages, "microbatches": microbatches}
     most = min(microbatches, 2 * stages - 1)
-    assert schedules.in_flight(made("1f1b", **sizes)) == most
-    assert schedules.in_flight(made("zero_bubble", **sizes)) == most
-    assert schedules.in_flight(made("gpipe", **sizes)) == microbatches
+    assert schedules.most_kept(made("1f1b", **sizes)) == most
+    assert schedules.most_kept(made("zero_bubble", **sizes)) == most
+    assert schedules.most_kept(made("gpipe", **sizes)) == microbatches
     if microbatches >= 2 * stages - 1:  # all slots are in use only where one is filled
-        assert schedules.lower(made("1f1b", **sizes))[1].kept == most
+        assert lowering.lower(made("1f1b", **sizes))[1].kept == most
+
+
+@given(any_schedule())
+def test_balanced_stages_keep_less_and_do_the_same(schedule):
+    schedule = dataclasses.replace(schedule, away=())
+    found = schedules.balanced(schedule)
+    assert schedules.most_kept(found) <= schedules.most_kept(schedule)
+    plain, slots = (lowering.lower(x)[1].kept for x in (schedule, found))
+    assert slots < plain if found.is_balanced else slots == plain
+    for kind in ("forward", "backward", "weight"):
+        for one, other in zip(
+            schedules.passes(found, kind), schedules.passes(schedule, kind), strict=True
+        ):
+            assert one == other
+
+
+@given(STAGES, MICROBATCHES)
+def test_balanced_1f1b_keeps_as_many_as_there_are_stages(stages, microbatches):
+    sizes = {"stages": stages, "microbatches": microbatches}
+    found = schedules.balanced(made("1f1b", **sizes))
+    if stages == 2:  # the first has 3 for 2 ticks each, too short for there and back
+        assert not found.is_balanced
+        return
+    assert schedules.most_kept(found) <= stages
+    if microbatches >= 2 * stages - 1:
+        assert found.is_balanced == (stages > 1)
+        # The middle one of an odd number has no partner; others have one on its way.
+        assert schedules.most_kept(found) == stages - (stages % 2 == 0)
+        assert lowering.lower(found)[1].kept <= stages
+
+
+def test_nothing_is_lent_where_it_would_save_nothing():
+    for name in ("gpipe", "1f1b"):
+        assert not schedules.balanced(made(name, stages=1)).is_balanced
+    assert not schedules.balanced(made("gpipe")).is_balanced
+
+
+@pytest.mark.parametrize(
+    ("remat", "parallel", "expected"),
+    [
+        ("full", {}, True),
+        ("dots", {}, False),
+        ("dots", {"recompute": True}, True),
+        ("none", {"balanced": "true"}, True),
+        ("full", {"balanced": "false"}, False),
+    ],
+)
+def test_stages_lend_where_they_keep_little_or_are_told_to(remat, parallel, expected):
+    whole = config.Config(
+        name="x",
+        train=config.TrainConfig(remat=remat, microbatches=8),
+        parallel=config.ParallelConfig(**parallel),
+    )
+    assert schedules.schedule_of(whole, 4).is_balanced is expected
 
 
 @given(STAGES, st.integers(1, 5), st.integers(1, 3))
@@ -141,7 +207,7 @@ def test_forward_only_has_no_backward_pass_and_no_tick_for_it():
     schedule = schedules.forward_only(stages=3, virtual=2, microbatches=5)
     assert not schedules.has_backward(schedule)
     assert (schedule.forward[-1] >= 0).any()
-    program, slots = schedules.lower(schedule)
+    program, slots = lowering.lower(schedule)
     assert (program.back == schedules.NOTHING).all()
     assert (slots.dy, slots.left) == (1, 1)
 
@@ -178,11 +244,13 @@ def moved(table, entry, tick, stage):
             "forward of microbatch 2 in chunk 0 is done at ticks 2 and 3",
         ),
         (lambda s: {"microbatches": 5}, "there are 5"),
+        (lambda s: {"away": (1, 1, 1)}, "of at most the first 2 of 4 stages"),
+        (lambda s: {"away": (-1,)}, "away=(-1,) must be ticks"),
     ],
 )
 def test_a_table_that_cannot_be_is_refused(change, told):
     schedule = made("zero_bubble")
-    with pytest.raises(ValueError, match="microbatch") as error:
+    with pytest.raises(ValueError, match=r"microbatch|away") as error:
         schedules.check(dataclasses.replace(schedule, **change(schedule)))
     assert told in str(error.value)
 
@@ -200,7 +268,7 @@ def test_two_arrivals_in_a_tick_are_refused():
     )
     schedules.check(table)
     with pytest.raises(ValueError, match="stage 0 would get two inputs at tick 1"):
-        schedules.lower(table)
+        lowering.lower(table)
 
 
 def test_names_and_virtual_stages_are_checked():
@@ -213,8 +281,8 @@ def test_names_and_virtual_stages_are_checked():
 def test_a_schedule_is_drawn_as_text():
     drawn = schedules.draw(made("1f1b", stages=2, microbatches=3))
     assert drawn == (
-        "1f1b: 2 stages x 1 virtual, 3 microbatches, 5 ticks, bubble 25.0%, at most 3 "
-        "in flight\n"
+        "1f1b: 2 stages x 1 virtual, 3 microbatches, 5 ticks, bubble 25.0%, a stage "
+        "keeps at most 3\n"
         "stage 0  forward   0 1 2 . .\n"
         "         backward  . . 0 1 2\n"
         "stage 1  forward   . 0 1 2 .\n"
@@ -222,3 +290,7 @@ def test_a_schedule_is_drawn_as_text():
     )
     lettered = schedules.draw(made("interleaved", virtual=2, microbatches=4), ticks=3)
     assert "stage 0  forward   0a 1a 2a ... " in lettered
+    lent = schedules.draw(schedules.balanced(made("1f1b", microbatches=8)), ticks=1)
+    assert lent.splitlines()[1] == (
+        "what stage s keeps is with stage 3 - s for so many ticks: 3, 1"
+    )

@@ -180,3 +180,24 @@ def test_a_collective_sends_what_its_ring_does(op, out, sent):
     line = program.parse(text)["m"][0]
     kind = op.removesuffix("-start")
     assert wires.of(line, "m", None) == wires.Wire(kind, "?", sent)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "load"),
+    [
+        ("{0,1},{1,2},{2,3},{3,0}", 1),
+        ("{0,3},{1,2},{2,1},{3,0}", 1),  # on a ring of 4 the ends are neighbours
+        ("{0,2},{1,3},{2,0},{3,1}", 2),
+        ("{0,5},{1,4},{4,1},{5,0}", 2),  # of 6 in a ring, 1 to 4 is 3 links
+    ],
+)
+def test_a_permutation_sends_what_its_busiest_link_carries(pairs, load):
+    text = (
+        "ENTRY %m (x: f32[16]) -> f32[16] {\n  ROOT %r = f32[16] "
+        f"collective-permute(%x), source_target_pairs={{{pairs}}}\n}}\n"
+    )
+    line = program.parse(text)["m"][0]
+    size = 6 if "5" in pairs else 4
+    for mesh, name in (({"a": size}, "a"), ({"b": 1, "a": size}, "a")):
+        wire = wires.of(line, "m", mesh)
+        assert wire == wires.Wire("collective-permute", name, 64 * load)
