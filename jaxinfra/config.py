@@ -389,8 +389,8 @@ class ParallelConfig:
     microbatches, say how much is kept; interleaved: the same over several
     virtual_stages of each device, which wait less; zero_bubble: weight gradients fill
     the ticks in which a stage would wait. balanced: late stages keep a part for early
-    ones, which travels; auto: where a layer keeps its input alone. recompute: stages
-    keep what enters them, and run their layers once more; else by train.remat.
+    ones, which travels; auto: with train.remat full or recompute, on a fast network.
+    recompute: stages keep only what enters them, and run their layers once more.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense). sequence: activations between

@@ -44,6 +44,7 @@ _70B_PIPELINE = (
 ROWS = {
     "8B, v5p 8, full": _V5P8,
     "8B, v5p 8, keys and values saved": f"{_V5P8} --train.remat save:key+value",
+    "8B, v5p 8, queries saved": f"{_V5P8} --train.remat save:query",
     "8B, v5p 8, attention's output saved": f"{_V5P8} --train.remat save:attention_out",
     "8B, v5p 8, inputs on the host": f"{_V5P8} --train.remat offload:layer_input",
     "8B, v5p 8, most saved": f"{_V5P8}"

@@ -8,6 +8,8 @@ not left but computed again where needed.
 
 What the forward part leaves follows `train.remat`; the cut replaces `jax.checkpoint`,
 inside which weight gradients could not be told from those of the activations.
+
+Limits: an equation that is there for its effect alone, as a print, is in no part.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +107,10 @@ def cut(
         return Phases(keep, back, None)
 
     small = [var for var in dparams_vars if len(var.aval.shape) < 2]
-    done, _ = _needed(jaxpr.eqns, [dx_var, *small], given | {dy_var, *kept})
+    # Whole, so that what a shard_map makes for both parts may be left.
+    done, _ = _needed(
+        jaxpr.eqns, [dx_var, *small], given | {dy_var, *kept}, is_whole=True
+    )
     may_leave = {*kept, dy_var, *small} | {
         var for eqn in done for var in eqn.outvars if var in on_x or var in on_dy
     }
@@ -165,17 +170,21 @@ def _depending(eqns: Iterable[core.JaxprEqn], roots: set) -> set:
 
 
 def _needed(
-    eqns: Sequence[core.JaxprEqn], outputs: Sequence, given: set
+    eqns: Sequence[core.JaxprEqn],
+    outputs: Sequence,
+    given: set,
+    *,
+    is_whole: bool = False,
 ) -> tuple[list[core.JaxprEqn], list]:
     """(the equations, in order, that make `outputs` of what is `given`; those variables
-    given that they, or the outputs, read, in the order of their names)."""
+    given that they, or the outputs, read). is_whole: a shard_map with all it makes."""
     wanted = set(_variables(outputs))
     read = {var: None for var in _variables(outputs) if var in given}
     chosen = []
     for eqn in reversed(eqns):
         if not any(var in wanted and var not in given for var in eqn.outvars):
             continue
-        if eqn.primitive.name == "shard_map":
+        if eqn.primitive.name == "shard_map" and not is_whole:
             eqn = _with_less(eqn, wanted - given, given)
         chosen.append(eqn)
         for var in _variables(eqn.invars):
@@ -187,7 +196,8 @@ def _needed(
 
 def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
     """A shard_map that makes those of its results that are wanted, of its inputs and
-    of those of its results that are given."""
+    of those of its results that are given, whose specs must tell all that differs
+    between devices, as those of pull-backs do."""
     inner, specs = inlined(eqn.params["jaxpr"]), eqn.params["out_specs"]
     outputs = list(zip(eqn.outvars, inner.outvars, specs, strict=True))
     made = [output for output in outputs if output[0] in wanted]

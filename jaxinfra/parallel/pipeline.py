@@ -1,12 +1,12 @@
 """The executor of pipeline schedules: one SPMD program, a loop over a table's rows.
 
-Inside one `shard_map`, manual over `pipeline` and over the axes that only split rows,
-a `scan` walks the rows of `lowering.Program`. In a tick every stage, each under a
-`cond` of its own, runs the forward pass, the backward pass and the weight gradient that
-its row names; then what they made travels to the neighbours. In a balanced schedule
-what a pass kept travels to the partner meanwhile. No collective over a manual axis is
-inside a branch that stages take differently. Tensor, context and expert
-axes stay Explicit, so that the model's own code runs in the branches as it is.
+Inside one `shard_map`, manual over `pipeline` and over the axes that only split rows, a
+`scan` walks the rows of `lowering.Program`. In a tick every stage, each under a `cond`
+of its own, runs the forward pass, the backward pass and the weight gradient that its
+row names; then what they made travels to the neighbours. In a balanced schedule what a
+pass kept travels to the partner meanwhile. No collective over a manual axis is inside a
+branch that stages take differently. Tensor, context and expert axes stay Explicit, so
+that the model's own code runs in the branches as it is.
 
 The embedding and the head belong to no stage: their vocabulary is split over all of
 them (`sharding.Rules`), and all work together on the microbatch that enters the first

@@ -22,6 +22,11 @@ from jaxinfra.config import Config
 NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 NOTHING = -1
 
+# Of a tick, in this order: something goes to the partner, a forward pass puts what it
+# keeps, a backward pass reads what was kept, what the partner sent is put.
+MOMENTS = 4
+SEND, PUT, READ, GET = range(MOMENTS)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Schedule:
@@ -62,12 +67,6 @@ class Pass(NamedTuple):
     chunk: int
 
 
-# Of a tick, in this order: something goes to the partner, a forward pass puts what it
-# keeps, a backward pass reads what was kept, what the partner sent is put.
-MOMENTS = 4
-SEND, PUT, READ, GET = range(MOMENTS)
-
-
 def schedule_of(config: Config, stages: int) -> Schedule:
     """The schedule of config.parallel, over so many stages."""
     parallel, train = config.parallel, config.train
@@ -80,7 +79,10 @@ def schedule_of(config: Config, stages: int) -> Schedule:
     match parallel.balanced:
         case "auto":
             keeps_little = parallel.recompute or train.remat == "full"
-            return balanced(schedule) if keeps_little else schedule
+            # The slow network is under the pipeline: `mesh.make_mesh`.
+            is_slow = config.mesh.slices > 1 and config.mesh.data % config.mesh.slices
+            is_fit = keeps_little and not is_slow
+            return balanced(schedule) if is_fit else schedule
         case "true":
             return balanced(schedule)
         case "false":

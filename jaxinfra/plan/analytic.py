@@ -9,8 +9,8 @@ moments, each on top of what is at rest:
   update    all gradients
 
 In a pipeline a stage's gradients, whole over fsdp, and what its schedule keeps of the
-microbatches under way are there at the first two: of eight that were compiled for v5p
-the peak is within 5%, but 9% too high where several virtual stages take turns.
+microbatches under way are there at the first two: of the four that results/plan.json
+has the peak is within 5%. With several virtual stages it is too high by more.
 
 Limits: dense decoders; splash or cuDNN attention. With optimizer.offload the update
 is taken to bring in all of the state at once; a GPU has held more (plan.__init__).

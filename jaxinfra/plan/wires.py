@@ -102,11 +102,14 @@ def spanned(groups: Sequence[Sequence[int]], axes: Axes) -> str:
 
 def _load(pairs: Sequence[Sequence[int]], axes: Axes) -> int:
     """How many of the pairs share the busiest link, one way, where an axis is a ring.
-    Pairs along several axes have links of their own."""
+    Limits: so a GPU's switch is charged too much, and a TPU, of whose links the rate is
+    of all, too little; pairs along several axes have links of their own."""
     used: Counter[tuple] = Counter()
     for pair in pairs:
         source, target = (_place(number, axes) for number in pair)
-        moved = [i for i, (a, b) in enumerate(zip(source, target)) if a != b]
+        moved = [
+            i for i, (a, b) in enumerate(zip(source, target, strict=True)) if a != b
+        ]
         if len(moved) != 1:
             continue
         [axis], size = moved, list(axes.values())[moved[0]]

@@ -1,5 +1,7 @@
 """The parts of a layer's pull-back do together what the whole does, to the bit."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,36 @@ def test_no_product_is_made_twice():
     )
 
 
+def test_no_product_within_a_shard_map_is_made_twice():
+    """Where the gradients of both its inputs are made of one product."""
+
+    @jax.custom_vjp
+    def inside(x, w):
+        return jnp.tanh(x @ w)
+
+    def back(kept, dy):
+        x, w = kept
+        both = jnp.exp(dy @ w)  # as an exchange, or a gradient by an expert
+        return both, x.T @ both
+
+    inside.defvjp(lambda x, w: (inside(x, w), (x, w)), back)
+
+    def layer(params, x, context):
+        mapped = jax.shard_map(
+            inside, in_specs=(jax.P(), jax.P()), out_specs=jax.P(), check_vma=False
+        )
+        return x + mapped(x, params["w"]), ()
+
+    x, params = jnp.ones((3, 8)), {"w": jnp.ones((8, 8)) / 9}
+    products = lambda f, *args: str(jax.make_jaxpr(f)(*args)).count("dot_general")
+    with jax.set_mesh(make_mesh({}, devices=jax.devices()[:1])):
+        parts = phases.cut(layer, params, x, {}, remat="none", split=True)
+        y, _, kept = parts.keep(params, x, {})
+        _, left = parts.back(params, {}, kept, y)
+        made = products(parts.back, params, {}, kept, y)
+        assert made + products(parts.weigh, params, {}, left) == 2
+
+
 def attention_layer(kernel):
     """x + attention(x), by a kernel that runs in a shard_map."""
     attend = attention.make_attend(Rules(), kernel=kernel)
@@ -135,7 +167,10 @@ def kernels(jaxpr):
 
 
 @pytest.mark.parametrize(("kernel", "calls"), [("xla", 0), ("splash", 1), ("cudnn", 1)])
-def test_what_a_kernel_made_is_kept_by_name(kernel, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "split"), [({}, False), ({"data": 2, "tensor": 2}, True)]
+)
+def test_what_a_kernel_made_is_kept_by_name(kernel, calls, sizes, split, monkeypatch):
     """Once, with its sums; so it does not run again, and gradients are the same."""
     kernels_anywhere.allow(monkeypatch)
     rows, length, width, K, G, H = 2, 128, 16, 2, 2, 8
@@ -151,13 +186,19 @@ def test_what_a_kernel_made_is_kept_by_name(kernel, calls, monkeypatch):
 
     def cut(remat):
         """(what is kept, kernels of the backward pass, its results)"""
-        parts = phases.cut(layer, params, x, {}, remat=remat, split=False)
-        y, _, values = jax.jit(parts.keep)(params, x, {})
-        made = jax.jit(parts.back)(params, {}, values, y)
-        back = jax.make_jaxpr(parts.back)(params, {}, values, y)
-        return sorted(v.size for v in values), kernels(back.jaxpr), made
+        parts = phases.cut(layer, params, x, {}, remat=remat, split=split)
 
-    with jax.set_mesh(make_mesh({}, devices=jax.devices()[:1])):
+        def back(params, values, y):
+            dx, made = parts.back(params, {}, values, y)
+            return dx, parts.weigh(params, {}, made) if split else made
+
+        y, _, values = jax.jit(parts.keep)(params, x, {})
+        program = jax.make_jaxpr(back)(params, values, y)
+        made = jax.jit(back)(params, values, y)
+        return sorted(v.size for v in values), kernels(program.jaxpr), made
+
+    devices = jax.devices()[: math.prod(sizes.values())]
+    with jax.set_mesh(make_mesh(sizes, devices=devices)):
         again, kept = cut("full"), cut("save:attention")
         assert cut("save:ffn_in")[0] == again[0] == [x.size]
         result, sums = rows * length * K * G * H, rows * length * K * G

@@ -120,6 +120,14 @@ WITH_EXPERTS = [
             **TOLD,
         },
     ),
+    (
+        {"pipeline": 2, "expert": 2, "tensor": 2},
+        {
+            "schedule": "zero_bubble",
+            "model": EXPERTS,
+            "remat": "save:ffn_in+attention",
+        },
+    ),
 ]
 # Of both forms of a backward pass: each schedule, and all that a layer may keep.
 TWICE = [

@@ -185,6 +185,16 @@ def test_stages_lend_where_they_keep_little_or_are_told_to(remat, parallel, expe
     assert schedules.schedule_of(whole, 4).is_balanced is expected
 
 
+def test_a_slow_network_within_the_pipeline_is_spared():
+    whole = config.Config(
+        name="x", train=config.TrainConfig(remat="full", microbatches=8)
+    )
+    for data, expected in ((2, True), (1, False)):
+        mesh = config.MeshConfig(data=data, pipeline=4, slices=2)
+        sliced = dataclasses.replace(whole, mesh=mesh)
+        assert schedules.schedule_of(sliced, 4).is_balanced is expected
+
+
 @given(STAGES, st.integers(1, 5), st.integers(1, 3))
 def test_bubbles_are_those_of_the_papers(stages, groups, virtual):
     M, S, V = groups * stages, stages, virtual
