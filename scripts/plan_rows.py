@@ -51,6 +51,8 @@ ROWS = {
     " --train.remat save:query+key+value+attention_out+ffn_in",
     "8B, v6e 16, full": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
     " --mesh.fsdp 16",
+    "8B, v6e 8, reductions": "--config llama3_8b --target v6e:2x4"
+    " --train.batch_size 8 --mesh.fsdp 8",
     "8B, v6e 16, tensor 2": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
     " --mesh.fsdp 8 --mesh.tensor 2",
     "70B, v5p 64, full": "--config llama3_70b --target v5p:4x4x4"
