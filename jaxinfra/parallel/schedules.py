@@ -286,10 +286,8 @@ def draw(schedule: Schedule, *, ticks: int = 40) -> str:
         f"keeps at most {most_kept(schedule)}"
     ]
     if schedule.is_balanced:
-        lines.append(
-            f"what stage s keeps is with stage {S - 1} - s for so many ticks: "
-            + ", ".join(map(str, schedule.away))
-        )
+        lent = (f"{s} to {S - 1 - s}: {ticks}" for s, ticks in enumerate(schedule.away))
+        lines.append(f"stage lends to stage, for ticks: {', '.join(lent)}")
     for stage in range(S):
         for kind, rows in cells.items():
             name = f"stage {stage}" if kind == "forward" else ""

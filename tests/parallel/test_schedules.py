@@ -301,6 +301,6 @@ def test_a_schedule_is_drawn_as_text():
     lettered = schedules.draw(made("interleaved", virtual=2, microbatches=4), ticks=3)
     assert "stage 0  forward   0a 1a 2a ... " in lettered
     lent = schedules.draw(schedules.balanced(made("1f1b", microbatches=8)), ticks=1)
-    assert lent.splitlines()[1] == (
-        "what stage s keeps is with stage 3 - s for so many ticks: 3, 1"
+    assert (
+        lent.splitlines()[1] == "stage lends to stage, for ticks: 0 to 3: 3, 1 to 2: 1"
     )
