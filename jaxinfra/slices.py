@@ -13,17 +13,21 @@ def across_slices(
     sizes: Mapping[str, int], devices: list[jax.Device], slices: int
 ) -> np.ndarray:
     """Device array whose slow axis is outermost."""
-    for slow in ("data", "pipeline"):
-        if sizes[slow] % slices == 0:
-            break
-    else:
-        raise ValueError(
-            f"mesh.slices={slices} divides neither mesh.data={sizes['data']} nor "
-            f"mesh.pipeline={sizes['pipeline']}; set mesh.data to a multiple of it"
-        )
+    slow = slow_axis(sizes, slices)
     inner = [n // slices if axis == slow else n for axis, n in sizes.items()]
     blocks = [mesh.within(inner, group) for group in _groups(devices, slices)]
     return np.concatenate(blocks, axis=AXES.index(slow))
+
+
+def slow_axis(sizes: Mapping[str, int], slices: int) -> str:
+    """The mesh axis, data or pipeline, under which the slow network is."""
+    for axis in ("data", "pipeline"):
+        if sizes[axis] % slices == 0:
+            return axis
+    raise ValueError(
+        f"mesh.slices={slices} divides neither mesh.data={sizes['data']} nor "
+        f"mesh.pipeline={sizes['pipeline']}; set mesh.data to a multiple of it"
+    )
 
 
 def _groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:

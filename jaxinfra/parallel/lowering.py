@@ -107,9 +107,11 @@ def lower(schedule: schedules.Schedule) -> tuple[Program, Slots]:
         backward_left=left.put,
         weight_left=left.read,
     )
-    most = lambda *puts: 1 + max(int(put.max(initial=0)) for put in puts)
-    puts = [program.forward_kept, *[program.kept_in] * schedule.is_balanced]
-    return program, Slots(most(x.put), most(*puts), most(dy.put), most(left.put))
+    count = lambda put: 1 + int(put.max(initial=0))
+    num_kept = count(program.forward_kept)
+    if schedule.is_balanced:
+        num_kept = max(num_kept, count(program.kept_in))
+    return program, Slots(count(x.put), num_kept, count(dy.put), count(left.put))
 
 
 # Arrays that are the same on every stage.

@@ -136,10 +136,7 @@ def part(
     outputs need no others than these."""
     jaxpr = closed.jaxpr
     eqns, _ = _needed(jaxpr.eqns, outputs, {*inputs, *jaxpr.constvars})
-    names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    sub = jaxpr.replace(
-        eqns=eqns, invars=[*inputs], outvars=[*outputs], debug_info=names
-    )
+    sub = _with(jaxpr, eqns, inputs, outputs)
     return core.jaxpr_as_fun(core.ClosedJaxpr(sub, closed.consts))
 
 
@@ -207,15 +204,10 @@ def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
     for var, atom, spec in outputs:
         if var in given and not _is_literal(atom):
             inputs[atom] = var, spec
-    eqns, read = _needed(inner.eqns, [atom for _, atom, _ in made], {*inputs})
-    part = inner.replace(
-        eqns=eqns,
-        invars=read,
-        outvars=[atom for _, atom, _ in made],
-        debug_info=inner.debug_info._replace(arg_names=None, result_paths=None),
-    )
+    atoms = [atom for _, atom, _ in made]
+    eqns, read = _needed(inner.eqns, atoms, {*inputs})
     changed = {
-        "jaxpr": part,
+        "jaxpr": _with(inner, eqns, read, atoms),
         "in_specs": tuple(inputs[var][1] for var in read),
         "out_specs": tuple(spec for _, _, spec in made),
     }
@@ -223,6 +215,16 @@ def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
         invars=[inputs[var][0] for var in read],
         outvars=[var for var, _, _ in made],
         params=eqn.params | changed,
+    )
+
+
+def _with(
+    jaxpr: core.Jaxpr, eqns: list[core.JaxprEqn], inputs: Sequence, outputs: Sequence
+) -> core.Jaxpr:
+    """`jaxpr` with these equations, inputs and outputs alone, whose names go."""
+    names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return jaxpr.replace(
+        eqns=eqns, invars=[*inputs], outvars=[*outputs], debug_info=names
     )
 
 

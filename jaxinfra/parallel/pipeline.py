@@ -273,7 +273,6 @@ def _walk(schedule, stack: Stack, placed, params, batch, key, scale, router_bias
         new = carry._replace(
             x_BTD=hops.to_next(y_BTD, schedule.stages),
             x_stash=x_stash,
-            kept_stash=kept_stash,
             sums=jax.tree.map(jnp.add, carry.sums, Sums(sums, told)),
         )
         if not has_grads:

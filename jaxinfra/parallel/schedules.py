@@ -17,6 +17,7 @@ from typing import NamedTuple, assert_never
 
 import numpy as np
 
+from jaxinfra import slices
 from jaxinfra.config import Config
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
@@ -79,8 +80,8 @@ def schedule_of(config: Config, stages: int) -> Schedule:
     match parallel.balanced:
         case "auto":
             keeps_little = parallel.recompute or train.remat == "full"
-            # The slow network is under the pipeline: `mesh.make_mesh`.
-            is_slow = config.mesh.slices > 1 and config.mesh.data % config.mesh.slices
+            sizes = {"data": config.mesh.data, "pipeline": stages}
+            is_slow = slices.slow_axis(sizes, config.mesh.slices) == "pipeline"
             is_fit = keeps_little and not is_slow
             return balanced(schedule) if is_fit else schedule
         case "true":
