@@ -98,9 +98,14 @@ def low_bit_traffic(
         to_w = f"{x_dims},{out_dims}->{w_dims}"
         w_spec = _spec_of(w)
         if back is None or not _is_split(w_spec):
-            dw = multiply(
-                to_w, x, g, preferred_element_type=policy.reduce, out_sharding=w_spec
+            product = lambda equation, a, b, spec: multiply(
+                equation,
+                a,
+                b,
+                preferred_element_type=policy.reduce,
+                out_sharding=spec,
             )
+            dw = seam.gradient_of(w, to_w, x, g, product)
         else:
             dw = _reduced(to_w, x, g, w_spec, back, policy)
         return dx, dw.astype(w.dtype)

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra import mesh, sharding
+from jaxinfra.ops import seam
 from jaxinfra.ops.seam import Einsum, Names
 from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
@@ -136,7 +137,7 @@ def _contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
             return dx, _cotangent(w, dw, (*figures, jnp.zeros(len(FIGURES))))
         x_codes, x_scale = kept_x
         w_codes, w_scale = map(_gather, encode(w.array, w_dims, out_dims, w, 1)[:2])
-        w_spec, x_spec = _spec_of(w.array), _spec_of(x_codes)
+        x_spec = _spec_of(x_codes)
         w_scale = _align(w_scale, w_dims, out_dims)
         x_scale_out = _align(x_scale, x_dims, out_dims)
         if is_tensor:
@@ -155,10 +156,12 @@ def _contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
             g_figures = jnp.maximum(*found).at[0].set(_largest(g))
         (for_x, scale_x), (for_w, scale_w) = pairs
         dx = dot(to_x, for_x, w_codes, x_spec) * _align(scale_x, out_dims, x_dims)
-        dw = dot(to_w, x_codes, for_w, w_spec) * _align(scale_w, out_dims, w_dims)
+        dw = seam.gradient_of(w.array, to_w, x_codes, for_w, dot)
+        dw *= _align(scale_w, out_dims, w_dims)
         dw = dw.astype(policy.reduce).astype(w.array.dtype)
         dx = jax.reshard(dx.astype(policy.compute), x_spec)
-        return dx, _cotangent(w, jax.reshard(dw, w_spec), (*figures, g_figures))
+        dw = jax.reshard(dw, _spec_of(w.array))
+        return dx, _cotangent(w, dw, (*figures, g_figures))
 
     contract.defvjp(forward, backward)
     return contract
@@ -202,14 +205,15 @@ def _block_contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
         if recipe.backward is None:
             dx, dw = _plain_backward(policy, to_x, to_w, x, w.array, g)
             return dx, _cotangent(w, dw, (*figures, jnp.zeros(len(FIGURES))))
-        x_spec, w_spec = _spec_of(x), _spec_of(w.array)
+        x_spec = _spec_of(x)
         for_x, g_figures = rounded(g, out_dims, x_dims, recipe.backward)
         w_hat, _ = rounded(w.array, w_dims, x_dims, recipe.forward)
         dx = dot(to_x, for_x, w_hat, x_spec, policy.compute)
         x_hat, _ = rounded(x, x_dims, w_dims, recipe.forward)
         for_w, _ = rounded(g, out_dims, w_dims, recipe.backward)
-        dw = dot(to_w, x_hat, for_w, w_spec, policy.reduce).astype(w.array.dtype)
-        return dx, _cotangent(w, dw, (*figures, g_figures))
+        product = functools.partial(dot, dtype=policy.reduce)
+        dw = seam.gradient_of(w.array, to_w, x_hat, for_w, product)
+        return dx, _cotangent(w, dw.astype(w.array.dtype), (*figures, g_figures))
 
     contract.defvjp(forward, backward)
     return contract
@@ -222,10 +226,10 @@ def _plain_backward(policy: Policy, to_x: str, to_w: str, x, w, g):
     dx = multiply(
         to_x, g, whole, out_sharding=_spec_of(x), preferred_element_type=policy.compute
     )
-    dw = multiply(
-        to_w, x, g, out_sharding=_spec_of(w), preferred_element_type=policy.reduce
+    product = lambda equation, a, b, spec: multiply(
+        equation, a, b, out_sharding=spec, preferred_element_type=policy.reduce
     )
-    return dx, dw.astype(w.dtype)
+    return dx, seam.gradient_of(w, to_w, x, g, product).astype(w.dtype)
 
 
 def _cotangent(w: Weight, dw: jax.Array, figures) -> Weight:

@@ -20,15 +20,17 @@ def measured(
 ) -> dict[str, Any]:
     """Of full rows of random tokens, one document each, `rounds` times `steps` steps,
     sent without waiting, as the loop does: median seconds a step and their spread,
-    tokens a second, MFU, the process's peak of memory so far; losses of the first step,
-    after the warm-up (at least two steps) and after each round."""
+    tokens a second, MFU, the process's peak of memory once the state was made and at
+    the end; losses of the first step, after the warm-up (at least two steps) and after
+    each round."""
     devices = list(built.layout.mesh.devices.flat)
     train = built.config.train
     tokens = train.batch_size * train.length
     flops = built.task.flops_per_row * train.batch_size
+    peak_bytes = lambda: (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
     with jax.set_mesh(built.layout.mesh):
-        batch, state = _batch(built), built.init()
-        begin = time.perf_counter()
+        batch, state = _batch(built), jax.block_until_ready(built.init())
+        init_peak_bytes, begin = peak_bytes(), time.perf_counter()
         state, metrics = built.train_step(state, batch)
         losses, secs = [float(metrics["loss"])], []
         compile_secs = time.perf_counter() - begin
@@ -46,7 +48,8 @@ def measured(
         "spread": max(secs[1:]) / min(secs[1:]) - 1,
         "tokens_per_sec": tokens / step_secs,
         "mfu": peak and flops / step_secs / (peak * len(devices)),
-        "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "init_peak_bytes": init_peak_bytes,
+        "peak_bytes": peak_bytes(),
         "compile_secs": compile_secs,
         "losses": losses,
     }

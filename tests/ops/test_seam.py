@@ -1,14 +1,16 @@
 """The seam's einsum against jnp.einsum, on split weights."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra import precision, sharding
+from jaxinfra import mesh, precision, sharding
 from jaxinfra.ops import seam
+from jaxinfra.plan import program, wires
 
 FLOAT32_ROUNDING = 1e-5  # sums of up to 24 terms of size 1, in another order
 # Optimising these programs takes longer than running them.
@@ -113,3 +115,34 @@ def test_the_gathered_copy_is_bfloat16_so_half_the_bytes_travel(four_devices):
     jaxpr = jax.make_jaxpr(lambda w: seam.gather(w, policy))(w_FD)
     steps = [equation.primitive.name for equation in jaxpr.eqns]
     assert steps == ["convert_element_type", "reshard"]
+
+
+def test_a_gradient_crosses_fsdp_first_and_data_with_what_is_kept():
+    """Bytes on the wire of the compiled program: nothing whole is summed over data."""
+    here = mesh.make_mesh({"data": 2, "fsdp": 4})
+    with jax.set_mesh(here):
+        rules = sharding.make_layout(here).params
+        einsum = seam.make_einsum(precision.policy("float32"), rules)
+        placed = lambda *names: jax.NamedSharding(here, sharding.spec(rules, *names))
+        x = jax.ShapeDtypeStruct(
+            (8, T, F), jnp.float32, sharding=placed("batch", "length", "ffn")
+        )
+        w = jax.ShapeDtypeStruct(
+            (F, 4 * D), jnp.float32, sharding=placed("ffn", "embed")
+        )
+
+        def gradient(x, w):
+            out = ("batch", "length", "width")
+            y = lambda w: jnp.sum(einsum("BTF,FD->BTD", x, w, out=out) ** 2)
+            return jax.grad(y)(w)
+
+        text = jax.jit(gradient).lower(x, w).compile().as_text()
+    compiled, moved = program.parse(text), Counter()
+    for computation in compiled.computations:
+        for line in compiled[computation]:
+            if line.op.startswith(("all-reduce", "reduce-scatter")):
+                wire = wires.of(line, computation, dict(here.shape))
+                moved[wire.axes] += wire.bytes
+    kept = 4 * F * D  # float32, a fourth of w
+    assert set(moved) == {"fsdp", "data"}
+    assert moved["data"] == 2 * kept * (1 / 2)
