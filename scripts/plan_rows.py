@@ -55,6 +55,8 @@ ROWS = {
     " --train.batch_size 8 --mesh.fsdp 8",
     "8B, v6e 16, tensor 2": "--config llama3_8b --target v6e:4x4 --train.batch_size 32"
     " --mesh.fsdp 8 --mesh.tensor 2",
+    "8B, v5p 16, data 2": "--config llama3_8b --target v5p:2x2x4"
+    " --train.batch_size 32 --mesh.data 2 --mesh.fsdp 8",
     "70B, v5p 64, full": "--config llama3_70b --target v5p:4x4x4"
     " --train.batch_size 128 --mesh.fsdp 64 --mesh.tensor 1",
     "Mixtral 8x7B, v5p 16": "--config mixtral_8x7b --target v5p:2x2x4"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxinfra import sharding
+from jaxinfra import mesh, sharding
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
@@ -201,21 +201,25 @@ def gradient_of(
     """The gradient of the weight `w`, laid out as it is: `product` of two arrays of
     tokens, which sums over all of them.
 
-    It is summed over fsdp first and leaves as a reduce-scatter; only what a device
-    keeps is summed over the other axes of tokens. Made whole before that: asked for its
-    part alone, a TPU's partitioner makes a ring of n small products, whose sums and
-    copies took 8% of a step.
+    It is made whole, and not only what a device keeps: asked for that, a TPU's
+    partitioner makes a ring of n small products, whose sums and copies took 8% of a
+    step. It is summed over fsdp first and leaves as a reduce-scatter; only what a
+    device keeps is summed over other axes. Not so on GPUs, whose one all-reduce over
+    all of them goes out by all ports of a node, and under the next product: Llama-3-8B
+    on 8 nodes of 8 H100, data 8 x fsdp 8, is planned with 0.861 s a step so, with 0.962
+    s in two parts.
     """
     a_dims, b_dims, w_dims = _operands(equation)
     partition = _spec_of(w)
     whole = sharding.gathered(partition)
+    if mesh.platform() in ("gpu", "cuda") or partition == whole:
+        return jax.reshard(product(equation, a, b, whole), partition)
     summed = {d: e for d, e in zip(b_dims, _spec_of(b), strict=True) if d not in w_dims}
     alike = (summed.get(d, e) for d, e in zip(a_dims, _spec_of(a), strict=True))
-    a = jax.reshard(a, jax.P(*alike))
     over = {axis for entry in summed.values() for axis in sharding.axes_of(entry)}
+    a = jax.reshard(a, jax.P(*alike))  # as jax asks of a product not summed yet
     dw = product(equation, a, b, whole.update(unreduced=over))
-    if partition != whole:
-        dw = jax.reshard(dw, partition.update(unreduced=over - {"fsdp"}))
+    dw = jax.reshard(dw, partition.update(unreduced=over - {"fsdp"}))
     return jax.reshard(dw, partition)
 
 
@@ -223,8 +227,8 @@ def local_shape(
     shape: tuple[int, ...], partition: jax.sharding.PartitionSpec
 ) -> tuple[int, ...]:
     """What one device of the mesh that is set has of an array laid out so."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = [sharding.axis_product(mesh, sharding.axes_of(e)) for e in partition]
+    here = jax.sharding.get_abstract_mesh()
+    parts = [sharding.axis_product(here, sharding.axes_of(e)) for e in partition]
     return tuple(size // n for size, n in zip(shape, parts, strict=True))
 
 

@@ -1,9 +1,10 @@
 """What a compiled, scheduled program costs a device: it is played on one core, one
-link, and the way to the host's memory.
+link, the network between nodes if there is one, and the way to the host's memory.
 
 The core runs a computation's instructions in the order in which they are scheduled,
-each for its time (`Clock`). The link carries one collective at a time, the way to the
-host one copy, either way. A synchronous
+each for its time (`Clock`). The link carries one collective at a time, the network
+another, the way to the host one copy, either way. Devices of a node that are in one
+group share what it sends to other nodes. A synchronous
 collective stops the core until it is through, an asynchronous one only where its result
 is awaited too early. A loop costs its trip count times one turn, drained at the turn's
 end; a conditional the mean of its branches by the shares that the caller gives, else
@@ -95,13 +96,20 @@ def play(
     *,
     clock: Clock,
     link_bytes_per_sec: float,
+    network_bytes_per_sec: float = math.inf,
     host_bytes_per_sec: float = math.inf,
     axes: wires.Axes | None = None,
+    node: int = 0,
     shares: Shares | None = None,
 ) -> Cost:
-    """The cost of one run; `axes` tells which mesh axes a collective's groups span."""
-    rates = {"link": link_bytes_per_sec, wires.HOST: host_bytes_per_sec}
-    player = _Player(program, clock, rates, axes, shares or {})
+    """The cost of one run; `axes` tells which mesh axes a collective's groups span,
+    `node` how many devices are one, if a network joins several."""
+    rates = {
+        "link": link_bytes_per_sec,
+        "network": network_bytes_per_sec,
+        wires.HOST: host_bytes_per_sec,
+    }
+    player = _Player(program, clock, rates, axes, node, shares or {})
     secs, totals = player.play(program.entry)
     compute = sum(v for (what, *_), v in totals.items() if what == "scope")
 
@@ -228,9 +236,9 @@ def _written(program: Program, where: str, line: Instruction) -> float:
 class _Player:
     """Core and link of one device; the totals of each computation are kept."""
 
-    def __init__(self, program, clock, rates, axes, shares):
+    def __init__(self, program, clock, rates, axes, node, shares):
         self.program, self.clock, self.rates = program, clock, rates
-        self.axes, self.shares, self.played = axes, shares, {}
+        self.axes, self.node, self.shares, self.played = axes, node, shares, {}
         self.unknown_loops = 0
 
     def play(self, where: str) -> tuple[float, Counter]:
@@ -266,8 +274,12 @@ class _Turn:
     def send(self, wire: Wire, key: str | None = None) -> None:
         """Puts a collective on the link, or a copy on its way to the host; without a
         `key` the core waits for it."""
-        way = wires.HOST if wire.axes == wires.HOST else "link"
+        way = "network" if wire.near else "link"
+        way = wires.HOST if wire.axes == wires.HOST else way
         taken = wire.bytes / self.player.rates[way]
+        if wire.near:
+            within_node = wire.bytes / self.player.rates["link"]
+            taken = max(taken / wire.near, within_node)
         self.free[way] = max(self.free[way], self.core) + taken
         self.last[way] = wire
         how = "sync" if key is None else "async"
@@ -282,7 +294,8 @@ class _Turn:
             self.totals[key] += times * value
 
     def wires(self, computation: str) -> list[Wire]:
-        return wires.within(self.program, computation, self.player.axes)
+        player = self.player
+        return wires.within(self.program, computation, player.axes, player.node)
 
     def run(self, line: Instruction) -> None:
         secs = self.player.clock(self.program, self.where, line)
@@ -298,7 +311,7 @@ class _Turn:
         kind = line.op.removesuffix("-start")
         match line.op:
             case _ if kind in COLLECTIVES:
-                wire = wires.of(line, self.where, self.player.axes)
+                wire = wires.of(line, self.where, self.player.axes, self.player.node)
                 self.send(wire, line.name if line.op.endswith("-start") else None)
             case "async-start":
                 self.due[line.name] = 0.0, None

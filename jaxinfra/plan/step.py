@@ -47,8 +47,10 @@ def plan_step(
         program.parse(compiled.text),
         clock=clock,
         link_bytes_per_sec=chip.link_bytes_per_sec,
+        network_bytes_per_sec=chip.network_bytes_per_sec,
         host_bytes_per_sec=chip.host_bytes_per_sec,
         axes=sizes,
+        node=target.node,
         shares=pipeline_shares(config) | dict(shares or {}),
     )
     rows = config.train.batch_size / target.num_devices

@@ -15,7 +15,8 @@ class Chip:
     """One device. hbm_bytes: what a program may use. peak_flops: dense bfloat16, a
     second; peak_8bit: fp8 and int8, where the compiler tells no cycles. link_bytes: on
     the wire a second and device, one way, all links together that a ring over one mesh
-    axis can use; host_bytes: to its host's memory or from it. Of peak, attention_share
+    axis can use; network_bytes: likewise from node to node, where that is slower, else
+    0; host_bytes: to its host's memory or from it. Of peak, attention_share
     is what the fused attention kernel reaches, forward and backward together, on a TPU
     an assumption; matmul_share what other matmuls do, where the compiler tells no
     cycles.
@@ -28,6 +29,7 @@ class Chip:
     peak_flops: float
     peak_8bit: float = 0.0
     link_bytes_per_sec: float
+    network_bytes_per_sec: float = 0.0
     host_bytes_per_sec: float
     clock_hz: float = 0.0  # of a TPU's core, by which the compiler's cycles are seconds
     attention_share: float = 0.5
@@ -38,12 +40,12 @@ class Chip:
 # a ring over an axis uses two of a chip's links); HBM as the compiler has it, less what
 # it keeps. Clocks: peak / (FLOP a cycle of the matrix units). Their way to the host is
 # PCIe as "How to Scale Your Model" part 2 has it, not measured. GPU: NVIDIA H100 SXM
-# data sheet (dense; NVLink 900 GB/s both ways). Its shares are measured on one H200,
-# which has its units: FLOPs of a plan over seconds of their kernels in a step of 1.2
-# billion parameters (scripts/results/kernels_h200.json), matmuls of 16 bits 746
-# TFLOP/s, attention with heads of 64 342; alone with heads of 128 366
-# (device_h200.json, as its way to the host, 48 to 52 GB/s). Matmuls of 8 bits are taken
-# to reach the same share.
+# data sheet (dense; NVLink 900 GB/s both ways), its network a DGX H100's (one port of
+# 400 Gb/s a GPU). Its shares are measured on one H200, which has its units: FLOPs of a
+# plan over seconds of their kernels in a step of 1.2 billion parameters
+# (scripts/results/kernels_h200.json), matmuls of 16 bits 746 TFLOP/s, attention with
+# heads of 64 342; alone with heads of 128 366 (device_h200.json, as its way to the
+# host, 48 to 52 GB/s). Matmuls of 8 bits are taken to reach the same share.
 CHIPS = {
     "v5p": Chip(
         platform="tpu",
@@ -83,6 +85,7 @@ CHIPS = {
         peak_flops=989.5e12,
         peak_8bit=1979e12,
         link_bytes_per_sec=4.5e11,
+        network_bytes_per_sec=5e10,
         host_bytes_per_sec=5e10,
         attention_share=0.35,
         matmul_share=0.75,
@@ -105,6 +108,12 @@ class Target:
     @property
     def num_devices(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def node(self) -> int:
+        """Devices that are one node, where a slower network joins several; else 0."""
+        is_many = self.chip.network_bytes_per_sec and self.shape[0] > 1
+        return self.shape[1] if is_many else 0
 
     @property
     def wraps(self) -> tuple[bool, ...]:

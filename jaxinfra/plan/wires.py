@@ -24,11 +24,13 @@ _KERNELS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "triton_kernel_call
 
 class Wire(NamedTuple):
     """One collective: its kind, the mesh axes over which it goes ("?" where they could
-    not be told), and the bytes that a device sends."""
+    not be told), and the bytes that a device sends. near: where it goes from node to
+    node, how many devices of a node take part together; else 0."""
 
     kind: str
     axes: str
     bytes: float
+    near: int = 0
 
 
 def is_kernel(line: Instruction) -> bool:
@@ -37,21 +39,28 @@ def is_kernel(line: Instruction) -> bool:
     return any(f'custom_call_target="{name}' in line.rest for name in _KERNELS)
 
 
-def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
-    """The collective that `line` of computation `where` is, or starts."""
+def of(line: Instruction, where: str, axes: Axes | None, node: int = 0) -> Wire:
+    """The collective that `line` of computation `where` is, or starts; `node`: so many
+    devices that follow each other are one, 0 where there is one network for all."""
+    found, groups = _of(line, where, axes)
+    return found._replace(near=_near(groups, node) if node else 0)
+
+
+def _of(line: Instruction, where: str, axes: Axes | None):
+    """(the collective, its groups of devices)."""
     kind = line.op.removesuffix("-start")
     is_start = line.op.endswith("-start")
     groups = _groups(line)
     n = max((len(g) for g in groups), default=_size_of_groups(line))
     if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
-        return Wire(kind, "none", 0.0)
+        return Wire(kind, "none", 0.0), groups
     sizes, count = [shape.bytes for shape in line.out], len(line.operands)
     if is_start and len(sizes) >= 2 * count > 0:  # operands, results, flags
         sizes = sizes[count : 2 * count]
     whole = sum(sizes)
     name = spanned(groups, axes) if axes else "?"
     if "all-reduce-scatter" in where:  # an all-reduce whose fusion keeps one part
-        return Wire("reduce-scatter", name, whole * (n - 1) / n)
+        return Wire("reduce-scatter", name, whole * (n - 1) / n), groups
     sent = {
         "all-gather": whole * (n - 1) / n,
         "all-reduce": 2 * whole * (n - 1) / n,
@@ -59,19 +68,21 @@ def of(line: Instruction, where: str, axes: Axes | None) -> Wire:
         "all-to-all": whole * (n - 1) / n,
     }
     if kind == "collective-permute" and axes:
-        return Wire(kind, name, whole * _load(groups, axes))
-    return Wire(kind, name, sent.get(kind, whole))
+        return Wire(kind, name, whole * _load(groups, axes)), groups
+    return Wire(kind, name, sent.get(kind, whole)), groups
 
 
-def within(program: Program, computation: str, axes: Axes | None) -> list[Wire]:
+def within(
+    program: Program, computation: str, axes: Axes | None, node: int = 0
+) -> list[Wire]:
     """The collectives of a computation and of its fusions, one a channel."""
     found: dict[str, Wire] = {}
     for line in program[computation]:
         if line.op.removesuffix("-start") in COLLECTIVES:
-            found.setdefault(line.channel, of(line, computation, axes))
+            found.setdefault(line.channel, of(line, computation, axes, node))
         elif line.op in ("fusion", "call"):
             for name in line.called:
-                for wire in within(program, name, axes):
+                for wire in within(program, name, axes, node):
                     found.setdefault(f"{name}{wire}", wire)
     return list(found.values())
 
@@ -98,6 +109,15 @@ def spanned(groups: Sequence[Sequence[int]], axes: Axes) -> str:
             if len({place[i] for place in places}) > 1
         }
     return "+".join(axis for axis in axes if axis in moving) or "?"
+
+
+def _near(groups: Sequence[Sequence[int]], node: int) -> int:
+    """How many devices of a node are in one group, if any is on several nodes."""
+    for group in groups:
+        on = Counter(number // node for number in group)
+        if len(on) > 1:
+            return max(on.values())
+    return 0
 
 
 def _load(pairs: Sequence[Sequence[int]], axes: Axes) -> int:

@@ -70,6 +70,20 @@ def test_only_what_nothing_hides_is_waited_for():
     assert slow.secs == pytest.approx(slow.compute_secs + slow.waiting_secs)
 
 
+def test_what_goes_from_node_to_node_takes_the_slower_network():
+    """Each of 2 nodes holds fsdp 2: both of its devices share what leaves it, where
+    they are in one group. The all-reduce over data is of one device a node."""
+    slow = {"node": 2, "network_bytes_per_sec": LINK / 8}
+    found = play(**slow)
+    # 400 bytes at an eighth of the link's rate, 8 times the 4 s of one network.
+    assert found.waited[("all-reduce", "data")] == pytest.approx(3 * 32.0)
+    assert ("all-gather", "fsdp") not in found.waited  # within a node, as before
+    over_all = programs.LOOP.replace("{{0,2},{1,3}}", "{{0,1,2,3}}")
+    shared = play(over_all, **slow)
+    # 2 x 400 x 3 / 4 bytes, of which each device of a node sends half.
+    assert shared.waited[("all-reduce", "data+fsdp")] == pytest.approx(3 * 24.0)
+
+
 def test_copies_to_the_host_have_a_way_of_their_own():
     """Two turns: 64 bytes go beside a matmul of 1 s, 64 come where nobody computes."""
     played = cost.play(
