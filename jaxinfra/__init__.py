@@ -26,6 +26,7 @@ _HOMES = {
     "ops.seam": ("Context", "Ops", "make_einsum"),
     "ops.attention": ("make_attend",),
     "ops.fused_attention": ("fused_attention",),
+    "ops.hopper": ("grouped_on_hopper", "outer_on_hopper"),
     "ops.loss": ("LossConfig", "cross_entropy"),
     "launch.discovery": ("find_job", "with_job"),
     "parallel.context": ("make_split_attend", "row_order"),

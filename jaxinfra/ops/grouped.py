@@ -2,8 +2,10 @@
 
 All of it runs inside a `shard_map`. Rows of one expert stand together, each group
 padded to a multiple of `align`, so that a block of so many rows meets one expert. On
-TPU the compiler's own grouped matmul multiplies them; elsewhere, where that multiplies
-every row with every expert, one block comes after another.
+TPU the compiler's own grouped matmul multiplies them, on Hopper GPUs kernels of jax's
+(`hopper`), of which that of a weight's gradient rounds each device's part to bfloat16;
+elsewhere, where the compiler's multiplies every row with every expert, one block comes
+after another.
 """
 
 import functools
@@ -13,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+import jaxinfra
 from jaxinfra import mesh, sharding
 from jaxinfra.ops.varying import varies_over, varying_like
 from jaxinfra.precision import Policy
 
+_HOPPER = ("NVIDIA H100", "NVIDIA H200")  # what jax's device_kind begins with
 _RAGGED = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],
@@ -78,9 +82,9 @@ def arrange(ids_A: jax.Array, *, num_experts: int, rows: int, align: int) -> Gro
 
 def alignment(rows: int, num_experts: int) -> int:
     """Rows of a block: 1 where the compiler has a grouped matmul. A block should fill
-    the device, a GPU a larger one (with 128 rows an H200 took 8.7 times as long as for
-    a plain matmul; 512 were not measured), and the padding of half a block an expert
-    stay an eighth of the work."""
+    the device, a GPU a larger one (8 experts of 2048 x 4096 on Hopper: with 128 rows
+    8.7 times a plain matmul's time, with 512 rows 5.3), and the padding of half a block
+    an expert stay an eighth of the work."""
     if _has_ragged():
         return 1
     even = max(1, rows // (4 * num_experts))
@@ -140,8 +144,8 @@ def _grouped_forward(x_RI, w_EIO, sizes_E, partition, align, policy, traffic):
 
 def _grouped_backward(partition, align, policy, traffic, residuals, g_RO):
     x_RI, w_EIO, sizes_E = residuals
-    w_EOI = jnp.swapaxes(traffic.gather(w_EIO, partition, policy), 1, 2)
-    dx_RI = _product(g_RO, w_EOI, sizes_E, align, policy)
+    whole_EIO = traffic.gather(w_EIO, partition, policy)
+    dx_RI = _product(g_RO, whole_EIO, sizes_E, align, policy, transposed=True)
     dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
     if "fsdp" in varies_over(dw_EIO):  # else a pipeline sums it, once a step
         dw_EIO = traffic.reduce(dw_EIO, partition, policy)
@@ -158,7 +162,12 @@ def expert_of_rows(sizes_E: jax.Array, rows: int) -> jax.Array:
     return _owner(sizes_E, jnp.arange(rows, dtype=jnp.int32))
 
 
-def _product(x_RI, w_EIO, sizes_E, align, policy):
+def _product(x_RI, w_EIO, sizes_E, align, policy, *, transposed=False):
+    outer = w_EIO.shape[1 if transposed else 2]
+    if _has_kernel(x_RI, outer):
+        # By its public name, which loads the module: other devices need none of it.
+        return jaxinfra.grouped_on_hopper(x_RI, w_EIO, sizes_E, transposed=transposed)
+    w_EIO = jnp.swapaxes(w_EIO, 1, 2) if transposed else w_EIO
     if _has_ragged():
         return jax.lax.ragged_dot(
             x_RI,
@@ -197,6 +206,12 @@ def _outer(x_RI, g_RO, sizes_E, align, policy):
             precision=policy.matmul_precision,
             preferred_element_type=policy.accumulate,
         )
+
+    # Not of float16: sums over all tokens may be too large for it.
+    is_bfloat16 = x_RI.dtype == jnp.bfloat16 and x_RI.shape[1] % 128 == 0
+    if is_bfloat16 and _has_kernel(x_RI, g_RO.shape[1]):
+        dw_EIO = jaxinfra.outer_on_hopper(x_RI, g_RO, sizes_E)
+        return dw_EIO.astype(policy.accumulate)
 
     def add(dw_EIO, block):
         x_SI, g_SO, expert, is_used = block
@@ -247,3 +262,12 @@ def _owner(sizes_E: jax.Array, places: jax.Array) -> jax.Array:
 
 def _has_ragged() -> bool:
     return mesh.platform() == "tpu"
+
+
+def _has_kernel(x_RI: jax.Array, outer: int) -> bool:
+    """Whether the device is a Hopper GPU whose kernel takes such rows, to be multiplied
+    by matrices with `outer` columns."""
+    R, inner = x_RI.shape
+    is_large = R >= 192 and inner % 64 == 0 and outer % 128 == 0
+    is_16_bits = x_RI.dtype in (jnp.bfloat16, jnp.float16)
+    return is_16_bits and is_large and mesh.device_kind().startswith(_HOPPER)

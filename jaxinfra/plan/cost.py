@@ -330,7 +330,7 @@ class _Turn:
             case _ if line.op.endswith("-done"):
                 self.wait(*self.due.pop(operand, (0.0, None)))
             case "custom-call" if wires.is_kernel(line):
-                self.totals["kernel", re.sub(r"[.\d]+$", "", line.name)] += 1
+                self.totals["kernel", wires.kernel_name(line)] += 1
             case "while":
                 self._loop(line)
             case "conditional":

@@ -14,7 +14,7 @@ from jaxinfra.plan.targets import Target
 
 FORMULA = (
     "step_secs = compute + waiting for the link + attention kernels (and grouped"
-    " matmuls, at peak);"
+    " matmuls, at a TPU's peak or the share of it that a GPU's others reach);"
     " mfu = model FLOPs / (step_secs x peak), hfu = hardware FLOPs / (step_secs x peak)"
 )
 SOURCES = (
@@ -31,7 +31,8 @@ SOURCES = (
 # key that it sees; others go forward: 4. Backward makes the scores again: 10, and 14 in
 # two kernels, which both do and both make the gradient of the scores.
 _BACKWARD = {"dkv": 10, "dq": 14 - 10, "bwd": 10, "backward": 10}
-_GROUPED = "ragged-dot"  # the TPU's kernel; another, "-metadata", arranges its groups
+# The TPU's kernel, beside which another, "-metadata", arranges groups; a GPU's.
+_GROUPED = ("ragged-dot", "mosaic_gpu")
 
 
 class KernelFlops(NamedTuple):
@@ -91,7 +92,8 @@ def plan(
     chip = target.chip
     flops = kernel_flops(config, target.num_devices, played.kernels)
     attention_secs = flops.attention / (chip.attention_share * chip.peak_flops)
-    kernel_secs = attention_secs + flops.grouped / chip.peak_flops
+    grouped_secs = flops.grouped / (chip.matmul_share * chip.peak_flops)
+    kernel_secs = attention_secs + grouped_secs
     hardware_flops = played.matmul_flops + sum(flops)
     step_secs = played.secs + kernel_secs
     tokens = config.train.batch_size * config.train.length

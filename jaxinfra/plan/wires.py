@@ -39,6 +39,14 @@ def is_kernel(line: Instruction) -> bool:
     return any(f'custom_call_target="{name}' in line.rest for name in _KERNELS)
 
 
+def kernel_name(line: Instruction) -> str:
+    """By which `line`, a kernel, is counted: Pallas names one of a GPU after nothing
+    but itself."""
+    if 'custom_call_target="mosaic_gpu' in line.rest:
+        return "mosaic_gpu"
+    return re.sub(r"[.\d]+$", "", line.name)
+
+
 def of(line: Instruction, where: str, axes: Axes | None, node: int = 0) -> Wire:
     """The collective that `line` of computation `where` is, or starts; `node`: so many
     devices that follow each other are one, 0 where there is one network for all."""

@@ -307,43 +307,56 @@ def _both(kernel, q, k, v, g):
 
 
 def experts(sizes: tuple[int, ...], repeats: int) -> dict:
-    """The grouped matmul of experts, in bfloat16, against a product a row and expert in
-    float32, and its FLOP/s beside a plain matmul's of the same work."""
+    """The grouped matmul of experts and both its gradients, in bfloat16, against
+    products of a few rows, and of one expert's rows, in float32; FLOP/s beside those of
+    plain matmuls of the same work."""
     N, D, F, E = sizes
     own = policy("bfloat16")
     one = meshes.make_mesh({}, devices=jax.devices()[:1])
-    ids_A = jax.random.randint(jax.random.key(0), (N,), 0, E)
-    x_ND = jax.random.normal(jax.random.key(1), (N, D), jnp.bfloat16)
-    w_EDF = jax.random.normal(jax.random.key(2), (E, D, F), jnp.bfloat16)
+    ids_A = jax.random.randint(jax.random.key(0), (N,), 0, E, jnp.int32)
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+    x_ND, w_EDF, g_NF = draw(1, N, D), draw(2, E, D, F), draw(3, N, F)
     with jax.set_mesh(one):
         align = grouped.alignment(N, E)
         rows = N if align == 1 else (-(-N // align) + E) * align
 
-        def local(x_ND, w_EDF, ids_A):
+        def local(x_ND, w_EDF, g_NF, ids_A):
             at = grouped.arrange(ids_A, num_experts=E, rows=rows, align=align)
-            x_RD = grouped.moved(x_ND, at.source_R, at.place_A)
-            y_RF = grouped.grouped(x_RD, w_EDF, at.sizes_E, jax.P(), align, own)
-            return grouped.moved(y_RF, at.place_A, at.source_R)
 
-        whole = (jax.P(),) * 3
-        run = jax.jit(jax.shard_map(local, in_specs=whole, out_specs=jax.P()))
+            def multiply(x_ND, w_EDF):
+                x_RD = grouped.moved(x_ND, at.source_R, at.place_A)
+                y_RF = grouped.grouped(x_RD, w_EDF, at.sizes_E, jax.P(), align, own)
+                return grouped.moved(y_RF, at.place_A, at.source_R)
+
+            y_NF, pull = jax.vjp(multiply, x_ND, w_EDF)
+            return y_NF, *pull(g_NF)
+
+        whole = (jax.P(),) * 4
+        run = jax.jit(jax.shard_map(local, in_specs=whole, out_specs=whole[:3]))
         place = jax.NamedSharding(one, jax.P())
-        given = jax.device_put((x_ND, w_EDF, ids_A.astype(jnp.int32)), place)
-        few = 64
-        got = np.asarray(run(*given)[:few], np.float32)
-        x, w, ids = (np.asarray(a[:few] if a is not w_EDF else a) for a in given)
-        w = np.asarray(given[1], np.float32)
-        expected = np.einsum("nd,ndf->nf", np.float32(x), w[ids])
-        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        given = jax.device_put((x_ND, w_EDF, g_NF, ids_A), place)
+        wide = lambda array: np.asarray(array, np.float32)
+        y, dx, dw = run(*given)
+        few, ids = slice(0, 64), np.asarray(ids_A)
+        w, mine = wide(w_EDF), ids == 0
+        pairs = {
+            "forward": (y[few], np.einsum("nd,ndf->nf", wide(x_ND[few]), w[ids[few]])),
+            "to_rows": (dx[few], np.einsum("nf,ndf->nd", wide(g_NF[few]), w[ids[few]])),
+            "to_weights": (dw[0], wide(x_ND)[mine].T @ wide(g_NF)[mine]),
+        }
+        error = {
+            name: float(np.abs(wide(got) - expected).max() / np.abs(expected).max())
+            for name, (got, expected) in pairs.items()
+        }
         secs = timed(run, *given, repeats=repeats)
-        plain = jax.jit(lambda x, w: x @ w[0])
-        plain_secs = timed(plain, *given[:2], repeats=repeats)
+        plain = jax.jit(lambda x, w, g: (x @ w[0], g @ w[0].T, x.T @ g))
+        plain_secs = timed(plain, *given[:3], repeats=repeats)
     return {
         "error": error,
-        "is_right": error < BF16_ROUNDING,
+        "is_right": max(error.values()) < BF16_ROUNDING,
         "secs": secs,
-        "flops": 2 * N * D * F / secs,
-        "over_plain_matmul": secs / plain_secs,
+        "flops": 3 * 2 * N * D * F / secs,
+        "over_plain_matmuls": secs / plain_secs,
     }
 
 
