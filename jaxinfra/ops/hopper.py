@@ -32,7 +32,7 @@ def grouped_on_hopper(
     past the last group give zeros. transposed: w is [E, O, I]. R is at least 192, I a
     multiple of 64, O of 128."""
     R, outer = x_RI.shape[0], w_EIO.shape[1 if transposed else 2]
-    rows, columns, turn = _tile(outer)
+    rows, columns, turn = _tile(outer, transposed)
     y_RO = ragged_dot_mgpu.ragged_dot(
         x_RI,
         w_EIO,
@@ -82,12 +82,13 @@ def _asked_for_multiprocessors() -> Iterator[None]:
         jax.devices = asked
 
 
-def _tile(outer: int) -> tuple[int, int, int]:
+def _tile(outer: int, transposed: bool) -> tuple[int, int, int]:
     """(its rows, its columns, how many side by side are computed one after another, so
-    that they find their rows in the cache). Of those measured, the fastest."""
+    that they find their rows in the cache): the fastest of those that were measured
+    (scripts/peers/grouped_kernels.py)."""
     if outer % (8 * 128) == 0:
-        return 192, 128, 8
-    if outer % (4 * 192) == 0:
+        return 128 if transposed else 192, 128, 8
+    if outer % (4 * 192) == 0 and not transposed:
         return 128, 192, 4
     tiles = outer // 128
     return 128, 128, next(n for n in (4, 2, 1) if tiles % n == 0)

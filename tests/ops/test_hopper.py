@@ -108,9 +108,10 @@ def test_the_kernel_is_for_hopper_and_whole_tiles(monkeypatch, kind, shape, oute
     assert not grouped._has_kernel(jnp.zeros(shape, jnp.float32), outer)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("outer", [128, 384, 768, 1536, 2048, 4096, 7168, 14336])
-def test_tiles_side_by_side_cover_the_result(outer):
-    _, columns, turn = hopper._tile(outer)
+def test_tiles_side_by_side_cover_the_result(outer, transposed):
+    _, columns, turn = hopper._tile(outer, transposed)
     assert outer % (columns * turn) == 0
 
 
