@@ -37,8 +37,8 @@ _CUBLAS = {"xla_gpu_enable_triton_gemm": "false"}
 # A matmul whose result is kept for the backward pass, and used at once too, runs once.
 # Else jax 0.11's compiler runs it twice, of which one writes into the stack of what is
 # kept. Measured on one H200, the same model, most activations saved: 0.303 s where they
-# run twice, 0.278 s where once; with full remat 0.317 s either way. On an H100, the
-# same chip with slower memory, it was not measured.
+# run twice, 0.278 s where once; with full remat 0.317 s either way. On an H100 0.330 s
+# and 0.295 s, two versions apart.
 _ONCE = {"xla_gpu_enable_dynamic_slice_fusion": "false"}
 
 _WITH_SPARSE_CORE = _SPARSE_CORE | _WIDE_VMEM | _NO_PROPAGATION
