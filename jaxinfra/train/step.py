@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxinfra.params import Tree
 from jaxinfra.train import optim
 from jaxinfra.train.objective import GradFn, loss_scale_of, next_model_state
 from jaxinfra.train.state import Shardings, TrainState
 
 Metrics = dict[str, jax.Array]
+# (params, opt_state, grads, step, key, is_update) -> (params, opt_state)
+Rule = Callable[..., tuple[Tree, Tree]]
 
 
 def make_train_step(
@@ -25,6 +28,7 @@ def make_train_step(
     *,
     shardings: Shardings,
     apply: optim.Apply = optim.apply_nearest,
+    ordered: Callable[[Rule], Rule] = lambda rule: rule,
     observe: Callable[[Any], Metrics] = lambda batch: {},
     update_state: Callable[[Any, Any], Any] = lambda model_state, stats: model_state,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -35,7 +39,8 @@ def make_train_step(
     batch. A loss or gradient that is not finite leaves params, optimizer and model
     state bitwise as they were, but for a loss scale; a batch without a target leaves
     params and optimizer so, and its loss is NaN. `apply` adds the update to the
-    parameters; `update_state(model_state, stats)` makes the next model state.
+    parameters; `ordered` makes of the update, a `Rule`, one that does the same in
+    another order; `update_state(model_state, stats)` makes the next model state.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -48,10 +53,8 @@ def make_train_step(
         is_update = is_finite & (aux.weight_sum > 0)
 
         with jax.named_scope("update"):
-            new = _update(tx, apply, shardings, state, grads, key)
-        old = (state.params, state.opt_state)
-        chosen = lambda n, o: jnp.where(is_update, n, o)
-        params, opt_state = jax.tree.map(chosen, new, old)
+            rule = ordered(_rule(tx, apply))
+            params, opt_state = _update(rule, shardings, state, grads, key, is_update)
         model_state = next_model_state(
             update_state, state.model_state, aux.stats, is_finite
         )
@@ -70,21 +73,29 @@ def make_train_step(
     return train_step
 
 
-def _update(tx, apply, shardings: Shardings, state: TrainState, grads, key):
-    """(params, opt_state) after `tx`, computed where the optimizer's shards are.
+def _rule(tx: optax.GradientTransformationExtraArgs, apply: optim.Apply) -> Rule:
+    """The update; where `is_update` is false, params and optimizer state stay."""
+
+    def rule(params, opt_state, grads, step, key, is_update):
+        updates, new_state = tx.update(grads, opt_state, params, step=step)
+        new, old = (apply(params, updates, key), new_state), (params, opt_state)
+        return jax.tree.map(lambda n, o: jnp.where(is_update, n, o), new, old)
+
+    return rule
+
+
+def _update(rule: Rule, shardings: Shardings, state: TrainState, grads, key, is_update):
+    """(params, opt_state) after `rule`, computed where the optimizer's shards are.
 
     Gradients and parameters move to the optimizer's layout, which is free where it is
     theirs already; the new parameters move back. That is ZeRO 1, 2 and 3. Inside, axes
     are Auto: optax's muon reshapes and contracts across split dims.
     """
-
-    def rule(grads, opt_state, params, step, key):
-        updates, opt_state = tx.update(grads, opt_state, params, step=step)
-        return apply(params, updates, key), opt_state
-
     here = jax.tree.map(jax.reshard, (grads, state.params), (shardings.optimizer,) * 2)
     grads, params = here
     outs = (shardings.optimizer, shardings.opt_state)
     automatic = jax.sharding.auto_axes(rule, out_sharding=outs)
-    params, opt_state = automatic(grads, state.opt_state, params, state.step, key)
+    params, opt_state = automatic(
+        params, state.opt_state, grads, state.step, key, is_update
+    )
     return jax.tree.map(jax.reshard, params, shardings.params), opt_state
