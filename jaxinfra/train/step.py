@@ -74,18 +74,18 @@ def make_train_step(
 
 
 def _rule(tx: optax.GradientTransformationExtraArgs, apply: optim.Apply) -> Rule:
-    """The update; where `is_update` is false, params and optimizer state stay."""
+    """The update; where `is_update` is false the optimizer's state stays as it is."""
 
     def rule(params, opt_state, grads, step, key, is_update):
-        updates, new_state = tx.update(grads, opt_state, params, step=step)
-        new, old = (apply(params, updates, key), new_state), (params, opt_state)
-        return jax.tree.map(lambda n, o: jnp.where(is_update, n, o), new, old)
+        updates, new = tx.update(grads, opt_state, params, step=step)
+        return apply(params, updates, key), _chosen(is_update, new, opt_state)
 
     return rule
 
 
 def _update(rule: Rule, shardings: Shardings, state: TrainState, grads, key, is_update):
-    """(params, opt_state) after `rule`, computed where the optimizer's shards are.
+    """(params, opt_state) after `rule`, computed where the optimizer's shards are, or
+    as they were.
 
     Gradients and parameters move to the optimizer's layout, which is free where it is
     theirs already; the new parameters move back. That is ZeRO 1, 2 and 3. Inside, axes
@@ -98,4 +98,10 @@ def _update(rule: Rule, shardings: Shardings, state: TrainState, grads, key, is_
     params, opt_state = automatic(
         params, state.opt_state, grads, state.step, key, is_update
     )
-    return jax.tree.map(jax.reshard, params, shardings.params), opt_state
+    params = jax.tree.map(jax.reshard, params, shardings.params)
+    # Not in the rule: of shards, a step under ZeRO 1 took 6.7 s in place of 5.3 on v5p.
+    return _chosen(is_update, params, state.params), opt_state
+
+
+def _chosen(is_update, new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda n, o: jnp.where(is_update, n, o), new, old)

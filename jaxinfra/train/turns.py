@@ -3,12 +3,16 @@
 The rule is traced once and its equations are put in another order: what a parameter
 needs, all that its state needs, then the next parameter. The state that is first read
 in a turn is fetched in it, and what becomes of it is sent back at once; a fetch waits,
-by `jax.lax.optimization_barrier`, until what left in an earlier turn is gone. Without
+by `jax.lax.optimization_barrier`, until what left two turns before is gone. Without
 that a GPU fetches all of the state before it updates any of it, and sends it back at
 the end. The equations are the rule's own, so the numbers are the same.
 
+Compiled for one H100, a Llama of 1.2 billion parameters: temporaries fall from 17.0 to
+10.3 GB, of which gradients are 4.9; for v5p 2x2x2, one of 8 billion: from 13.8 to 9.0.
+
 Limits: a value made of the state of many parameters brings all of that in at once; no
-rule of `train.optim` has one. A TPU's compiler begins fetches where it sees fit.
+rule of `train.optim` has one. A parameter is all the layers of its kind. A TPU's
+compiler begins fetches where it sees fit, before what they wait for.
 """
 
 from typing import Any
