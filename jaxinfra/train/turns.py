@@ -15,6 +15,7 @@ rule of `train.optim` has one. A parameter is all the layers of its kind. A TPU'
 compiler begins fetches where it sees fit, before what they wait for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,15 +23,17 @@ from jax.extend import core
 
 from jaxinfra.parallel import phases
 from jaxinfra.params import Tree
-from jaxinfra.train.step import Rule
 
 # Turns whose state is on the device at once: one arrives while the last one leaves.
 _AT_ONCE = 2
 
+# (params, opt_state, ..., is_update) -> (params, opt_state)
+Rule = Callable[..., tuple[Tree, Tree]]
+
 
 def in_turn(rule: Rule) -> Rule:
     """`rule` of an optimizer's state that rests on the host, before and after it. The
-    first fetch waits for the last argument, which all gradients make."""
+    first fetch waits for `is_update`, which all gradients make."""
 
     def update(params: Tree, opt_state: Tree, *rest: Any) -> tuple[Tree, Tree]:
         near = jax.eval_shape(_to_device, opt_state)
