@@ -76,6 +76,7 @@ def _in_turn(program: core.ClosedJaxpr, params: list, far: list, rest: list) -> 
             arrived = make(wanted)
             leaving = leaving + arrived
             wanted = [becomes[var] for var in arrived]
+        leaving = list(dict.fromkeys(leaving))
         if leaving:
             left = _to_host([value(becomes[var]) for var in leaving])
             sent.update(zip(leaving, left, strict=True))

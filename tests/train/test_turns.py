@@ -130,6 +130,9 @@ def test_a_fetch_waits_for_what_was_sent_two_turns_before(optimizer):
     sent = moved(jaxpr, jax.memory.Space.Host)
     # One for each parameter, its average and what is not read, as lion's count.
     assert len(fetched) == len(sent) >= len(SPECS)
+    for eqns in (fetched, sent):
+        arrays = [var for eqn in eqns for var in eqn.invars]
+        assert len(arrays) == len(set(arrays)), "each goes once"
     batch = jaxpr.invars[-1]
     for eqn in fetched:
         needs = [made_of[var] for var in eqn.invars]
