@@ -96,6 +96,9 @@ def build(
         places = states.make_shardings(task.specs, tx, layout)
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
+    ordered = lambda rule: rule
+    if config.optimizer.offload:
+        places, ordered = jaxinfra.state_on_host(places), jaxinfra.in_turn
     grad_fn = objective.accumulate(
         task.grad_fn or objective.grad_of(task.loss_fn),
         # A pipeline cuts the batch itself.
@@ -115,13 +118,12 @@ def build(
         tx,
         shardings=places,
         apply=_apply(config, policy),
+        ordered=ordered,
         observe=observe,
         update_state=task.update_state,
     )
     if "offload:" in config.train.remat:
         jaxinfra.check_activations(layout.mesh)
-    if config.optimizer.offload:
-        train_step, places = jaxinfra.offloaded(train_step, places)
     parts = (task.specs, tx, places, layout)
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
     how["model_state"] = task.model_state

@@ -24,6 +24,14 @@ from jaxinfra.params import Tree
 Values = list[jax.Array]
 
 
+class Needed(NamedTuple):
+    """The equations, in order, that make values of what is given; and those variables
+    given that they, or the values themselves, read."""
+
+    eqns: list[core.JaxprEqn]
+    read: list[core.Var]
+
+
 class Phases(NamedTuple):
     """The parts of a layer y, told = layer(params, x, context).
 
@@ -78,7 +86,7 @@ def cut(
     may_keep = {x_var} | {
         var for var in _kept(jaxpr.eqns, remat) if var in on_x and var not in on_dy
     }
-    _, kept = _needed(jaxpr.eqns, [dx_var, *dparams_vars], given | {dy_var} | may_keep)
+    _, kept = needed(jaxpr.eqns, [dx_var, *dparams_vars], given | {dy_var} | may_keep)
     kept = [var for var in kept if var in may_keep]
 
     def free_and(inputs: Sequence, outputs: Sequence) -> Callable[..., list]:
@@ -108,13 +116,13 @@ def cut(
 
     small = [var for var in dparams_vars if len(var.aval.shape) < 2]
     # Whole, so that what a shard_map makes for both parts may be left.
-    done, _ = _needed(
+    done, _ = needed(
         jaxpr.eqns, [dx_var, *small], given | {dy_var, *kept}, is_whole=True
     )
     may_leave = {*kept, dy_var, *small} | {
         var for eqn in done for var in eqn.outvars if var in on_x or var in on_dy
     }
-    _, left = _needed(jaxpr.eqns, dparams_vars, given | may_leave)
+    _, left = needed(jaxpr.eqns, dparams_vars, given | may_leave)
     left = [var for var in left if var in may_leave]
     backward = free_and([*kept, dy_var], [dx_var, *left])
     weights = free_and(left, dparams_vars)
@@ -135,9 +143,34 @@ def part(
     """(values of `inputs`) -> values of `outputs`: variables of a program, of which the
     outputs need no others than these."""
     jaxpr = closed.jaxpr
-    eqns, _ = _needed(jaxpr.eqns, outputs, {*inputs, *jaxpr.constvars})
+    eqns, _ = needed(jaxpr.eqns, outputs, {*inputs, *jaxpr.constvars})
     sub = _with(jaxpr, eqns, inputs, outputs)
     return core.jaxpr_as_fun(core.ClosedJaxpr(sub, closed.consts))
+
+
+def needed(
+    eqns: Sequence[core.JaxprEqn],
+    outputs: Sequence,
+    given: set,
+    *,
+    is_whole: bool = False,
+) -> Needed:
+    """What makes `outputs` of what is `given`. is_whole: a shard_map with all that it
+    makes."""
+    wanted = set(_variables(outputs))
+    read = {var: None for var in _variables(outputs) if var in given}
+    chosen = []
+    for eqn in reversed(eqns):
+        if not any(var in wanted and var not in given for var in eqn.outvars):
+            continue
+        if eqn.primitive.name == "shard_map" and not is_whole:
+            eqn = _with_less(eqn, wanted - given, given)
+        chosen.append(eqn)
+        for var in _variables(eqn.invars):
+            wanted.add(var)
+            if var in given:
+                read[var] = None
+    return Needed(chosen[::-1], list(read))
 
 
 def _kept(eqns: Iterable[core.JaxprEqn], remat: str) -> Iterator[core.Var]:
@@ -166,31 +199,6 @@ def _depending(eqns: Iterable[core.JaxprEqn], roots: set) -> set:
     return found
 
 
-def _needed(
-    eqns: Sequence[core.JaxprEqn],
-    outputs: Sequence,
-    given: set,
-    *,
-    is_whole: bool = False,
-) -> tuple[list[core.JaxprEqn], list]:
-    """(the equations, in order, that make `outputs` of what is `given`; those variables
-    given that they, or the outputs, read). is_whole: a shard_map with all it makes."""
-    wanted = set(_variables(outputs))
-    read = {var: None for var in _variables(outputs) if var in given}
-    chosen = []
-    for eqn in reversed(eqns):
-        if not any(var in wanted and var not in given for var in eqn.outvars):
-            continue
-        if eqn.primitive.name == "shard_map" and not is_whole:
-            eqn = _with_less(eqn, wanted - given, given)
-        chosen.append(eqn)
-        for var in _variables(eqn.invars):
-            wanted.add(var)
-            if var in given:
-                read[var] = None
-    return chosen[::-1], list(read)
-
-
 def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
     """A shard_map that makes those of its results that are wanted, of its inputs and
     of those of its results that are given, whose specs must tell all that differs
@@ -205,7 +213,7 @@ def _with_less(eqn: core.JaxprEqn, wanted: set, given: set) -> core.JaxprEqn:
         if var in given and not _is_literal(atom):
             inputs[atom] = var, spec
     atoms = [atom for _, atom, _ in made]
-    eqns, read = _needed(inner.eqns, atoms, {*inputs})
+    eqns, read = needed(inner.eqns, atoms, {*inputs})
     changed = {
         "jaxpr": _with(inner, eqns, read, atoms),
         "in_specs": tuple(inputs[var][1] for var in read),

@@ -1,9 +1,8 @@
 """The optimizer's state in the host's memory between steps: `optimizer.offload`; and
-whether devices can address that memory."""
+whether devices can address that memory. `train.turns` has the update of such a state.
+"""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -12,26 +11,11 @@ from jaxinfra.mesh import HOST
 from jaxinfra.train.state import Shardings
 
 
-def offloaded(train_step: Callable, shardings: Shardings) -> tuple[Callable, Shardings]:
-    """`train_step` of a state whose optimizer state rests in pinned host memory, and
-    where that state's arrays are.
-
-    The compiler brings each array in where the update first reads it and sends it back
-    where it was last written: the same numbers, and the device's memory is free of it
-    during the forward and backward passes. Raises ConfigError where the devices cannot
-    address such memory.
-    """
-
-    def step(state: Any, batch: Any) -> Any:
-        near = jax.device_put(state.opt_state, jax.memory.Space.Device)
-        state, metrics = train_step(state._replace(opt_state=near), batch)
-        far = jax.device_put(state.opt_state, jax.memory.Space.Host)
-        return state._replace(opt_state=far), metrics
-
-    on_host = functools.partial(_on_host, key="optimizer.offload", plain="false")
-    return step, shardings._replace(
-        opt_state=jax.tree.map(on_host, shardings.opt_state)
-    )
+def state_on_host(shardings: Shardings) -> Shardings:
+    """`shardings` with the optimizer's state in pinned host memory. Raises ConfigError
+    where the devices cannot address such memory."""
+    place = functools.partial(_on_host, key="optimizer.offload", plain="false")
+    return shardings._replace(opt_state=jax.tree.map(place, shardings.opt_state))
 
 
 def check_activations(mesh: jax.sharding.Mesh) -> None:

@@ -2,7 +2,7 @@
 
 The step is a pure function (state, batch) -> (state, metrics) and never grows a branch:
 microbatches and pipelines wrap the `GradFn`, clipping and averaging wrap `tx`, a loss
-scale is part of the model state.
+scale is part of the model state, and `ordered` puts the update in another order.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ def make_train_step(
     *,
     shardings: Shardings,
     apply: optim.Apply = optim.apply_nearest,
+    ordered: Callable[[Callable], Callable] = lambda rule: rule,
     observe: Callable[[Any], Metrics] = lambda batch: {},
     update_state: Callable[[Any, Any], Any] = lambda model_state, stats: model_state,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -48,10 +49,9 @@ def make_train_step(
         is_update = is_finite & (aux.weight_sum > 0)
 
         with jax.named_scope("update"):
-            new = _update(tx, apply, shardings, state, grads, key)
-        old = (state.params, state.opt_state)
-        chosen = lambda n, o: jnp.where(is_update, n, o)
-        params, opt_state = jax.tree.map(chosen, new, old)
+            params, opt_state = _update(
+                tx, apply, ordered, shardings, state, grads, key, is_update
+            )
         model_state = next_model_state(
             update_state, state.model_state, aux.stats, is_finite
         )
@@ -70,7 +70,7 @@ def make_train_step(
     return train_step
 
 
-def _update(tx, apply, shardings: Shardings, state: TrainState, grads, key):
+def _update(tx, apply, ordered, shardings, state: TrainState, grads, key, is_update):
     """(params, opt_state) after `tx`, computed where the optimizer's shards are.
 
     Gradients and parameters move to the optimizer's layout, which is free where it is
@@ -78,13 +78,16 @@ def _update(tx, apply, shardings: Shardings, state: TrainState, grads, key):
     are Auto: optax's muon reshapes and contracts across split dims.
     """
 
-    def rule(grads, opt_state, params, step, key):
-        updates, opt_state = tx.update(grads, opt_state, params, step=step)
-        return apply(params, updates, key), opt_state
+    def rule(params, opt_state, grads, step, key, is_update):
+        updates, new = tx.update(grads, opt_state, params, step=step)
+        chosen = jax.tree.map(lambda n, o: jnp.where(is_update, n, o), new, opt_state)
+        return apply(params, updates, key), chosen
 
     here = jax.tree.map(jax.reshard, (grads, state.params), (shardings.optimizer,) * 2)
     grads, params = here
     outs = (shardings.optimizer, shardings.opt_state)
-    automatic = jax.sharding.auto_axes(rule, out_sharding=outs)
-    params, opt_state = automatic(grads, state.opt_state, params, state.step, key)
-    return jax.tree.map(jax.reshard, params, shardings.params), opt_state
+    run = jax.sharding.auto_axes(ordered(rule), out_sharding=outs)
+    params, opt_state = run(params, state.opt_state, grads, state.step, key, is_update)
+    # Not chosen in shards: with that a ZeRO 1 step took 6.7 s in place of 5.3 on v5p.
+    back = lambda new, place, old: jnp.where(is_update, jax.reshard(new, place), old)
+    return jax.tree.map(back, params, shardings.params, state.params), opt_state

@@ -102,3 +102,19 @@ def test_peak_and_headroom_add_up():
     assert found.peak_bytes == found.arguments_bytes + found.temporary_bytes
     assert found.headroom_bytes == GIB - found.peak_bytes
     assert found.arguments_bytes > found.parameters_bytes + found.optimizer_bytes
+
+
+def test_an_optimizer_on_the_host_is_there_in_part():
+    config = tiny({"data": 8})
+    model = dataclasses.replace(config.model, width=256, ffn_width=1024, repeats=8)
+    train = dataclasses.replace(config.train, length=2)
+    optimizer = dataclasses.replace(config.optimizer, name="adamw")
+    config = dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
+    there = analytic.memory(config, 8, GIB)
+    optimizer = dataclasses.replace(optimizer, offload=True)
+    away = analytic.memory(dataclasses.replace(config, optimizer=optimizer), 8, GIB)
+    assert away.arguments_bytes == there.arguments_bytes - there.optimizer_bytes
+    more = away.temporary_bytes - away.gradients_bytes
+    largest = 2 * 4 * 8 * 256 * 1024  # both moments of a matrix of eight layers
+    assert 2 * largest < more < 3 * largest < there.optimizer_bytes
+    assert away.peak_bytes < there.peak_bytes
