@@ -47,6 +47,7 @@ _HOMES = {
     "train.profile": ("tracing",),
     "train.objective": ("Aux", "GradFn", "LossFn", "accumulate", "grad_of",
                         "next_token_loss", "with_row_ids"),
+    "train.accumulation": ("accumulate_once", "axes_summed_once"),
     "train.adafactor": ("adafactor",),
     "train.averaging": ("averaging",),
     "train.muon": ("orthogonalised_momentum",),

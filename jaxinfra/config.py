@@ -400,6 +400,7 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     virtual_stages: int = 1
     balanced: Literal["auto", "true", "false"] = "auto"
+    reduce_once: Literal["auto", "true", "false"] = "auto"
     recompute: bool = False
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
     experts: Literal["dropless", "dense"] = "dropless"
