@@ -96,13 +96,13 @@ def build(
         places = states.make_shardings(task.specs, tx, layout)
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
-    grad_fn = _accumulated(
-        task.grad_fn or objective.grad_of(task.loss_fn),
-        config,
-        layout,
-        policy,
-        shardings=places.grads,
-    )
+    grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
+    if config.train.microbatches == 1 or layout.mesh.shape["pipeline"] > 1:
+        grad_fn = objective.placed(grad_fn, places.grads)  # stages cut the batch
+    else:
+        # By its public name, which loads the module.
+        parts = (grad_fn, config, layout, policy)
+        grad_fn = jaxinfra.accumulated(*parts, shardings=places.grads)
 
     def observe(batch: Any) -> dict[str, jax.Array]:
         # By its public name, which loads the module.
@@ -141,25 +141,6 @@ def build(
         init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
         abstract=functools.partial(states.abstract_state, *parts, **abstract),
     )
-
-
-def _accumulated(
-    grad_fn: objective.GradFn,
-    config: Config,
-    layout: Layout,
-    policy: Policy,
-    *,
-    shardings: Any,
-) -> objective.GradFn:
-    """`grad_fn`, summed over the microbatches of a step: over devices once a step where
-    `config` says so, which is loaded by its public name."""
-    # A pipeline cuts the batch itself.
-    count = config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1
-    axes = jaxinfra.axes_summed_once(config, layout) if count > 1 else ()
-    if not axes:
-        return objective.accumulate(grad_fn, count, shardings=shardings)
-    how = {"axes": axes, "policy": policy}
-    return jaxinfra.accumulate_once(grad_fn, count, shardings=shardings, **how)
 
 
 def _apply(config: Config, policy: Policy) -> optim.Apply:

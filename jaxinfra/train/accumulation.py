@@ -1,15 +1,25 @@
-"""Accumulation that sums gradients over devices once a step, and not a microbatch.
+"""Gradients of microbatches, one after another: the sum on a device and over devices.
 
-`objective.accumulate` leaves every sum to the types of arrays: where devices have rows
-of their own, the gradients of each microbatch are summed over all of them. Over an axis
-that splits rows and not the sum of gradients (`data`; with zero 0 or 1 `fsdp` too) each
-device may as well add up its own microbatches first. So here the same loop runs inside
-a shard_map that is manual over these axes, and what it made is summed once after it.
-`sharding.spec` leaves out axes that are taken, so losses run there as they are.
+`accumulate` leaves sums over devices to the types of arrays: where devices have rows of
+their own, the gradients of every microbatch are summed over all of them. Over an axis
+that splits rows and not the sum of gradients (`data`; with zero 0 or 1 `fsdp` too) a
+device may as well add up its own microbatches first. `accumulate_once` runs the same
+loop inside a shard_map that is manual over such axes, and sums what it made once, after
+it; `sharding.spec` leaves out axes that are taken, so losses run there as they are.
 
 Over `fsdp` with zero 2 or 3 each device keeps a part of the sum, into which every
-microbatch is summed at once: its whole sum would not fit. Over `expert`, `context` and
-`tensor` activations travel too, and they stay with the types.
+microbatch is reduced at once: its whole sum would not fit. Once `data` is apart, that
+is a reduce-scatter over the fast axis, in place of an all-reduce over both. Over
+`expert`, `context` and `tensor` activations travel too, and they stay with the types.
+
+By the compilers' plans for Llama-3-8B in 4 microbatches, full remat, against sums of
+every microbatch: data 8 x fsdp 8 on 64 H100, 8 rows a device, sends 244 GB a step in
+place of 361, of which 7 in place of 222 leave the fsdp axis, in 3.28 s in place of
+3.34 if all links were as fast as those within a node; data 2 x fsdp 8 on 16 v5p, 4
+rows, 203 GB in place of 312, in 9.98 s in place of 10.39, for 0.3 GB more of memory. In
+2 microbatches of 1 row on the H100 0.89 s in place of 0.98. In data alone (GPT-2 124M
+in 2 on 8 H100) 0.2102 s in place of 0.2115: nothing was slower, so `auto` is `true`
+where it can be.
 """
 
 from typing import Any
@@ -19,11 +29,21 @@ import jax.numpy as jnp
 import optax
 
 from jaxinfra.config import Config
-from jaxinfra.params import Tree
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Layout
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, Maxima
+
+
+def accumulated(
+    grad_fn: GradFn, config: Config, layout: Layout, policy: Policy, *, shardings: Any
+) -> GradFn:
+    """`grad_fn` over train.microbatches, in the way of parallel.reduce_once."""
+    microbatches = config.train.microbatches
+    if axes := axes_summed_once(config, layout):
+        how = {"axes": axes, "policy": policy}
+        return accumulate_once(grad_fn, microbatches, shardings=shardings, **how)
+    return accumulate(grad_fn, microbatches, shardings=shardings)
 
 
 def axes_summed_once(config: Config, layout: Layout) -> Axes:
@@ -36,28 +56,52 @@ def axes_summed_once(config: Config, layout: Layout) -> Axes:
     return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
 
 
+def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
+    """Sums `grad_fn` over `microbatches` parts of the batch, one after another.
+
+    Row r goes to part r % microbatches, so that no row leaves its device. `shardings`:
+    of the sum of gradients, a tree like params; zero >= 2 keeps it sharded over fsdp.
+    The sum is float32 whatever the parameters are.
+    """
+    one = objective.placed(grad_fn, shardings)
+    if microbatches == 1:
+        return one
+
+    def summed(params, model_state, batch, key):
+        of = lambda part: one(params, model_state, part, key)
+
+        def add(total, part):
+            return jax.tree.map(_merge, total, of(part), is_leaf=_is_maxima), None
+
+        # From zeros: were the first part outside, a loop of one turn would be none, and
+        # the compiler keep the activations of both at once.
+        parts = split(batch, microbatches)
+        like = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+        return jax.lax.scan(add, jax.tree.map(_zeros, like), parts)[0]
+
+    return summed
+
+
 def accumulate_once(
     grad_fn: GradFn,
     microbatches: int,
     *,
-    shardings: Tree,
+    shardings: Any,
     axes: Axes,
     policy: Policy,
 ) -> GradFn:
-    """What `objective.accumulate` gives, summed over `axes` after the last microbatch,
-    in `policy.reduce`. `grad_fn` is of rows that have nothing to do with each other,
-    and says by `sharding.spec` where its activations are."""
-    places = jax.tree.map(lambda place: place.spec, shardings)
-    is_maxima = lambda node: isinstance(node, Maxima)
-    own = objective.accumulate(grad_fn, microbatches, shardings=places)
+    """What `accumulate` gives, summed over `axes` after the last microbatch, in
+    `policy.reduce`. `grad_fn` is of rows that have nothing to do with each other, and
+    says by `sharding.spec` where its activations are."""
+    own = accumulate(grad_fn, microbatches, shardings=shardings)
 
     def met(node: Any) -> Any:
-        return (jax.lax.pmax if is_maxima(node) else jax.lax.psum)(node, axes)
+        return (jax.lax.pmax if _is_maxima(node) else jax.lax.psum)(node, axes)
 
     def body(params, model_state, batch, key) -> Gradients:
         made = own(params, model_state, batch, key)
         made = made._replace(grads=optax.tree.cast(made.grads, policy.reduce))
-        made = jax.tree.map(met, made, is_leaf=is_maxima)
+        made = jax.tree.map(met, made, is_leaf=_is_maxima)
         return made._replace(grads=optax.tree.cast(made.grads, jnp.float32))
 
     return jax.shard_map(
@@ -67,3 +111,34 @@ def accumulate_once(
         axis_names=set(axes),
         check_vma=False,  # every sum over these axes is made here, by hand
     )
+
+
+def split(batch: Any, microbatches: int) -> Any:
+    """[B, ...] -> [M, B / M, ...], where row r is in microbatch r % M.
+
+    So it is too where a device has a part of the rows, a multiple of M, and they are
+    counted from the first of these.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        over_rows, *others = jax.typeof(x).sharding.spec
+        parts = jax.lax.reshape(
+            x,
+            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
+            out_sharding=jax.P(over_rows, None, *others),
+        )
+        return jnp.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec)
+
+
+def _is_maxima(node: Any) -> bool:
+    return isinstance(node, Maxima)
+
+
+def _merge(total: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.maximum if _is_maxima(total) else jnp.add, total, part)
