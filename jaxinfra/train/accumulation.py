@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxinfra import sharding
 from jaxinfra.config import Config
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Layout
@@ -52,8 +53,10 @@ def axes_summed_once(config: Config, layout: Layout) -> Axes:
     it stays as its arrays' types have it."""
     if config.parallel.reduce_once == "false" or config.task != "text":
         return ()
-    axes = (axis for axis in layout.params.rows if axis not in layout.grads.embed)
-    return tuple(axis for axis in axes if layout.mesh.shape[axis] > 1)
+    rows, cut = layout.params.rows, layout.grads.embed
+    # Those of size 1 too: what a shard_map takes must be the first that split rows.
+    axes = tuple(axis for axis in rows if axis not in cut)
+    return axes if sharding.axis_product(layout.mesh, axes) > 1 else ()
 
 
 def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
