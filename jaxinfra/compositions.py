@@ -117,6 +117,9 @@ FEATURES: dict[str, Feature] = {
         ),
     ),
     "reduce": _key("comm.reduce", lambda config: config.comm.reduce != "compute"),
+    "once": _key(
+        "parallel.reduce_once", lambda config: config.parallel.reduce_once == "true"
+    ),
     "adapters": _key("lora.rank", lambda config: config.lora.rank > 0),
     "freeze": _key("train.freeze", lambda config: bool(config.train.freeze)),
     "aware": _key(
@@ -197,6 +200,12 @@ APART = (
         "own task",
         "how it sums its gradients over rows is its own",
         "set comm.reduce to compute",
+    ),
+    Pair(
+        "once",
+        "own task",
+        "it may look from row to row, which devices with rows of their own cannot",
+        "set parallel.reduce_once to auto",
     ),
     Pair(
         "quantized",

@@ -391,6 +391,8 @@ class ParallelConfig:
     the ticks in which a stage would wait. balanced: late stages keep a part for early
     ones, which travels; auto: with train.remat full or recompute, on a fast network.
     recompute: stages keep only what enters them, and run their layers once more.
+    reduce_once: without a pipeline too, gradients of microbatches are summed over data,
+    and over fsdp with zero 0 or 1, after the last one; auto: where text is learned.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense). sequence: activations between
@@ -401,6 +403,7 @@ class ParallelConfig:
     virtual_stages: int = 1
     balanced: Literal["auto", "true", "false"] = "auto"
     recompute: bool = False
+    reduce_once: Literal["auto", "true", "false"] = "auto"
     context: Literal["ring", "ulysses", "all_gather"] = "ring"
     experts: Literal["dropless", "dense"] = "dropless"
     sequence: bool = True

@@ -99,12 +99,13 @@ def build(
     ordered = lambda rule: rule
     if config.optimizer.offload:
         places, ordered = jaxinfra.state_on_host(places), jaxinfra.in_turn
-    grad_fn = objective.accumulate(
-        task.grad_fn or objective.grad_of(task.loss_fn),
-        # A pipeline cuts the batch itself.
-        config.train.microbatches if layout.mesh.shape["pipeline"] == 1 else 1,
-        shardings=places.grads,
-    )
+    grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
+    if config.train.microbatches == 1 or layout.mesh.shape["pipeline"] > 1:
+        grad_fn = objective.placed(grad_fn, places.grads)  # stages cut the batch
+    else:
+        # By its public name, which loads the module.
+        parts = (grad_fn, config, layout, policy)
+        grad_fn = jaxinfra.accumulated(*parts, shardings=places.grads)
 
     def observe(batch: Any) -> dict[str, jax.Array]:
         # By its public name, which loads the module.

@@ -36,6 +36,7 @@ def check_features(config: Config, sizes: Sizes, zero: int) -> None:
     _check_quant(config)
     _check_low_bit_state(config, sizes, zero)
     _check_pipeline(config, sizes)
+    _check_accumulation(config, sizes, zero)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
 
@@ -214,6 +215,26 @@ def _check_pipeline(config: Config, sizes: Sizes) -> None:
             f" parallel.virtual_stages={virtual}, and each needs a repeat of"
             f" model.pattern; set mesh.pipeline to {model.repeats // virtual or 1} or"
             " less"
+        )
+
+
+def _check_accumulation(config: Config, sizes: Sizes, zero: int) -> None:
+    """What gradients that are summed once a step ask for; a pipeline does so anyway."""
+    if config.parallel.reduce_once != "true" or sizes.get("pipeline", 1) > 1:
+        return
+    if config.train.microbatches == 1:
+        raise ConfigError(
+            "parallel.reduce_once='true' is of several microbatches, and"
+            " train.microbatches=1; set it to 2 or more, or parallel.reduce_once to"
+            " auto"
+        )
+    axes = ("data", "fsdp") if zero < 2 else ("data",)
+    if all(sizes.get(axis) == 1 for axis in axes):
+        given = " and ".join(f"mesh.{axis}=1" for axis in axes)
+        raise ConfigError(
+            f"parallel.reduce_once='true' is of mesh axes over which a sum of gradients"
+            f" is whole, and with zero={zero} and {given} there is none; set mesh.data"
+            " to 2 or more, zero to 1 with mesh.fsdp, or parallel.reduce_once to auto"
         )
 
 

@@ -59,7 +59,8 @@ _KEYS = {
 
 
 def spec(rules: Rules, *names: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array with dims of these logical names (None: whole).
+    """The PartitionSpec of an array with dims of these logical names (None: whole), as
+    `axes_here` has them.
 
     Errors: ValueError for a name that is not in the table, or a mesh axis used twice.
     """
@@ -69,7 +70,7 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
             raise ValueError(
                 f"{name!r} is no logical name; use one of {(*vars(rules),)}"
             )
-        axes = () if name is None else getattr(rules, name)
+        axes = () if name is None else axes_here(rules, name)
         if twice := used.intersection(axes):
             raise ValueError(
                 f"dims {names} use mesh axis {sorted(twice)[0]!r} twice; "
@@ -78,6 +79,14 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
         used.update(axes)
         entries.append(axes)
     return PartitionSpec(*entries)
+
+
+def axes_here(rules: Rules, *names: str) -> Axes:
+    """The mesh axes that split dims of these logical names. Inside a shard_map those
+    that it left: along the others a device has a part of its own already."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for name in names for axis in getattr(rules, name))
+    return tuple(axis for axis in axes if axis not in taken)
 
 
 def sharding(

@@ -77,7 +77,7 @@ def _embed_backward(policy, rules, residuals, dx_BTD):
     table_spec = jax.typeof(table_VD).sharding.spec
     dx_spec = sharding.spec(rules, "batch", "length", "width")
     does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
-    token_axes = rules.batch + rules.length
+    token_axes = sharding.axes_here(rules, "batch", "length")
 
     def body(table_VD, tokens_BT, dx_BTD):
         axes, whole = token_axes, table_VD

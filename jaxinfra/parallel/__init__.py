@@ -45,6 +45,9 @@ devices join while stages take different branches; a task of one's own, whose la
 not known; activations in the host's memory. More stages than repeats are refused too.
 Limits: prefix and suffix are held by every stage.
 
+Without a pipeline microbatches are summed by `train.accumulation`, over devices once a
+step too where the sum of gradients is whole (`--parallel.reduce_once`).
+
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
 batch as `data` does. A token's router, always float32, runs where the token is. Without
 `model.capacity_factor` no token is dropped (`dropless`): rows are grouped by expert,

@@ -235,7 +235,7 @@ def _plain_backward(policy: Policy, to_x: str, to_w: str, x, w, g):
 def _cotangent(w: Weight, dw: jax.Array, figures) -> Weight:
     zeros = lambda leaf: None if leaf is None else jnp.zeros_like(leaf)
     probe = jnp.stack(figures).astype(w.probe.dtype)
-    if w.probe.ndim > probe.ndim:  # row r is in microbatch r % M (objective.split)
+    if w.probe.ndim > probe.ndim:  # row r is in microbatch r % M (accumulation)
         assert w.rows is not None
         microbatches = len(w.probe)
         mine = jnp.max(w.rows).astype(jnp.int32) % microbatches

@@ -3,6 +3,7 @@
 | file | subject |
 |---|---|
 | `objective` | the contract (sums of loss and weights), next-token loss, gradients |
+| `accumulation` | gradients of microbatches: summed on a device, then over devices |
 | `optim` | optax by name and by kind, schedules, an average, rounding of updates |
 | `state`, `saving` | `TrainState`, where each part lives, its way to checkpoints |
 | `step` | (state, batch) -> (state, metrics): one division, one update |

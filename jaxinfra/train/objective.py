@@ -3,7 +3,7 @@
 A `LossFn` returns the *sum* of the loss and an `Aux` with the sum of the weights. The
 step divides once, by the global weight sum, so microbatches and devices of unequal
 weight are right. A `GradFn` has a LossFn's arguments and returns `Gradients` of the
-sum; wrappers compose: `accumulate(grad_of(loss), 4)`.
+sum; wrappers compose: `accumulation.accumulate(grad_of(loss), 4)`.
 
 Under float16 the model state is `Scaled`: `grad_of` takes gradients of the loss times
 a scale, and `next_model_state` moves that scale after every step.
@@ -281,60 +281,17 @@ def is_overflow(metrics: Mapping[str, float]) -> bool:
     return can_fall and math.isfinite(metrics["loss"])
 
 
-def accumulate(grad_fn: GradFn, microbatches: int, *, shardings: Any) -> GradFn:
-    """Sums `grad_fn` over `microbatches` parts of the batch, one after another.
+def placed(grad_fn: GradFn, shardings: Any) -> GradFn:
+    """`grad_fn` whose gradients are float32, whatever the parameters are, and lie as
+    `shardings` says, a tree like params."""
 
-    Row r goes to part r % microbatches, so that no row leaves its device. `shardings`:
-    of the sum of gradients, a tree like params; zero >= 2 keeps it sharded over fsdp.
-    The sum is float32 whatever the parameters are.
-    """
-
-    def placed(result: Gradients) -> Gradients:
-        grads = jax.tree.map(jax.reshard, result.grads, shardings)
+    def on_its_place(params, model_state, batch, key) -> Gradients:
+        result = grad_fn(params, model_state, batch, key)
+        move = lambda g, place: jax.reshard(g, place.spec)
+        grads = jax.tree.map(move, result.grads, shardings)
         return result._replace(grads=optax.tree.cast(grads, jnp.float32))
 
-    def accumulated(params, model_state, batch, key):
-        one = lambda part: placed(grad_fn(params, model_state, part, key))
-        if microbatches == 1:
-            return one(batch)
-
-        def add(total, part):
-            return jax.tree.map(_merge, total, one(part), is_leaf=_is_maxima), None
-
-        # From zeros: were the first part outside, a loop of one turn would be none, and
-        # the compiler keep the activations of both at once.
-        parts = split(batch, microbatches)
-        like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-        return jax.lax.scan(add, jax.tree.map(_zeros, like), parts)[0]
-
-    return accumulated
-
-
-def split(batch: Any, microbatches: int) -> Any:
-    """[B, ...] -> [M, B / M, ...], where row r is in microbatch r % M."""
-
-    def one(x: jax.Array) -> jax.Array:
-        over_rows, *others = jax.typeof(x).sharding.spec
-        parts = jax.lax.reshape(
-            x,
-            (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
-            out_sharding=jax.P(over_rows, None, *others),
-        )
-        return jnp.swapaxes(parts, 0, 1)
-
-    return jax.tree.map(one, batch)
-
-
-def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec)
-
-
-def _is_maxima(node: Any) -> bool:
-    return isinstance(node, Maxima)
-
-
-def _merge(total: Any, part: Any) -> Any:
-    return jax.tree.map(jnp.maximum if _is_maxima(total) else jnp.add, total, part)
+    return on_its_place
 
 
 def numbered(batch: Any, rules: Rules) -> Rows:

@@ -22,7 +22,7 @@ from jaxinfra.parallel.chunks import Stack
 from jaxinfra.params import Tree
 from jaxinfra.quant import communication
 from jaxinfra.sharding import Layout, Rules
-from jaxinfra.train import objective
+from jaxinfra.train import accumulation, objective
 from jaxinfra.train.objective import GradFn, Gradients, LossFn
 
 
@@ -98,7 +98,7 @@ def make_pipelined(
             table,
             stack._replace(model=model, loss=sharp if key is None else smooth),
             params,
-            objective.split(parts, table.microbatches),
+            accumulation.split(parts, table.microbatches),
             layout=layout,
             key=key,
             scale=scale,

@@ -34,7 +34,7 @@ from jaxinfra import compiler_options, params, precision, sharding
 from jaxinfra.models import transformer
 from jaxinfra.ops import attention, loss, seam
 from jaxinfra.parallel import pipeline, schedules
-from jaxinfra.train import objective, pipelined
+from jaxinfra.train import accumulation, objective, pipelined
 
 STAGES, LENGTH, VOCAB = 8, 4096, 128_256
 MODEL = ji.ModelConfig(
@@ -234,7 +234,7 @@ def by_autodiff(model, inner, loss_config, layout, microbatches, remat):
         t = objective.make_targets(batch.tokens_BT1, batch.segments_BT1, rules)
         context = model.prepare(seam.Context(t.positions_BT, t.segments_BT))
         x = model.embed(weights, t.tokens_BT, context)
-        parts = objective.split((x, t.positions_BT, t.segments_BT), microbatches)
+        parts = accumulation.split((x, t.positions_BT, t.segments_BT), microbatches)
         rows = jax.P(None, pipeline.ROW_AXES)
         y_SMBTD = jax.shard_map(
             stages,
@@ -246,7 +246,7 @@ def by_autodiff(model, inner, loss_config, layout, microbatches, remat):
         is_last = (jnp.arange(STAGES) == STAGES - 1)[:, None, None, None, None]
         y = jnp.sum(jnp.where(is_last, y_SMBTD, 0), axis=0, dtype=y_SMBTD.dtype)
         y = jax.lax.reshape(
-            jnp.swapaxes(y, 0, 1),  # as objective.split had the rows
+            jnp.swapaxes(y, 0, 1),  # as accumulation.split had the rows
             x.shape,
             out_sharding=sharding.spec(rules, "batch", "length", "width"),
         )

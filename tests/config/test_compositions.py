@@ -33,6 +33,14 @@ ASKS = {
     "quantized": ("tiny", {"precision": "fp8"}),
     "comm": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"gather": "int8"}}),
     "reduce": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"reduce": "int8"}}),
+    "once": (
+        "tiny",
+        {
+            "mesh": {"data": 2},
+            "train": {"microbatches": 2},
+            "parallel": {"reduce_once": "true"},
+        },
+    ),
     "adapters": ("tiny", {"lora": {"rank": 4}}),
     "freeze": ("tiny", {"train": {"freeze": "ffn"}}),
     "aware": ("tiny", {"train": {"quantize_aware": "int4"}}),

@@ -186,6 +186,37 @@ WRONG: list[tuple[list[str], list[str]]] = [
         ["parallel.virtual_stages=2", "parallel.schedule=interleaved", "not 1f1b"],
     ),
     (
+        ["--parallel.reduce_once=true", "--mesh.data=2"],
+        ["reduce_once='true'", "train.microbatches=1", "2 or more"],
+    ),
+    (
+        [
+            "--parallel.reduce_once=true",
+            "--train.microbatches=2",
+            "--mesh.data=1",
+            "--mesh.fsdp=2",
+        ],
+        ["reduce_once='true'", "zero=3 and mesh.data=1", "zero to 1 with mesh.fsdp"],
+    ),
+    (
+        [
+            "--parallel.reduce_once=true",
+            "--train.microbatches=2",
+            "--mesh.data=1",
+            "--zero=1",
+        ],
+        ["reduce_once='true'", "mesh.data=1 and mesh.fsdp=1", "mesh.data to 2"],
+    ),
+    (
+        [
+            "--config=digits_convnet",
+            "--parallel.reduce_once=true",
+            "--train.microbatches=2",
+            "--mesh.data=2",
+        ],
+        ["reduce_once=true", "a task of its own", "parallel.reduce_once to auto"],
+    ),
+    (
         ["--mesh.pipeline=2", "--parallel.schedule=interleaved"],
         ["interleaved", "is 1f1b", "parallel.virtual_stages to 2 or more"],
     ),

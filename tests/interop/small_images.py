@@ -16,7 +16,7 @@ from flax import nnx
 from jaxinfra import mesh as mesh_lib
 from jaxinfra import sharding
 from jaxinfra.interop import flax_bridge, running_norm
-from jaxinfra.train import objective
+from jaxinfra.train import accumulation, objective
 from jaxinfra.train import state as state_lib
 from jaxinfra.train import step as step_lib
 
@@ -113,7 +113,7 @@ def train(kind, *, norm="batch", rate=0.4, mesh="one", micro=1, steps=5, spoilt=
         params, model_state = jax.jit(bridge.init)(key, make_batch(0, layout.params))
         places = flax_bridge.shardings_for(params, tx, layout)
         params = jax.device_put(params, places.params)
-        grad_fn = objective.accumulate(
+        grad_fn = accumulation.accumulate(
             objective.grad_of(bridge.loss_fn), micro, shardings=places.grads
         )
         step = step_lib.make_train_step(

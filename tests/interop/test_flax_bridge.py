@@ -13,7 +13,7 @@ from flax import nnx
 from jaxinfra import mesh as mesh_lib
 from jaxinfra import sharding
 from jaxinfra.interop import flax_bridge
-from jaxinfra.train import objective
+from jaxinfra.train import accumulation, objective
 from jaxinfra.train import state as state_lib
 from jaxinfra.train import step as step_lib
 
@@ -97,7 +97,7 @@ def train(bridged, sizes, *, zero=3, micro=1, steps=8):
         shardings = flax_bridge.shardings_for(params, tx, layout)
         params = jax.device_put(params, shardings.params)
         grad_fn = objective.grad_of(bridged.loss_fn)
-        grad_fn = objective.accumulate(grad_fn, micro, shardings=shardings.grads)
+        grad_fn = accumulation.accumulate(grad_fn, micro, shardings=shardings.grads)
         step = step_lib.make_train_step(grad_fn, tx, shardings=shardings)
         step = jax.jit(step, compiler_options=QUICK)
         key = jax.random.key_data(jax.random.key(1))

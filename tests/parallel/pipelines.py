@@ -67,6 +67,7 @@ def config(
     experts: str = "dropless",
     recompute: bool = False,
     balanced: str = "true",
+    rows: int = ROWS,
     **train: Any,
 ) -> Config:
     """A tiny model on this mesh, its vocabulary prime."""
@@ -77,7 +78,7 @@ def config(
         model=ModelConfig(**whole),
         train=TrainConfig(
             steps=10,
-            batch_size=ROWS,
+            batch_size=rows,
             length=LENGTH,
             microbatches=microbatches,
             **train,
@@ -106,7 +107,8 @@ def build(config: Config) -> experiments.Experiment:
 def rows(built: experiments.Experiment, seed: int = 0) -> objective.Rows:
     """Rows of several documents and padding, whose weights differ from row to row."""
     rng = np.random.default_rng(seed)
-    shape = (ROWS, LENGTH + 1)
+    count = built.config.train.batch_size
+    shape = (count, LENGTH + 1)
     segments = np.sort(rng.integers(0, 3, shape), axis=1)[:, ::-1]
     segments = np.where(segments == 0, 0, 3 - segments)
     segments[0] = 1
@@ -114,8 +116,8 @@ def rows(built: experiments.Experiment, seed: int = 0) -> objective.Rows:
     return objective.Rows(
         put(rng.integers(0, VOCAB, shape).astype(np.int32)),
         put(segments.astype(np.int32)),
-        put(np.arange(ROWS, dtype=np.uint32)),
-        put(np.broadcast_to(np.arange(ROWS, dtype=np.float32)[:, None], shape)),
+        put(np.arange(count, dtype=np.uint32)),
+        put(np.broadcast_to(np.arange(count, dtype=np.float32)[:, None], shape)),
     )
 
 

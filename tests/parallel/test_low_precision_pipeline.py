@@ -10,7 +10,7 @@ from parallel import pipelines
 from jaxinfra import precision as precisions
 from jaxinfra.config import LayerConfig, QuantConfig
 from jaxinfra.quant.recipe import make_recipe
-from jaxinfra.train import low_precision, objective
+from jaxinfra.train import accumulation, low_precision
 
 LOSS = 1e-6  # relative, float32 sums in another order
 # Of a gradient's norm. Where such a sum is near the middle of two codes, it takes the
@@ -59,7 +59,7 @@ def gradients(config, model_state=(), seeds=SEEDS):
     built = pipelines.build(config)
     weights = pipelines.first_params(built)
     is_piped = config.mesh.pipeline > 1
-    grad_fn = objective.accumulate(
+    grad_fn = accumulation.accumulate(
         built.task.grad_fn,
         1 if is_piped else config.train.microbatches,
         shardings=built.shardings.grads,

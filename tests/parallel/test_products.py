@@ -20,7 +20,7 @@ from jaxinfra.config import (
     TrainConfig,
 )
 from jaxinfra.data import packing
-from jaxinfra.train import objective
+from jaxinfra.train import accumulation, objective
 
 LOSS = 1e-5  # float32 sums in another order, of a loss about 3
 GRADIENT = 1e-4  # the same, relative to the norm of each array's gradient
@@ -129,7 +129,8 @@ def gradients(model, mesh, way="ring", *, microbatches=1, rows=B):
 
 def _grad_fn(built, microbatches):
     of_loss = objective.grad_of(built.task.loss_fn)
-    return objective.accumulate(of_loss, microbatches, shardings=built.shardings.grads)
+    places = built.shardings.grads
+    return accumulation.accumulate(of_loss, microbatches, shardings=places)
 
 
 def check(found, expected):

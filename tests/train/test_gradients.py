@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfra import experiment, mesh, options
 from jaxinfra.plan.step import rows_of
-from jaxinfra.train import objective, state, step
+from jaxinfra.train import accumulation, objective, state, step
 
 ROWS, WIDTH = 8, 5
 FLOAT32 = 1e-5  # sums of 8 terms in another order
@@ -56,7 +56,7 @@ def params_on(mesh_):
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 def test_parts_of_unequal_weight_sum_to_the_whole(here, microbatches):
     batch, (params, places) = batch_on(here), params_on(here)
-    fn = objective.accumulate(
+    fn = accumulation.accumulate(
         objective.grad_of(loss_fn), microbatches, shardings=places
     )
     found = jax.jit(fn)(params, (), batch, None)
@@ -105,7 +105,7 @@ def stepped(here, microbatches, *, poison=False, is_empty=False):
         optimizer=places,
         opt_state=jax.tree.map(lambda x: places["w"], opt_state),
     )
-    fn = objective.accumulate(
+    fn = accumulation.accumulate(
         objective.grad_of(loss_fn), microbatches, shardings=places
     )
     first = state.TrainState(

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfra import mesh, precision, sharding
 from jaxinfra.ops import layers
-from jaxinfra.train import objective, optim, rounding
+from jaxinfra.train import accumulation, objective, optim, rounding
 
 DRAWS = 4096
 # Standard errors of a mean, of which one in a billion samples is further off.
@@ -155,7 +155,7 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32_over_microbatche
         parts = jnp.array([1.0, 2.0**-9, 2.0**-9, 2.0**-9], jnp.float32)
         batch = jax.device_put(parts, jax.NamedSharding(here, jax.P("data")))
         for count, expected in ((4, 1 + 3 * 2.0**-9), (1, 1.0)):
-            fn = objective.accumulate(grad_fn, count, shardings=places)
+            fn = accumulation.accumulate(grad_fn, count, shardings=places)
             grads = jax.jit(fn)(None, (), batch, None).grads
             assert (grads["w"].dtype, float(grads["w"])) == (jnp.float32, expected)
 
