@@ -60,12 +60,6 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def device_kind() -> str:
-    """Of the devices of the mesh that is set, likewise."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
-
-
 def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
     """`partition` without `axis`: how a parameter is laid out while it is used."""
     named = {name for entry in partition for name in axes_of(entry)}

@@ -270,4 +270,10 @@ def _has_kernel(x_RI: jax.Array, outer: int) -> bool:
     R, inner = x_RI.shape
     is_large = R >= 192 and inner % 64 == 0 and outer % 128 == 0
     is_16_bits = x_RI.dtype in (jnp.bfloat16, jnp.float16)
-    return is_16_bits and is_large and mesh.device_kind().startswith(_HOPPER)
+    return is_16_bits and is_large and _device_kind().startswith(_HOPPER)
+
+
+def _device_kind() -> str:
+    """Of the devices of the mesh that is set, which may be compiled for from afar."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind

@@ -102,12 +102,10 @@ def _on_devices(h_BTD, head_VD, targets_BT, weights_BT, cfg, *, grads):
     h_spec = sharding.spec(cfg.rules, "batch", "length", "width")
     head_spec = jax.typeof(head_VD).sharding.spec
     way = _by_vocabulary if _do_tokens_travel(h_BTD, head_VD, cfg) else _by_tokens
-    token_axes = sharding.axes_here(cfg.rules, "batch", "length")
+    axes = sharding.axes_here(cfg.rules, "batch", "length")
     sums_spec = CrossEntropy(jax.P(), jax.P())
     return jax.shard_map(
-        functools.partial(
-            way, cfg=cfg, head_spec=head_spec, token_axes=token_axes, grads=grads
-        ),
+        functools.partial(way, cfg=cfg, head_spec=head_spec, axes=axes, grads=grads),
         in_specs=(h_spec, head_spec, tokens_spec, tokens_spec),
         out_specs=(sums_spec, (h_spec, head_spec) if grads else None),
         check_vma=False,
@@ -133,32 +131,28 @@ def _do_tokens_travel(h_BTD, head_VD, cfg) -> bool:
     return V % n == 0 and activations < V * (compute + reduce) * (n - 1) // n
 
 
-def _by_tokens(
-    h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, token_axes, grads
-):
+def _by_tokens(h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, axes, grads):
     """Each device's own tokens against the head, gathered over fsdp."""
     whole_VD = sharding.all_gather(head_VD.astype(cfg.policy.compute), head_spec)
     sums, dh_BTD, dhead_VD = _local(
         h_BTD, whole_VD, targets_BT, weights_BT, cfg, cfg.rules.vocab, grads=grads
     )
-    sums = jax.lax.psum(sums, token_axes)
+    sums = jax.lax.psum(sums, axes)
     if not grads:
         return sums, None
-    dh_BTD = _summed(dh_BTD, cfg)
-    dhead_VD = dhead_VD.astype(cfg.policy.reduce)
-    dhead_VD = sharding.all_reduce(dhead_VD, head_spec, token_axes)
-    return sums, (dh_BTD, dhead_VD.astype(head_VD.dtype))
+    dhead_VD = sharding.all_reduce(dhead_VD.astype(cfg.policy.reduce), head_spec, axes)
+    return sums, (_summed(dh_BTD, cfg), dhead_VD.astype(head_VD.dtype))
 
 
 def _by_vocabulary(
-    h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, token_axes, grads
+    h_BTD, head_VD, targets_BT, weights_BT, *, cfg, head_spec, axes, grads
 ):
     """All tokens of the fsdp axis against each device's own part of the vocabulary,
     which fsdp cuts within what `rules.vocab` has cut."""
     del head_spec
     gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=0, tiled=True)
     exchange = functools.partial(jax.lax.all_to_all, axis_name="fsdp", tiled=True)
-    others = tuple(axis for axis in token_axes if axis != "fsdp")
+    others = tuple(axis for axis in axes if axis != "fsdp")
     own_VD = exchange(head_VD.astype(cfg.policy.compute), split_axis=0, concat_axis=1)
     sums, dh_BTD, dhead_VD = _local(
         gather(h_BTD),

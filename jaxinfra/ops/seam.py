@@ -6,6 +6,7 @@ for them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from jaxinfra.precision import Policy
 from jaxinfra.sharding import Rules
 
 Names = tuple[str | None, ...]
+Product = Callable[[str, jax.Array, jax.Array, jax.sharding.PartitionSpec], jax.Array]
 
 
 class Einsum(Protocol):
@@ -180,34 +182,17 @@ def gather(w: jax.Array, policy: Policy) -> jax.Array:
     return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
 
 
-class Product(Protocol):
-    """An einsum of two arrays as some policy has it."""
-
-    def __call__(
-        self,
-        equation: str,
-        a: jax.Array,
-        b: jax.Array,
-        spec: jax.sharding.PartitionSpec,
-        /,
-    ) -> jax.Array:
-        """The result, laid out as `spec`."""
-        ...
-
-
 def gradient_of(
     w: jax.Array, equation: str, a: jax.Array, b: jax.Array, product: Product
 ) -> jax.Array:
-    """The gradient of the weight `w`, laid out as it is: `product` of two arrays of
-    tokens, which sums over all of them.
+    """The gradient of the weight `w`, laid out as it is: `product(equation, a, b,
+    spec)`, an einsum that sums over all tokens, whose result lies as spec says.
 
-    It is made whole, and not only what a device keeps: asked for that, a TPU's
-    partitioner makes a ring of n small products, whose sums and copies took 8% of a
-    step. It is summed over fsdp first and leaves as a reduce-scatter; only what a
-    device keeps is summed over other axes. Not so on GPUs, whose one all-reduce over
-    all of them goes out by all ports of a node, and under the next product: Llama-3-8B
-    on 8 nodes of 8 H100, data 8 x fsdp 8, is planned with 0.861 s a step so, with 0.962
-    s in two parts.
+    Made whole: asked for what a device keeps, a TPU's partitioner makes a ring of n
+    small products, 8% of a step. Summed over fsdp first, as a reduce-scatter, and only
+    what a device keeps over other axes. Not so on GPUs, whose one all-reduce goes by
+    all ports of a node and under the next product: Llama-3-8B, data 8 x fsdp 8 on 8
+    nodes of 8 H100, is planned with 0.861 s a step so, 0.962 s in two parts.
     """
     a_dims, b_dims, w_dims = _operands(equation)
     partition = _spec_of(w)

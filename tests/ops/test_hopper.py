@@ -10,7 +10,6 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
 import jaxinfra
-from jaxinfra import mesh
 from jaxinfra.ops import grouped, hopper
 from jaxinfra.precision import policy
 
@@ -73,7 +72,7 @@ def on_hopper(monkeypatch, calls):
 
     told("grouped_on_hopper", each_row_alone)
     told("outer_on_hopper", each_expert_alone)
-    monkeypatch.setattr(mesh, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(grouped, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
 
 
 def test_all_three_products_are_asked_of_the_kernels(one_device, monkeypatch):
@@ -103,7 +102,7 @@ def test_float16_sums_over_all_tokens_stay_wide(one_device, monkeypatch):
     ],
 )
 def test_the_kernel_is_for_hopper_and_whole_tiles(monkeypatch, kind, shape, outer, has):
-    monkeypatch.setattr(mesh, "device_kind", lambda: kind)
+    monkeypatch.setattr(grouped, "_device_kind", lambda: kind)
     assert grouped._has_kernel(jnp.zeros(shape, jnp.bfloat16), outer) == has
     assert not grouped._has_kernel(jnp.zeros(shape, jnp.float32), outer)
 
