@@ -12,16 +12,12 @@ microbatch is reduced at once: its whole sum would not fit. Once `data` is apart
 is a reduce-scatter over the fast axis, in place of an all-reduce over both. Over
 `expert`, `context` and `tensor` activations travel too, and they stay with the types.
 
-By the compilers' plans for Llama-3-8B in 4 microbatches, full remat, in place of sums
-of every microbatch: data 8 x fsdp 8 on 64 H100, 2 rows a device at a time, sends 244 GB
-a step and not 361, of which 7 and not 222 also over `data`, in 3.28 s and not 3.34;
-data 2 x fsdp 8 on 16 v5p, 1 row, 203 GB and not 312, in 9.98 s and not 10.39, for 0.3
-GB more of memory. In 2 microbatches 1.66 s and not 1.68, 5.01 and not 5.21; GPT-2 124M
-in 2, over data alone, 0.210 and not 0.212 on 8 H100. That is if all links were as fast
-as those of a node. Were `data` on a network of 12.5 GB/s a device, the H100 would take
-3.83 s and not 4.96. The sum at the end hides behind nothing, so there is a network
-between, of 50 GB/s, on which 2 microbatches take 1.78 s and not 1.71, and 4 the same
-(3.41, 3.39); in fp8 1.45 and not 1.56. So `auto` sums once wherever it can.
+By the compilers' plans for Llama-3-8B, full remat, 4 microbatches, summed once or each
+time: data 2 x fsdp 8 on 16 v5p, 4 or 16 GB a device cross `data`, in 9.98 or 10.03 s,
+with 23.7 or 23.4 GB; data 8 x fsdp 8 on 64 H100, 7 or 222 GB cross it, in 3.41 or 3.39
+s where a device has 50 GB/s between nodes, 3.83 or 4.96 s where it has 12.5 (fp8: 2.75
+or 3.09, 3.17 or 4.70). The sum at the end hides behind nothing: 2 microbatches take
+1.78 or 1.71 s there. So `auto` sums 2 of them each time on GPUs, else once.
 """
 
 from typing import Any
@@ -36,6 +32,9 @@ from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Layout
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, Maxima
+
+# Microbatches from which on one sum is cheaper; of platforms that are not here 2.
+_PAYS_FROM = {"gpu": 3, "cuda": 3}
 
 
 def accumulated(
@@ -53,7 +52,9 @@ def axes_summed_once(config: Config, layout: Layout) -> Axes:
     """The mesh axes over which `config` has gradients summed once a step; () where all
     sums are of every microbatch. A task of a user's own may look from row to row, so
     it stays as its arrays' types have it."""
-    if config.parallel.reduce_once == "false" or config.task != "text":
+    wanted, platform = config.parallel.reduce_once, layout.mesh.devices.flat[0].platform
+    is_few = config.train.microbatches < _PAYS_FROM.get(platform, 2)
+    if wanted == "false" or (wanted == "auto" and is_few) or config.task != "text":
         return ()
     rows, cut = layout.params.rows, layout.grads.embed
     # Those of size 1 too: what a shard_map takes must be the first that split rows.

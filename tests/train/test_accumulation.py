@@ -3,6 +3,7 @@ microbatch's sums, and the compiled step sums them after its loop."""
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +204,29 @@ def test_axes_are_those_that_leave_the_sum_whole(sizes, zero, axes):
     assert of(cfg) == of(changed(cfg, reduce_once="true")) == axes
     assert of(changed(cfg, reduce_once="false")) == ()
     assert of(dataclasses.replace(cfg, task="own")) == ()
+
+
+@pytest.mark.parametrize(
+    ("platform", "microbatches", "how", "is_once"),
+    [
+        ("tpu", 2, "auto", True),
+        ("gpu", 2, "auto", False),
+        ("gpu", 2, "true", True),
+        ("gpu", 3, "auto", True),
+    ],
+)
+def test_on_gpus_two_microbatches_are_summed_each_time(
+    platform, microbatches, how, is_once
+):
+    """Unless asked otherwise."""
+    cfg = changed(config({"data": 8}, microbatches=microbatches), reduce_once=how)
+    layout = experiment.lay_out(cfg, jax.devices())
+    device = types.SimpleNamespace(platform=platform)
+    there = types.SimpleNamespace(
+        devices=np.array([device]), shape=dict(layout.mesh.shape)
+    )
+    axes = accumulation.axes_summed_once(cfg, layout._replace(mesh=there))
+    assert axes == (("data",) if is_once else ())
 
 
 def bytes_over(lowered, here, axis):
