@@ -219,7 +219,8 @@ def test_on_gpus_two_microbatches_are_summed_each_time(
     platform, microbatches, how, is_once
 ):
     """Unless asked otherwise."""
-    cfg = changed(config({"data": 8}, microbatches=microbatches), reduce_once=how)
+    cfg = config({"data": 8}, microbatches=microbatches, rows=8 * microbatches)
+    cfg = changed(cfg, reduce_once=how)
     layout = experiment.lay_out(cfg, jax.devices())
     device = types.SimpleNamespace(platform=platform)
     there = types.SimpleNamespace(
