@@ -391,8 +391,8 @@ class ParallelConfig:
     the ticks in which a stage would wait. balanced: late stages keep a part for early
     ones, which travels; auto: with train.remat full or recompute, on a fast network.
     recompute: stages keep only what enters them, and run their layers once more.
-    reduce_once: without a pipeline too, gradients of microbatches are summed over data,
-    and over fsdp with zero 0 or 1, after the last one; auto: of text (GPUs: 3 or more).
+    reduce_once: gradients of microbatches are summed over data (zero 0 or 1: fsdp too)
+    after the last one, as pipelines do anyway; auto: of text, on GPUs 3 or more.
     context: keys and values go round the devices (ring), heads are exchanged for length
     (ulysses), or keys and values are gathered. experts: tokens go to their experts
     (dropless), or every expert meets every token (dense). sequence: activations between

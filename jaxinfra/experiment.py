@@ -103,9 +103,7 @@ def build(
     if config.train.microbatches == 1 or layout.mesh.shape["pipeline"] > 1:
         grad_fn = objective.placed(grad_fn, places.grads)  # stages cut the batch
     else:
-        # By its public name, which loads the module.
-        parts = (grad_fn, config, layout, policy)
-        grad_fn = jaxinfra.accumulated(*parts, shardings=places.grads)
+        grad_fn = jaxinfra.accumulated(task, config, layout, policy, places.grads)
 
     def observe(batch: Any) -> dict[str, jax.Array]:
         # By its public name, which loads the module.

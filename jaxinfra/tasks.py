@@ -50,6 +50,7 @@ class Task(NamedTuple):
     specs: tree of ParamSpec; whence shardings, decay masks, counts.
     loss_fn: what is minimised, and in evaluation, where its key is None, reported.
     stream, eval_sets: None, and empty, to build a step without data.
+    is_by_row: devices may run loss_fn on their rows alone; it goes by `sharding.spec`.
     grad_fn: of loss_fn, for training, of a whole step's batch where there is a
       pipeline; None: `objective.grad_of(loss_fn)`.
     first(key) -> (params, model_state); None: as `specs` say, and `model_state()`.
@@ -69,6 +70,7 @@ class Task(NamedTuple):
 
     specs: Tree
     loss_fn: LossFn
+    is_by_row: bool = False
     grad_fn: GradFn | None = None
     stream: Stream | None = None
     eval_sets: Mapping[str, evaluate.Rows] = types.MappingProxyType({})
@@ -181,6 +183,7 @@ def text(
     task = Task(
         specs=model.specs,
         loss_fn=loss_fn,
+        is_by_row=True,
         grad_fn=grad_fn,
         on_batch=lambda function: objective.with_row_ids(
             function, rules, is_random=is_random

@@ -124,8 +124,7 @@ def _do_tokens_travel(h_BTD, head_VD, cfg) -> bool:
     if n == 1 or "fsdp" not in sharding.axes_of(head_spec[1]):
         return False
     V = seam.local_shape(head_VD.shape, head_spec)[0]
-    spec = jax.typeof(h_BTD).sharding.spec
-    B, T, _ = seam.local_shape(h_BTD.shape, spec)
+    B, T, _ = seam.local_shape(h_BTD.shape, jax.typeof(h_BTD).sharding.spec)
     compute, reduce = cfg.policy.compute.itemsize, cfg.policy.reduce.itemsize
     activations = n * B * T * 2 * compute
     return V % n == 0 and activations < V * (compute + reduce) * (n - 1) // n

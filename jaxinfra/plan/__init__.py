@@ -8,14 +8,14 @@ The real compilers of TPUs and GPUs need no hardware: `compilers` gives them a t
 the options of `compiler_options`, and gets the program that would run. From that come
 
 - memory, exactly: arguments, temporaries and their peak on a device, against its HBM;
-- what travels: `program` reads the compiled text, `cost` plays it on one core, one link
-  and the way to the host's memory, loops multiplied out, and tells for each collective
-  its kind, mesh axes, bytes on the wire, and how long the core waits for it; what is
-  offloaded is of kind "copy", over "host";
+- what travels: `program` reads the compiled text, `cost` plays it on one core, one
+  link, the network between nodes and the way to the host's memory, loops multiplied
+  out, and tells for each collective its kind, mesh axes, bytes on the wire, and how
+  long the core waits for it; what is offloaded is of kind "copy", over "host";
 - the time of a step: on a TPU the compiler's own cycles of every fusion, plus that
   waiting, plus the kernels that carry no cycles: attention at a stated share of peak,
   grouped matmuls at peak; on a GPU, whose compiler tells no time, a roofline of every
-  kernel but attention, matmuls at the share of peak that was measured.
+  other kernel; matmuls, grouped ones too, at the share of peak that was measured.
 
 `analytic` says the same memory figures from the tree of parameter specs and the mesh
 alone, in a second or two, for choosing a mesh before anything is compiled; it is a

@@ -11,9 +11,10 @@ end; a conditional the mean of its branches by the shares that the caller gives,
 its dearest. Pallas and fused attention kernels carry no time and are counted by name:
 `predict` adds it.
 
-Limits: a model of order, not of time. One link for all mesh axes, no latency, no
-contention of memory between a collective and the core; host memory at one rate for all
-devices that share it.
+Limits: a model of order, not of time. One link for all mesh axes, free while a
+collective goes from node to node; a collective whose groups could not be read is taken
+to stay within nodes; no latency, no contention of memory between a collective and the
+core; host memory at one rate for all devices that share it.
 """
 
 import dataclasses
@@ -234,7 +235,7 @@ def _written(program: Program, where: str, line: Instruction) -> float:
 
 
 class _Player:
-    """Core and link of one device; the totals of each computation are kept."""
+    """Core and ways out of one device; the totals of each computation are kept."""
 
     def __init__(self, program, clock, rates, axes, node, shares):
         self.program, self.clock, self.rates = program, clock, rates

@@ -22,8 +22,8 @@ SOURCES = (
     "compute: the compiler's estimated cycles over the clock (TPU), or the longer of"
     " matmuls at a measured share of peak and bytes at the memory's rate for every"
     " kernel (GPU)",
-    "waiting: the program played on one core, one link and the way to the host's"
-    " memory (jaxinfra/plan/cost.py)",
+    "waiting: the program played on one core, one link, the network between nodes and"
+    " the way to the host's memory (jaxinfra/plan/cost.py)",
 )
 
 

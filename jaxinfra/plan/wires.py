@@ -120,12 +120,10 @@ def spanned(groups: Sequence[Sequence[int]], axes: Axes) -> str:
 
 
 def _near(groups: Sequence[Sequence[int]], node: int) -> int:
-    """How many devices of a node are in one group, if any is on several nodes."""
-    for group in groups:
-        on = Counter(number // node for number in group)
-        if len(on) > 1:
-            return max(on.values())
-    return 0
+    """How many devices of a node are in one group, the fewest of those groups that are
+    on several nodes, 0 if none is."""
+    on = [Counter(number // node for number in group) for group in groups]
+    return min((max(n.values()) for n in on if len(n) > 1), default=0)
 
 
 def _load(pairs: Sequence[Sequence[int]], axes: Axes) -> int:

@@ -285,26 +285,28 @@ def _figures(a, scale, codes, recipe: Recipe, form: FormatName) -> jax.Array:
     """`FIGURES` of operand `a`; scale None: nothing can saturate."""
     if not (recipe.figures or recipe.is_delayed):
         return jnp.zeros(len(FIGURES))
-    saturated = underflow = jnp.float32(0)
+    shares = jnp.zeros(2)
     if recipe.figures:
+        saturated = jnp.float32(0)
         is_lost = (codes.astype(jnp.float32) == 0) & (a != 0)
         underflow = jnp.mean(is_lost.astype(jnp.float32))
         if recipe.is_delayed and scale is not None:
             limit = scale * FORMATS[form].largest
             is_over = jnp.abs(a).astype(jnp.float32) > limit
             saturated = jnp.mean(is_over.astype(jnp.float32))
-    return jnp.stack([_largest(a), saturated, underflow])
+        shares = _over_rows(jnp.stack([saturated, underflow]), jax.lax.pmean)
+    return jnp.stack([_largest(a), *shares])
 
 
 def _largest(a: jax.Array) -> jax.Array:
     return _over_rows(jnp.max(jnp.abs(a)).astype(jnp.float32))
 
 
-def _over_rows(largest: jax.Array) -> jax.Array:
-    """The maximum over devices that have rows of their own."""
+def _over_rows(figure: jax.Array, met=jax.lax.pmax) -> jax.Array:
+    """Of devices that have rows of their own, all that `met` makes of it."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = tuple(axis for axis in ROW_AXES if axis in manual)
-    return jax.lax.pmax(largest, axes) if axes else largest
+    return met(figure, axes) if axes else figure
 
 
 def _dot(equation, a, b, spec, *, policy: Policy, native: bool) -> jax.Array:

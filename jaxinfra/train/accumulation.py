@@ -9,7 +9,7 @@ it; `sharding.spec` leaves out axes that are taken, so losses run there as they 
 
 Over `fsdp` with zero 2 or 3 each device keeps a part of the sum, into which every
 microbatch is reduced at once: its whole sum would not fit. Once `data` is apart, that
-is a reduce-scatter over the fast axis, in place of an all-reduce over both. Over
+goes over the fast axis, and not over both. Over
 `expert`, `context` and `tensor` activations travel too, and they stay with the types.
 
 By the compilers' plans for Llama-3-8B, full remat, 4 microbatches, summed once or each
@@ -27,34 +27,43 @@ import jax.numpy as jnp
 import optax
 
 from jaxinfra import sharding
-from jaxinfra.config import Config
+from jaxinfra.config import Config, ConfigError
 from jaxinfra.precision import Policy
 from jaxinfra.sharding import Axes, Layout
 from jaxinfra.train import objective
 from jaxinfra.train.objective import GradFn, Gradients, Maxima
 
-# Microbatches from which on one sum is cheaper; of platforms that are not here 2.
+# Microbatches from which on one sum is worth it, with slower networks in mind; of
+# platforms that are not here 2.
 _PAYS_FROM = {"gpu": 3, "cuda": 3}
 
 
 def accumulated(
-    grad_fn: GradFn, config: Config, layout: Layout, policy: Policy, *, shardings: Any
+    task: Any, config: Config, layout: Layout, policy: Policy, shardings: Any
 ) -> GradFn:
-    """`grad_fn` over train.microbatches, in the way of parallel.reduce_once."""
+    """The gradient of a `tasks.Task` over train.microbatches, in the way of
+    parallel.reduce_once; ConfigError if that asks for what the task does not allow."""
+    grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
     microbatches = config.train.microbatches
-    if axes := axes_summed_once(config, layout):
+    if axes := axes_summed_once(config, layout, is_by_row=task.is_by_row):
         how = {"axes": axes, "policy": policy}
         return accumulate_once(grad_fn, microbatches, shardings=shardings, **how)
     return accumulate(grad_fn, microbatches, shardings=shardings)
 
 
-def axes_summed_once(config: Config, layout: Layout) -> Axes:
+def axes_summed_once(config: Config, layout: Layout, *, is_by_row: bool) -> Axes:
     """The mesh axes over which `config` has gradients summed once a step; () where all
-    sums are of every microbatch. A task of a user's own may look from row to row, so
-    it stays as its arrays' types have it."""
+    sums are of every microbatch. A loss that is not `is_by_row` may look from row to
+    row, and stays as its arrays' types have it."""
     wanted, platform = config.parallel.reduce_once, layout.mesh.devices.flat[0].platform
+    if wanted == "true" and not is_by_row:
+        raise ConfigError(
+            "parallel.reduce_once='true' runs the loss on each device's rows alone, and"
+            " the task does not say that it may: its is_by_row is false; set that, or"
+            " parallel.reduce_once to auto"
+        )
     is_few = config.train.microbatches < _PAYS_FROM.get(platform, 2)
-    if wanted == "false" or (wanted == "auto" and is_few) or config.task != "text":
+    if wanted == "false" or (wanted == "auto" and is_few) or not is_by_row:
         return ()
     rows, cut = layout.params.rows, layout.grads.embed
     # Those of size 1 too: what a shard_map takes must be the first that split rows.

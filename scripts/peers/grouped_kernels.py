@@ -4,7 +4,9 @@ what jax's kernels do by their tiles, forward, to rows (`dx`) and to weights (`d
     python scripts/peers/grouped_kernels.py        one JSON object a line
 
 error: the largest, of the result's largest number, against one matmul an expert; told
-where there are few experts. `scripts/results/grouped_h100.jsonl` is what it printed.
+where there are few experts. "branch": of a block without rows nothing is multiplied, as
+in `ops.grouped`. `scripts/results/grouped_h100.jsonl` is what an earlier form of this
+printed, with other names of blocks and fewer tiles.
 """
 
 import functools
@@ -46,17 +48,23 @@ def main() -> None:
                 y = jnp.where((owner_N == e)[:, None], x_NI @ w_EIO[e], y)
             return y
 
+        def each(x_NI, g_NO, owner_N=owner_N, E=E):
+            mine = lambda e: jnp.where((owner_N == e)[:, None], x_NI, 0).T @ g_NO
+            return jnp.stack([mine(e) for e in range(E)])
+
         forward = jax.jit(alone)(x_ND, w_EDF) if is_few else None
         to_rows = jax.jit(alone)(g_NF, w_EDF.swapaxes(1, 2)) if is_few else None
-        for rows in (512, 1024):
-            tell(f"blocks {rows}", functools.partial(_blocks, rows), x_ND, w_EDF)
+        to_weights = jax.jit(each)(x_ND, g_NF) if is_few else None
+        for rows, branch in ((512, True), (512, False), (1024, False)):
+            name = f"blocks {rows}{', branch' * branch}"
+            tell(name, functools.partial(_blocks, rows, branch), x_ND, w_EDF)
         for tile in TILES:
             for name, kernel, args, expected, columns in [
                 ("forward", ragged_dot_mgpu.ragged_dot, (x_ND, w_EDF), forward, F),
                 ("dx", functools.partial(ragged_dot_mgpu.ragged_dot,
                  transpose_rhs=True), (g_NF, w_EDF), to_rows, D),
                 ("dw", transposed_ragged_dot_mgpu.transposed_ragged_dot,
-                 (x_ND, g_NF), None, F),
+                 (x_ND, g_NF), to_weights, F),
             ]:  # fmt: skip
                 how = dict(zip(NAMES, tile, strict=True))
                 if columns % how["block_n"]:
@@ -67,12 +75,20 @@ def main() -> None:
                 tell(name, run, *args, expected=expected, tile=list(how.values()))
 
 
-def _blocks(rows: int, x_ND: jax.Array, w_EDF: jax.Array) -> jax.Array:
+def _blocks(rows: int, branch: bool, x_ND: jax.Array, w_EDF: jax.Array) -> jax.Array:
     """As many blocks as there are, each with the matrix of one expert."""
     blocks = x_ND.reshape(-1, rows, x_ND.shape[1])
     expert_S = jnp.arange(len(blocks)) * len(w_EDF) // len(blocks)
-    multiply = lambda _, one: (None, one[0] @ w_EDF[one[1]])
-    return jax.lax.scan(multiply, None, (blocks, expert_S))[1]
+    is_used_S = expert_S >= 0
+
+    def multiply(_, one):
+        x_SD, expert, is_used = one
+        if not branch:
+            return None, x_SD @ w_EDF[expert]
+        nothing = lambda x, w: jnp.zeros((rows, w.shape[1]), x.dtype)
+        return None, jax.lax.cond(is_used, jnp.dot, nothing, x_SD, w_EDF[expert])
+
+    return jax.lax.scan(multiply, None, (blocks, expert_S, is_used_S))[1]
 
 
 def _tell(name, run, *args, shape, flops, expected=None, tile=None) -> None:

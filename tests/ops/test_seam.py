@@ -117,6 +117,18 @@ def test_the_gathered_copy_is_bfloat16_so_half_the_bytes_travel(four_devices):
     assert steps == ["convert_element_type", "reshard"]
 
 
+def test_gpus_sum_at_once_what_others_sum_by_axis(monkeypatch):
+    """The same gradient, laid out alike."""
+    found = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(mesh, "platform", lambda platform=platform: platform)
+        here = mesh.make_mesh({"data": 2, "fsdp": 2}, devices=jax.devices()[:4])
+        with jax.set_mesh(here):
+            found.append(run("BTF,FD->BTD", "float32")[0]["dw"])
+    assert found[0].sharding == found[1].sharding
+    np.testing.assert_allclose(*found, atol=FLOAT32_ROUNDING)
+
+
 def test_a_gradient_crosses_fsdp_first_and_data_with_what_is_kept():
     """Bytes on the wire of the compiled program: nothing whole is summed over data."""
     here = mesh.make_mesh({"data": 2, "fsdp": 4})

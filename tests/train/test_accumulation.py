@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from parallel import pipelines
 
-from jaxinfra import experiment, mesh, sharding
+from jaxinfra import experiment, mesh, sharding, tasks
 from jaxinfra import precision as precisions
-from jaxinfra.config import CommConfig, QuantConfig
+from jaxinfra.config import CommConfig, ConfigError, QuantConfig
 from jaxinfra.plan import program, step, wires
 from jaxinfra.quant.recipe import make_recipe
 from jaxinfra.train import accumulation, low_precision, objective
@@ -43,13 +43,11 @@ def summed(config, how="true", model_state=None):
     task, layout = built.task, built.layout
     grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
     count, places = config.train.microbatches, built.shardings.grads
-    axes = accumulation.axes_summed_once(changed(config, reduce_once=how), layout)
-    if axes:
-        grad_fn = accumulation.accumulate_once(
-            grad_fn, count, shardings=places, axes=axes, policy=built.policy
-        )
+    asked = changed(config, reduce_once=how)
+    if count == 1:
+        grad_fn = objective.placed(grad_fn, places)
     else:
-        grad_fn = accumulation.accumulate(grad_fn, count, shardings=places)
+        grad_fn = accumulation.accumulated(task, asked, layout, built.policy, places)
     weights = pipelines.first_params(built)
     with jax.set_mesh(layout.mesh):
         state = task.model_state() if model_state is None else model_state
@@ -100,8 +98,10 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c == "HSDP" else pytest.mark.slow) for c in CASES],
+)
 def test_the_sum_is_that_of_one_device_and_one_batch(case):
     sizes, settings = CASES[case]
     cfg = config(sizes, **settings)
@@ -200,10 +200,37 @@ def test_sums_are_summed_and_maxima_are_not():
 def test_axes_are_those_that_leave_the_sum_whole(sizes, zero, axes):
     cfg = config(sizes, zero=zero)
     layout = experiment.lay_out(cfg, jax.devices())
-    of = lambda c: accumulation.axes_summed_once(c, layout)
+    of = lambda c: accumulation.axes_summed_once(c, layout, is_by_row=True)
     assert of(cfg) == of(changed(cfg, reduce_once="true")) == axes
     assert of(changed(cfg, reduce_once="false")) == ()
-    assert of(dataclasses.replace(cfg, task="own")) == ()
+    assert accumulation.axes_summed_once(cfg, layout, is_by_row=False) == ()
+    asked = changed(cfg, reduce_once="true")
+    with pytest.raises(ConfigError, match="is_by_row is false"):
+        accumulation.axes_summed_once(asked, layout, is_by_row=False)
+
+
+def lowered_step(get_task=None):
+    """StableHLO of a step of HSDP with two microbatches."""
+    cfg = config({"data": 2, "fsdp": 4}, model=DENSE)
+    how = {} if get_task is None else {"get_task": get_task}
+    built = experiment.build(cfg, jax.devices(), **how)
+    with jax.set_mesh(built.layout.mesh):
+        batch = experiment.abstract_batch(built, step.rows_of(built))
+        return built.train_step.lower(built.abstract(), batch).as_text()
+
+
+def test_nothing_is_left_unsummed_inside():
+    """XLA ends the process at a type that is manual and unreduced at once."""
+    text = lowered_step()
+    assert "manual_axes={" in text
+    assert "unreduced" not in text
+
+
+def test_a_task_that_does_not_say_so_is_not_run_by_row():
+    """A user's own, through the library: `config.task` still says text."""
+    own = lambda *parts: tasks.text(*parts)._replace(is_by_row=False)
+    by_row, whole = lowered_step(), lowered_step(own)
+    assert by_row.count("manual_axes={") > whole.count("manual_axes={")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +253,8 @@ def test_on_gpus_two_microbatches_are_summed_each_time(
     there = types.SimpleNamespace(
         devices=np.array([device]), shape=dict(layout.mesh.shape)
     )
-    axes = accumulation.axes_summed_once(cfg, layout._replace(mesh=there))
+    there = layout._replace(mesh=there)
+    axes = accumulation.axes_summed_once(cfg, there, is_by_row=True)
     assert axes == (("data",) if is_once else ())
 
 
