@@ -50,25 +50,26 @@ def kernel_name(line: Instruction) -> str:
 def of(line: Instruction, where: str, axes: Axes | None, node: int = 0) -> Wire:
     """The collective that `line` of computation `where` is, or starts; `node`: so many
     devices that follow each other are one, 0 where there is one network for all."""
-    found, groups = _of(line, where, axes)
+    groups = _groups(line)
+    found = _within_one_network(line, groups, where, axes)
     return found._replace(near=_near(groups, node) if node else 0)
 
 
-def _of(line: Instruction, where: str, axes: Axes | None):
-    """(the collective, its groups of devices)."""
+def _within_one_network(
+    line: Instruction, groups: list[list[int]], where: str, axes: Axes | None
+) -> Wire:
     kind = line.op.removesuffix("-start")
     is_start = line.op.endswith("-start")
-    groups = _groups(line)
     n = max((len(g) for g in groups), default=_size_of_groups(line))
     if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
-        return Wire(kind, "none", 0.0), groups
+        return Wire(kind, "none", 0.0)
     sizes, count = [shape.bytes for shape in line.out], len(line.operands)
     if is_start and len(sizes) >= 2 * count > 0:  # operands, results, flags
         sizes = sizes[count : 2 * count]
     whole = sum(sizes)
     name = spanned(groups, axes) if axes else "?"
     if "all-reduce-scatter" in where:  # an all-reduce whose fusion keeps one part
-        return Wire("reduce-scatter", name, whole * (n - 1) / n), groups
+        return Wire("reduce-scatter", name, whole * (n - 1) / n)
     sent = {
         "all-gather": whole * (n - 1) / n,
         "all-reduce": 2 * whole * (n - 1) / n,
@@ -76,8 +77,8 @@ def _of(line: Instruction, where: str, axes: Axes | None):
         "all-to-all": whole * (n - 1) / n,
     }
     if kind == "collective-permute" and axes:
-        return Wire(kind, name, whole * _load(groups, axes)), groups
-    return Wire(kind, name, sent.get(kind, whole)), groups
+        return Wire(kind, name, whole * _load(groups, axes))
+    return Wire(kind, name, sent.get(kind, whole))
 
 
 def within(
