@@ -96,9 +96,9 @@ def build(
         places = states.make_shardings(task.specs, tx, layout)
     except ValueError as error:  # a dim that does not divide: the text names the key
         raise ConfigError(str(error)) from error
-    ordered = lambda rule: rule
+    order = {}
     if config.optimizer.offload:
-        places, ordered = jaxinfra.state_on_host(places), jaxinfra.in_turn
+        places, order = jaxinfra.state_on_host(places), {"ordered": jaxinfra.in_turn}
     grad_fn = task.grad_fn or objective.grad_of(task.loss_fn)
     if config.train.microbatches == 1 or layout.mesh.shape["pipeline"] > 1:
         grad_fn = objective.placed(grad_fn, places.grads)  # stages cut the batch
@@ -117,7 +117,7 @@ def build(
         tx,
         shardings=places,
         apply=_apply(config, policy),
-        ordered=ordered,
+        **order,
         observe=observe,
         update_state=task.update_state,
     )

@@ -128,10 +128,12 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
     that are cut over an axis of the weight (`tensor`, along the length) are gathered
     likewise."""
 
+    product = make_product(policy, policy.compute)
+
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
     def contract(equation: str, x: jax.Array, w: jax.Array, out: Names) -> jax.Array:
         x = _apart(x, w, equation)
-        return _einsum(equation, x, gather(w, policy), sharding.spec(rules, *out))
+        return product(equation, x, gather(w, policy), sharding.spec(rules, *out))
 
     def forward(equation, x, w, out):
         # Not as a custom_vjp, in which remat's policies do not see the dot.
@@ -142,25 +144,14 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
         x_dims, w_dims, out_dims = _operands(equation)
         back, part = f"{out_dims},{w_dims}->{x_dims}", _spec_of(x)
         x, g = _apart(x, w, equation), _apart(g, w, back)
-        dx = _einsum(back, g, gather(w, policy), part)
+        dx = product(back, g, gather(w, policy), part)
         # The first operand is transposed on the way: let it be the smaller one.
         (a, a_dims), (b, b_dims) = sorted(
             [(x, x_dims), (g, out_dims)], key=lambda pair: pair[0].size
         )
-        product = functools.partial(_einsum, dtype=policy.reduce)
-        dw = gradient_of(w, f"{a_dims},{b_dims}->{w_dims}", a, b, product)
+        to_w = f"{a_dims},{b_dims}->{w_dims}"
+        dw = gradient_of(w, to_w, a, b, make_product(policy, policy.reduce))
         return dx, dw.astype(w.dtype)
-
-    def _einsum(equation, a, b, out_sharding, dtype=policy.compute):
-        # The unit accumulates in policy.accumulate; the result is rounded once.
-        return jnp.einsum(
-            equation,
-            a,
-            b,
-            precision=policy.matmul_precision,
-            preferred_element_type=dtype,
-            out_sharding=out_sharding,
-        )
 
     contract.defvjp(forward, backward)
     return opened(lambda equation, x, w, *, out: contract(equation, x, w, out))
@@ -180,6 +171,19 @@ def opened(einsum: Einsum) -> Einsum:
 def gather(w: jax.Array, policy: Policy) -> jax.Array:
     """`w` in compute dtype, whole over `fsdp`; cast first, so half the bytes travel."""
     return jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
+
+
+def make_product(policy: Policy, dtype: jnp.dtype) -> Product:
+    """The einsum in the precision of `policy`; its sum, which the unit has in
+    `policy.accumulate`, is rounded once, to `dtype`."""
+    return lambda equation, a, b, spec: jnp.einsum(
+        equation,
+        a,
+        b,
+        precision=policy.matmul_precision,
+        preferred_element_type=dtype,
+        out_sharding=spec,
+    )
 
 
 def gradient_of(

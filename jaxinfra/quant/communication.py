@@ -68,17 +68,11 @@ def low_bit_traffic(
             return seam.gather(w, policy)
         return gather_low(w, into, policy.compute)
 
-    multiply = functools.partial(jnp.einsum, precision=policy.matmul_precision)
+    product = seam.make_product(policy, policy.compute)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
     def contract(equation: str, x: jax.Array, w: jax.Array, out: Names) -> jax.Array:
-        return multiply(
-            equation,
-            x,
-            whole(w),
-            preferred_element_type=policy.compute,
-            out_sharding=sharding.spec(rules, *out),
-        )
+        return product(equation, x, whole(w), sharding.spec(rules, *out))
 
     def forward(equation, x, w, out):
         # As in the seam: in the sight of remat's policies.
@@ -88,24 +82,13 @@ def low_bit_traffic(
         x, w = residuals
         inputs, out_dims = equation.split("->")
         x_dims, w_dims = inputs.split(",")
-        dx = multiply(
-            f"{out_dims},{w_dims}->{x_dims}",
-            g,
-            whole(w),
-            preferred_element_type=policy.compute,
-            out_sharding=_spec_of(x),
-        )
+        to_x = f"{out_dims},{w_dims}->{x_dims}"
+        dx = product(to_x, g, whole(w), _spec_of(x))
         to_w = f"{x_dims},{out_dims}->{w_dims}"
         w_spec = _spec_of(w)
         if back is None or not _is_split(w_spec):
-            product = lambda equation, a, b, spec: multiply(
-                equation,
-                a,
-                b,
-                preferred_element_type=policy.reduce,
-                out_sharding=spec,
-            )
-            dw = seam.gradient_of(w, to_w, x, g, product)
+            to_reduce = seam.make_product(policy, policy.reduce)
+            dw = seam.gradient_of(w, to_w, x, g, to_reduce)
         else:
             dw = _reduced(to_w, x, g, w_spec, back, policy)
         return dx, dw.astype(w.dtype)

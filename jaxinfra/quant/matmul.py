@@ -181,11 +181,7 @@ def _block_contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
         back = arrays.dequantize(_gather_array(q), _wide(policy))
         return back, _figures(a, None, q.values, recipe, form)
 
-    def dot(equation, a, b, spec, dtype):
-        return jnp.einsum(
-            equation, a, b, preferred_element_type=dtype, out_sharding=spec,
-            precision=policy.matmul_precision,
-        )  # fmt: skip
+    dot = seam.make_product(policy, policy.compute)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def contract(equation, out, x, w):
@@ -195,7 +191,7 @@ def _block_contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
         x_dims, w_dims, out_dims = _operands(equation)
         x_hat, x_figures = rounded(x, x_dims, out_dims, recipe.forward)
         w_hat, w_figures = rounded(w.array, w_dims, out_dims, recipe.forward)
-        y = dot(equation, x_hat, w_hat, sharding.spec(rules, *out), policy.compute)
+        y = dot(equation, x_hat, w_hat, sharding.spec(rules, *out))
         return y, (x, w, (x_figures, w_figures))
 
     def backward(equation, out, residuals, g):
@@ -208,10 +204,10 @@ def _block_contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
         x_spec = _spec_of(x)
         for_x, g_figures = rounded(g, out_dims, x_dims, recipe.backward)
         w_hat, _ = rounded(w.array, w_dims, x_dims, recipe.forward)
-        dx = dot(to_x, for_x, w_hat, x_spec, policy.compute)
+        dx = dot(to_x, for_x, w_hat, x_spec)
         x_hat, _ = rounded(x, x_dims, w_dims, recipe.forward)
         for_w, _ = rounded(g, out_dims, w_dims, recipe.backward)
-        product = functools.partial(dot, dtype=policy.reduce)
+        product = seam.make_product(policy, policy.reduce)
         dw = seam.gradient_of(w.array, to_w, x_hat, for_w, product)
         return dx, _cotangent(w, dw.astype(w.array.dtype), (*figures, g_figures))
 
@@ -221,15 +217,10 @@ def _block_contract(recipe: Recipe, policy: Policy, rules: Rules, native: bool):
 
 def _plain_backward(policy: Policy, to_x: str, to_w: str, x, w, g):
     """Both backward matmuls in the compute dtype, as `seam.make_einsum` has them."""
-    whole = jax.reshard(w.astype(policy.compute), sharding.gathered(_spec_of(w)))
-    multiply = functools.partial(jnp.einsum, precision=policy.matmul_precision)
-    dx = multiply(
-        to_x, g, whole, out_sharding=_spec_of(x), preferred_element_type=policy.compute
-    )
-    product = lambda equation, a, b, spec: multiply(
-        equation, a, b, out_sharding=spec, preferred_element_type=policy.reduce
-    )
-    return dx, seam.gradient_of(w, to_w, x, g, product).astype(w.dtype)
+    to_compute = seam.make_product(policy, policy.compute)
+    dx = to_compute(to_x, g, seam.gather(w, policy), _spec_of(x))
+    to_reduce = seam.make_product(policy, policy.reduce)
+    return dx, seam.gradient_of(w, to_w, x, g, to_reduce).astype(w.dtype)
 
 
 def _cotangent(w: Weight, dw: jax.Array, figures) -> Weight:
