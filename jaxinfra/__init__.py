@@ -17,7 +17,7 @@ _HOMES = {
     "options": ("load_config",),
     "option_help": ("help_text",),
     "compositions": ("check_compositions",),
-    "feature_checks": ("check_features", "remat_names"),
+    "feature_checks": ("check_divisible", "check_features", "remat_names"),
     "mesh": ("make_mesh",),
     "slices": ("across_slices",),
     "sharding": ("Layout", "Rules", "make_layout", "spec"),

@@ -27,9 +27,8 @@ SHIPPED_TEXT = "shakespeare"
 _FEATURES = (
     "precision", "quant", "comm", "optimizer.moments", "lora", "train.freeze",
     "train.quantize_aware", "train.quantize_group", "parallel", "checkpoint.keep_best",
-    "runtime.num_processes", "runtime.process_id", "runtime.coordinator",
+    "runtime.num_processes", "runtime.process_id", "runtime.coordinator", "mesh.slices",
 )  # fmt: skip
-BATCH_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 
 # Rule in words -> (rule, keys). Every number of the config is in one row, by a test.
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
@@ -135,7 +134,6 @@ def resolve_mesh(config: Config, device_count: int) -> dict[str, int]:
         )
     sizes |= dict.fromkeys(rest, device_count // known)
     _check_features(config, sizes)
-    _check_divisible(config, sizes)
     return sizes
 
 
@@ -313,6 +311,7 @@ def _check_features(config: Config, sizes: dict[str, int]) -> None:
     ):
         jaxinfra.check_features(config, sizes, resolve_zero(config))
         jaxinfra.check_compositions(config, sizes)
+        jaxinfra.check_divisible(config, sizes, resolve_zero(config))
 
 
 def _check_mesh(config: Config) -> None:
@@ -321,55 +320,6 @@ def _check_mesh(config: Config) -> None:
         return
     sizes = {axis: n for axis, n in _axis_sizes(config).items() if n != -1}
     _check_features(config, sizes)
-    _check_divisible(config, sizes)
-
-
-def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
-    """What the axes split must divide over them; `sizes` may lack the unknown one."""
-    dims = [
-        ("tensor", "num_heads"),
-        ("tensor", "num_kv_heads"),
-        ("tensor", "ffn_width"),
-    ]
-    if config.model.expert_ffn_width:
-        dims.append(("tensor", "expert_ffn_width"))
-    if _has_expert_layer(config):
-        dims.append(("expert", "num_experts"))
-    if resolve_zero(config) >= 1:
-        dims.append(("fsdp", "width"))
-    for axis, name in dims if config.task == "text" else ():
-        dim, size = getattr(config.model, name), sizes.get(axis, 1)
-        if dim % size:
-            raise ConfigError(
-                f"model.{name}={dim} does not divide over mesh axis '{axis}' of size"
-                f" {size}; set mesh.{axis} to a divisor of {dim}"
-            )
-    train, slices = config.train, config.mesh.slices
-    split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
-    parts = math.prod(split.values())
-    axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
-    if config.eval.batch_size % parts:
-        raise ConfigError(
-            f"eval.batch_size={config.eval.batch_size} rows do not divide over the"
-            f" {parts} parts of mesh axes {axes}; set eval.batch_size to a multiple of"
-            f" {parts}, or to 0 for train.batch_size"
-        )
-    for size in stages.BatchSizes(train.batch_size, train.batch_ramp).sizes[::-1]:
-        if (rows := size // train.microbatches) % parts:
-            key = "batch_size" if size == train.batch_size else "batch_ramp"
-            raise ConfigError(
-                f"train.{key}={size} in train.microbatches={train.microbatches} gives"
-                f" {rows} rows, which do not divide over the {parts} parts of mesh axes"
-                f" {axes}; set train.{key} to a multiple of"
-                f" {parts * train.microbatches}, or a smaller mesh"
-            )
-    across = [axis for axis in ("data", "pipeline") if axis in sizes]
-    if len(across) == 2 and all(sizes[axis] % slices for axis in across):
-        raise ConfigError(
-            f"mesh.slices={slices} divides neither mesh axis 'data' of size"
-            f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
-            f" mesh.data to a multiple of {slices}"
-        )
 
 
 def _check_paths(config: Config) -> None:

@@ -366,9 +366,9 @@ class EvalConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1, once, takes the rest.
 
-    data replicates parameters, fsdp shards them (see zero), tensor splits heads, ffn
-    and vocabulary, pipeline the repeats of the stack, and the vocabulary too. slices:
-    how many slices or nodes a slow network joins.
+    data replicates parameters, fsdp, expert and context shard them (see zero), tensor
+    splits heads, ffn and vocabulary, pipeline the repeats of the stack, and the
+    vocabulary too. slices: how many slices or nodes a slow network joins.
     """
 
     data: int = -1
@@ -508,9 +508,10 @@ class Config:
     """One experiment.
 
     task: text, or own, which get_task of the config file makes; the keys of TEXT_KEYS
-    are then as that says. zero: what the fsdp axis shards: 0 nothing, 1 optimizer
-    state, 2 and gradients, 3 and parameters; -1 means 3, or 1 with a pipeline. check:
-    trace the whole step, print the parameter table and stop.
+    are then as that says. zero: what the axes fsdp, expert and context shard: 0
+    nothing, 1 optimizer state, 2 and gradients, 3 and parameters (of these two, where
+    there are stages, fsdp alone); -1 means 3, or 1 with a pipeline. check: trace the
+    whole step, print the parameter table and stop.
     """
 
     name: str
@@ -569,3 +570,7 @@ REMAT_NAMES = ("layer_input", "query", "key", "value", "attention", "attention_o
                "ffn_in", "ffn_out")  # fmt: skip
 
 AXES = ("data", "fsdp", "expert", "context", "tensor", "pipeline")
+# Which split the rows of a batch.
+BATCH_AXES = ("data", "fsdp", "expert")
+# Over which ZeRO shards, where there are no stages: all that split tokens but `data`.
+ZERO_AXES = ("fsdp", "expert", "context")

@@ -1,5 +1,5 @@
 """Rules of what most runs do not ask for: several processes, named activations, low
-precision, adapters, stages, split rows, the best step.
+precision, adapters, meshes, stages, split rows, the best step.
 
 Loaded by `checks` where a config asks for one of them; what two of them cannot do
 together is in `compositions`. Imports no jax.
@@ -11,9 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinfra import stages
 from jaxinfra.config import (
+    BATCH_AXES,
     LOW_PRECISION,
     REMAT_NAMES,
+    ZERO_AXES,
     CommConfig,
     Config,
     ConfigError,
@@ -39,6 +42,60 @@ def check_features(config: Config, sizes: Sizes, zero: int) -> None:
     _check_accumulation(config, sizes, zero)
     if config.task == "text" and sizes.get("context", 1) > 1:
         _check_split_length(config, sizes)
+
+
+def check_divisible(config: Config, sizes: Sizes, zero: int) -> None:
+    """Raises ConfigError if what the axes split does not divide over them."""
+    model = config.model
+    dims: list[tuple[tuple[str, ...], str]] = [
+        (("tensor",), "num_heads"),
+        (("tensor",), "num_kv_heads"),
+        (("tensor",), "ffn_width"),
+    ]
+    if model.expert_ffn_width:
+        dims.append((("tensor",), "expert_ffn_width"))
+    layers = model.prefix + model.pattern + model.suffix  # not x repeats: may be huge
+    if any(layer.feed_forward == "experts" for layer in layers):
+        dims.append((("expert",), "num_experts"))
+    if zero >= 1:
+        dims.append((ZERO_AXES, "width"))
+    for axes, name in dims if config.task == "text" else ():
+        used = {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
+        dim, size = getattr(model, name), math.prod(used.values())
+        if dim % size:
+            keys = " x ".join(f"mesh.{axis}" for axis in used)
+            axes = "axis" if len(used) == 1 else "axes"
+            raise ConfigError(
+                f"model.{name}={dim} does not divide over mesh {axes}"
+                f" {' x '.join(map(repr, used))} of size {size}; set {keys} to a"
+                f" divisor of {dim}"
+            )
+    train, slices = config.train, config.mesh.slices
+    split = {axis: sizes[axis] for axis in BATCH_AXES if sizes.get(axis, 1) > 1}
+    parts = math.prod(split.values())
+    axes = " x ".join(f"{axis}={size}" for axis, size in split.items())
+    if config.eval.batch_size % parts:
+        raise ConfigError(
+            f"eval.batch_size={config.eval.batch_size} rows do not divide over the"
+            f" {parts} parts of mesh axes {axes}; set eval.batch_size to a multiple of"
+            f" {parts}, or to 0 for train.batch_size"
+        )
+    for size in stages.BatchSizes(train.batch_size, train.batch_ramp).sizes[::-1]:
+        if (rows := size // train.microbatches) % parts:
+            key = "batch_size" if size == train.batch_size else "batch_ramp"
+            raise ConfigError(
+                f"train.{key}={size} in train.microbatches={train.microbatches} gives"
+                f" {rows} rows, which do not divide over the {parts} parts of mesh axes"
+                f" {axes}; set train.{key} to a multiple of"
+                f" {parts * train.microbatches}, or a smaller mesh"
+            )
+    across = [axis for axis in ("data", "pipeline") if axis in sizes]
+    if len(across) == 2 and all(sizes[axis] % slices for axis in across):
+        raise ConfigError(
+            f"mesh.slices={slices} divides neither mesh axis 'data' of size"
+            f" {sizes['data']} nor 'pipeline' of size {sizes['pipeline']}; set"
+            f" mesh.data to a multiple of {slices}"
+        )
 
 
 def remat_names(remat: str) -> dict[str, list[str]]:

@@ -1,8 +1,9 @@
 """The device mesh: six named axes, always all present, of size 1 when unused.
 
 `data` only replicates, `fsdp` shards parameters (ZeRO), `expert`, `context`, `tensor`
-and `pipeline` split experts, length, width and depth. All axes are of Explicit type:
-the sharding of every array is part of its type and is checked while tracing.
+and `pipeline` split experts, length, width and depth; the first two shard as it does.
+All axes are of Explicit type: the sharding of every array is part of its type and is
+checked while tracing.
 
 Below: what a partition is over some axes, and the collectives that follow one inside a
 shard_map; `sharding` has them under its name too.
@@ -60,31 +61,37 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def gathered(partition: PartitionSpec, axis: str = "fsdp") -> PartitionSpec:
-    """`partition` without `axis`: how a parameter is laid out while it is used."""
+def gathered(partition: PartitionSpec, *axes: str) -> PartitionSpec:
+    """`partition` without `axes`; without those of ZeRO where none are given: how a
+    parameter is laid out while it is used."""
+    if not axes:
+        return PartitionSpec(*(None if zero_axes(e) else e for e in partition))
     named = {name for entry in partition for name in axes_of(entry)}
-    return among(partition, tuple(named - {axis}))
+    return among(partition, tuple(named - {*axes}))
 
 
-def all_gather(local: jax.Array, partition: PartitionSpec, axis: str = "fsdp"):
+def zero_axes(*entries: Any) -> tuple[str, ...]:
+    """The axes over which ZeRO splits the dims of a parameter that have these entries
+    of its PartitionSpec: `fsdp` splits no other dim, and what does beside it is one."""
+    return tuple(a for e in entries if "fsdp" in axes_of(e) for a in axes_of(e))
+
+
+def all_gather(local: jax.Array, partition: PartitionSpec):
     """Inside a shard_map: the part of an array laid out as `partition`, made whole over
-    `axis`. Its transpose is a reduce-scatter."""
+    ZeRO's axes. Its transpose is a reduce-scatter."""
     for dim, entry in enumerate(partition):
-        if axis in axes_of(entry):
-            local = jax.lax.all_gather(local, axis, axis=dim, tiled=True)
+        if cut := zero_axes(entry):
+            local = jax.lax.all_gather(local, cut, axis=dim, tiled=True)
     return local
 
 
 def all_reduce(local: jax.Array, partition: PartitionSpec, axes: tuple[str, ...]):
     """Inside a shard_map: the sum over `axes`, of which each device keeps its part
-    along `fsdp`, if that is one of them and `partition` splits a dim over it, else
-    all."""
+    along those of ZeRO's axes that split a dim of `partition`, else all."""
     for dim, entry in enumerate(partition):
-        if "fsdp" in axes and "fsdp" in axes_of(entry):
-            axes = tuple(axis for axis in axes if axis != "fsdp")
-            local = jax.lax.psum_scatter(
-                local, "fsdp", scatter_dimension=dim, tiled=True
-            )
+        if cut := tuple(axis for axis in zero_axes(entry) if axis in axes):
+            axes = tuple(axis for axis in axes if axis not in cut)
+            local = jax.lax.psum_scatter(local, cut, scatter_dimension=dim, tiled=True)
     return jax.lax.psum(local, axes)
 
 

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfra.config import ZERO_AXES
 from jaxinfra.mesh import all_gather as all_gather
 from jaxinfra.mesh import all_reduce as all_reduce
 from jaxinfra.mesh import among as among
 from jaxinfra.mesh import axes_of as axes_of
 from jaxinfra.mesh import gathered as gathered
+from jaxinfra.mesh import zero_axes as zero_axes
 
 Axes = tuple[str, ...]
 
@@ -29,7 +31,7 @@ class Rules:
     length: Axes = ("context",)
     residual: Axes = ("context",)  # T between layers: tasks.activation_rules
     width: Axes = ()  # D of activations
-    embed: Axes = ("fsdp",)  # D of parameters, the dim that ZeRO shards
+    embed: Axes = ZERO_AXES  # D of parameters, the dim that ZeRO shards
     heads: Axes = ("tensor",)  # K, the groups of query heads with one key head
     ffn: Axes = ("tensor",)
     vocab: Axes = ("pipeline", "tensor")  # a pipeline's stages share the head
@@ -60,7 +62,7 @@ _KEYS = {
 
 def spec(rules: Rules, *names: str | None) -> PartitionSpec:
     """The PartitionSpec of an array with dims of these logical names (None: whole), as
-    `axes_here` has them.
+    `axes_here` has them; `embed` beside `experts` without the axes of that.
 
     Errors: ValueError for a name that is not in the table, or a mesh axis used twice.
     """
@@ -71,6 +73,8 @@ def spec(rules: Rules, *names: str | None) -> PartitionSpec:
                 f"{name!r} is no logical name; use one of {(*vars(rules),)}"
             )
         axes = () if name is None else axes_here(rules, name)
+        if name == "embed" and "experts" in names:
+            axes = tuple(axis for axis in axes if axis not in rules.experts)
         if twice := used.intersection(axes):
             raise ValueError(
                 f"dims {names} use mesh axis {sorted(twice)[0]!r} twice; "
@@ -98,8 +102,9 @@ def sharding(
 ) -> NamedSharding:
     """The sharding of an array; ValueError, with the key to change, if a dim does not
     divide over its axes."""
+    place = NamedSharding(layout.mesh, spec(rules, *names))
     for dim, (size, name) in enumerate(zip(shape, names, strict=True)):
-        axes = () if name is None else getattr(rules, name)
+        axes = axes_of(place.spec[dim])
         parts = axis_product(layout.mesh, axes)
         if size % parts:
             raise ValueError(
@@ -108,7 +113,7 @@ def sharding(
                 f"change {_KEYS.get(name, 'the shape')} or "
                 f"mesh.{axes[0]}"
             )
-    return NamedSharding(layout.mesh, spec(rules, *names))
+    return place
 
 
 def axis_product(mesh: jax.sharding.Mesh, axes: Axes) -> int:
@@ -120,13 +125,16 @@ def axis_product(mesh: jax.sharding.Mesh, axes: Axes) -> int:
 
 
 def make_layout(mesh: jax.sharding.Mesh, *, zero: int = 3) -> Layout:
-    """What `fsdp` shards: zero 0 nothing, 1 optimizer state, 2 and gradients, 3 and
-    parameters. Source: arXiv:1910.02054 section 5."""
+    """What ZERO_AXES shard: zero 0 nothing, 1 optimizer state, 2 and gradients, 3 and
+    parameters. A pipeline, which leaves `expert` and `context` to the types of arrays,
+    has parameters and gradients whole over these. Source: arXiv:1910.02054 section 5.
+    """
     sharded, whole = Rules(), Rules(embed=())
+    used = Rules(embed=("fsdp",)) if mesh.shape["pipeline"] > 1 else sharded
     return Layout(
         mesh=mesh,
-        params=sharded if zero >= 3 else whole,
-        grads=sharded if zero >= 2 else whole,
+        params=used if zero >= 3 else whole,
+        grads=used if zero >= 2 else whole,
         optimizer=sharded if zero >= 1 else whole,
     )
 

@@ -8,6 +8,7 @@ from jaxinfra import mesh as mesh_lib
 from jaxinfra import sharding
 from jaxinfra.sharding import Rules
 
+ZERO = ("fsdp", "expert", "context")
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -21,18 +22,25 @@ def test_a_spec_is_read_from_the_table():
         ("data", "fsdp", "expert"), "context", None
     )
     assert sharding.spec(Rules(), "vocab", "embed", None) == P(
-        ("pipeline", "tensor"), "fsdp", None
+        ("pipeline", "tensor"), ZERO, None
     )
     assert sharding.spec(Rules()) == P()
+
+
+def test_zero_leaves_the_expert_axis_to_experts():
+    at_rest = sharding.spec(Rules(), "experts", "embed", "ffn")
+    assert at_rest == P("expert", ("fsdp", "context"), "tensor")
+    assert sharding.zero_axes(*at_rest) == ("fsdp", "context")
+    assert sharding.gathered(at_rest) == P("expert", None, "tensor")
 
 
 @pytest.mark.parametrize(
     ("zero", "embed"),
     [
         (0, (None, None, None)),
-        (1, (None, None, "fsdp")),
-        (2, (None, "fsdp", "fsdp")),
-        (3, ("fsdp", "fsdp", "fsdp")),
+        (1, (None, None, ZERO)),
+        (2, (None, ZERO, ZERO)),
+        (3, (ZERO, ZERO, ZERO)),
     ],
 )
 def test_zero_levels_shard_optimizer_then_gradients_then_parameters(zero, embed):
@@ -45,6 +53,13 @@ def test_zero_levels_shard_optimizer_then_gradients_then_parameters(zero, embed)
     }
 
 
+def test_stages_have_parameters_and_gradients_whole_but_over_fsdp():
+    layout = sharding.make_layout(mesh_lib.make_mesh({"fsdp": 4, "pipeline": 2}))
+    rules = (layout.params, layout.grads, layout.optimizer)
+    at_rest = [sharding.spec(r, "embed")[0] for r in rules]
+    assert at_rest == ["fsdp", "fsdp", ZERO]
+
+
 def test_an_unknown_name_is_refused_with_the_table():
     with pytest.raises(
         ValueError, match=r"'hidden' is no logical name.*'batch'.*'ffn'"
@@ -55,7 +70,7 @@ def test_an_unknown_name_is_refused_with_the_table():
 def test_an_axis_used_twice_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\('heads', 'ffn'\) use mesh axis 'tensor'"):
         sharding.spec(Rules(), "heads", "ffn")
-    with pytest.raises(ValueError, match="'fsdp' twice"):
+    with pytest.raises(ValueError, match="'expert' twice"):
         sharding.spec(Rules(), "batch", "embed")
 
 
@@ -69,7 +84,7 @@ def test_an_axis_used_twice_is_refused_by_name():
             r"\('tensor',\) of size 2; change model.num_kv_heads or mesh.tensor",
         ),
         (
-            ("length", "embed"),
+            ("heads", "embed"),
             (4, 7),
             r"query: dim 1 \(embed\) of size 7 .* of size 2; change model.width",
         ),
@@ -89,13 +104,14 @@ def test_a_dim_that_does_not_divide_names_array_dim_numbers_and_key(
 
 def test_a_sharding_that_divides_is_on_the_mesh(layout):
     place = sharding.sharding(layout, layout.params, (6, 4), ("embed", "heads"))
-    assert place == jax.NamedSharding(layout.mesh, P("fsdp", "tensor"))
+    assert place == jax.NamedSharding(layout.mesh, P(ZERO, "tensor"))
     assert sharding.axis_product(layout.mesh, ("data", "fsdp", "expert")) == 4
 
 
-def test_gathered_takes_one_axis_away():
-    partition = P(("data", "fsdp", "expert"), "fsdp", None, "tensor", ("fsdp", "data"))
+def test_gathered_takes_axes_away_and_those_of_zero_by_default():
+    partition = P("expert", ZERO, None, ("pipeline", "tensor"))
     assert sharding.gathered(partition) == P(
-        ("data", "expert"), None, None, "tensor", "data"
+        "expert", None, None, ("pipeline", "tensor")
     )
     assert sharding.gathered(P("context", "fsdp"), "context") == P(None, "fsdp")
+    assert sharding.gathered(P(("data", "fsdp")), "fsdp") == P("data")

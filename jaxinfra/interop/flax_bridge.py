@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxinfra import sharding
 from jaxinfra.interop import running_norm
 from jaxinfra.params import ParamSpec, Tree, named, unflatten
 from jaxinfra.sharding import Layout
@@ -195,11 +196,11 @@ def make_task(
 def specs_for(params: Tree, layout: Layout) -> Tree:
     """Specs for parameters that have none.
 
-    The largest dim that divides over `fsdp` is `embed`, the dim that ZeRO shards;
+    The largest dim that divides over ZeRO's axes is `embed`, the dim that ZeRO shards;
     arrays without one are replicated. Kinds go by flax's names and ranks: `embedding`
     tables, vectors, and matrices whose last dim is what they put out.
     """
-    parts = layout.mesh.shape["fsdp"]
+    parts = sharding.axis_product(layout.mesh, layout.optimizer.embed)
 
     def spec(path: str, leaf) -> ParamSpec:
         fits = [

@@ -42,10 +42,10 @@ class Groups(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """How weights cross the fsdp axis, both of (local, its partition, policy).
+    """How weights cross ZeRO's axes, both of (local, its partition, policy).
 
-    gather: a device's part of a weight -> it whole over fsdp, in compute dtype. reduce:
-    a weight's gradient -> its sum over fsdp, this device's part, in `policy.reduce`.
+    gather: a device's part of a weight -> it whole over them, in compute dtype. reduce:
+    a weight's gradient -> its sum over them, this device's part, in `policy.reduce`.
     """
 
     gather: Callable[[jax.Array, jax.sharding.PartitionSpec, Policy], jax.Array]
@@ -57,7 +57,7 @@ PLAIN = Traffic(
         w.astype(policy.compute), partition
     ),
     lambda dw, partition, policy: sharding.all_reduce(
-        dw.astype(policy.reduce), partition, ("fsdp",)
+        dw.astype(policy.reduce), partition, sharding.zero_axes(*partition)
     ),
 )
 
@@ -129,7 +129,7 @@ def grouped(
 ) -> jax.Array:
     """Rows times the matrix of their group, in compute dtype.
 
-    As the seam's einsum: `w_EIO`, laid out as `partition`, is gathered over `fsdp` by
+    As the seam's einsum: `w_EIO`, laid out as `partition`, is gathered by
     `traffic`, again in the backward pass, and its gradient leaves in `policy.reduce`,
     summed over all devices that see it.
     """
@@ -147,9 +147,7 @@ def _grouped_backward(partition, align, policy, traffic, residuals, g_RO):
     whole_EIO = traffic.gather(w_EIO, partition, policy)
     dx_RI = _product(g_RO, whole_EIO, sizes_E, align, policy, transposed=True)
     dw_EIO = _outer(x_RI, g_RO, sizes_E, align, policy)
-    if "fsdp" in varies_over(dw_EIO):  # else a pipeline sums it, once a step
-        dw_EIO = traffic.reduce(dw_EIO, partition, policy)
-    dw_EIO = dw_EIO.astype(policy.reduce)
+    dw_EIO = traffic.reduce(dw_EIO, partition, policy)
     over = varies_over(dw_EIO) - varies_over(w_EIO)
     return dx_RI, jax.lax.psum(dw_EIO, tuple(over)).astype(w_EIO.dtype), None
 

@@ -38,11 +38,12 @@ def embed(
 
     Each device looks up the ids of its own part of the vocabulary and the parts are
     summed: a plain gather on such a table makes the partitioner replicate the result.
-    Gradients are summed in `policy.reduce`. Where fsdp splits the width, either the
+    Gradients are summed in `policy.reduce`. Where ZeRO splits the width, either the
     table travels, or, if a device has fewer tokens than the table has rows, they do:
-    each device looks up its columns for the whole axis and they change places.
+    each device looks up its columns for all of them and they change places.
     """
     table_spec = jax.typeof(table_VD).sharding.spec
+    cut = sharding.zero_axes(table_spec[1])
     does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
 
     def body(table_VD, tokens_BT):
@@ -51,9 +52,10 @@ def embed(
             return jax.lax.psum(
                 _own_rows(table_VD, tokens_BT, rules.vocab), rules.vocab
             )
-        rows_BTD = _own_rows(table_VD, _of_the_axis(tokens_BT), rules.vocab)
+        tokens_BT = jax.lax.all_gather(tokens_BT, cut, axis=0, tiled=True)
+        rows_BTD = _own_rows(table_VD, tokens_BT, rules.vocab)
         x_BTD = jax.lax.psum(rows_BTD, rules.vocab).astype(policy.compute)
-        return jax.lax.all_to_all(x_BTD, "fsdp", 0, 2, tiled=True)
+        return jax.lax.all_to_all(x_BTD, cut, 0, 2, tiled=True)
 
     lookup = jax.shard_map(
         body,
@@ -78,13 +80,14 @@ def _embed_backward(policy, rules, residuals, dx_BTD):
     dx_spec = sharding.spec(rules, "batch", "length", "width")
     does_travel = _do_tokens_travel(table_VD, tokens_BT, rules)
     token_axes = sharding.axes_here(rules, "batch", "length")
+    cut = sharding.zero_axes(table_spec[1])
 
     def body(table_VD, tokens_BT, dx_BTD):
         axes, whole = token_axes, table_VD
         if does_travel:
-            axes = tuple(axis for axis in token_axes if axis != "fsdp")
-            tokens_BT = _of_the_axis(tokens_BT)
-            dx_BTD = jax.lax.all_to_all(dx_BTD, "fsdp", 2, 0, tiled=True)
+            axes = tuple(axis for axis in token_axes if axis not in cut)
+            tokens_BT = jax.lax.all_gather(tokens_BT, cut, axis=0, tiled=True)
+            dx_BTD = jax.lax.all_to_all(dx_BTD, cut, 2, 0, tiled=True)
         else:
             gather = lambda w_VD: sharding.all_gather(w_VD, table_spec)
             whole = jax.eval_shape(gather, table_VD)
@@ -109,7 +112,7 @@ embed.defvjp(_embed_forward, _embed_backward)
 def position_rows(
     table_PD: jax.Array, positions_BT: jax.Array, *, policy: Policy, rules: Rules
 ) -> jax.Array:
-    """Rows of a learned position table, which no axis but fsdp splits."""
+    """Rows of a learned position table, which no axes but ZeRO's split."""
     table_PD = jax.reshard(
         table_PD.astype(policy.reduce),
         sharding.gathered(jax.typeof(table_PD).sharding.spec),
@@ -305,17 +308,14 @@ def dropout(
 
 
 def _do_tokens_travel(table_VD, tokens_BT, rules: Rules) -> bool:
-    """Whether a device has fewer tokens than rows of a table that fsdp cuts by width,
+    """Whether a device has fewer tokens than rows of a table that ZeRO cuts by width,
     so that these are less on the wire than the table."""
     table_spec = jax.typeof(table_VD).sharding.spec
     tokens_spec = sharding.spec(rules, "batch", "length")
     tokens = math.prod(seam.local_shape(tokens_BT.shape, tokens_spec))
-    is_cut = "fsdp" in sharding.axes_of(table_spec[1]) and "fsdp" in rules.batch
+    cut = {*sharding.zero_axes(table_spec[1])}
+    is_cut = bool(cut) and cut <= {*rules.batch, *rules.length}
     return is_cut and tokens <= seam.local_shape(table_VD.shape, table_spec)[0]
-
-
-def _of_the_axis(tokens_BT: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
 
 
 def _own_rows(table_VD, tokens_BT, axes: Axes) -> jax.Array:

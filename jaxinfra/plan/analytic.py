@@ -25,7 +25,14 @@ import numpy as np
 
 import jaxinfra
 from jaxinfra import checks, params, precision, sharding, tasks
-from jaxinfra.config import AXES, Config, LayerConfig, ModelConfig
+from jaxinfra.config import (
+    AXES,
+    BATCH_AXES,
+    ZERO_AXES,
+    Config,
+    LayerConfig,
+    ModelConfig,
+)
 from jaxinfra.models import specs as model_specs
 from jaxinfra.ops.layers import GATED
 from jaxinfra.parallel import lowering, placement, schedules
@@ -223,7 +230,7 @@ def _width_between(config: Config, layout: Layout) -> int:
 
 
 def _whole_bytes(specs: Tree, layout: Layout, dtype: np.dtype) -> int:
-    """Of the parameters on a device in `dtype`, whole over fsdp."""
+    """Of the parameters on a device in `dtype`, whole over ZeRO's axes."""
     rules = dataclasses.replace(layout.params, embed=())
     return sharding.bytes_per_device(params.abstract(specs, layout, rules, dtype))
 
@@ -237,7 +244,7 @@ def _token_bytes(config: Config, sizes: Mapping[str, int], width: float) -> int:
 
 def _rows(config: Config, sizes: Mapping[str, int]) -> int:
     """Rows of a microbatch on one device."""
-    over = math.prod(sizes[axis] for axis in checks.BATCH_AXES)
+    over = math.prod(sizes[axis] for axis in BATCH_AXES)
     return config.train.batch_size // config.train.microbatches // over
 
 
@@ -250,7 +257,7 @@ def _loss_bytes(config: Config, sizes: Mapping[str, int]) -> int:
     """Head, its float32 gradient, the activations that meet it and their gradient, and
     one chunk of logits with its exponentials."""
     model, policy = config.model, precision.policy(config.precision)
-    n = sizes["fsdp"]
+    n = math.prod(sizes[axis] for axis in ZERO_AXES)
     V = -(-model.vocab_size // (sizes["tensor"] * sizes["pipeline"]))
     tokens = _rows(config, sizes) * config.train.length // sizes["context"]
     compute, reduce = policy.compute.itemsize, policy.reduce.itemsize

@@ -1,4 +1,4 @@
-"""Weights and their gradients cross the fsdp axis in 8 bits, for any model.
+"""Weights and their gradients cross ZeRO's axes in 8 bits, for any model.
 
 An `Einsum` in place of `seam.make_einsum`'s: what each device holds of a weight is
 rounded there, in blocks of up to 128 neighbours that share a float32 scale; codes and
@@ -46,7 +46,7 @@ from jaxinfra.precision import Policy
 from jaxinfra.quant import arrays
 from jaxinfra.quant.formats import FormatName
 from jaxinfra.quant.matmul import of_whole_rows
-from jaxinfra.sharding import Rules
+from jaxinfra.sharding import Axes, Rules
 
 BLOCK = 128
 _FORMATS: dict[str, FormatName | None] = {
@@ -59,8 +59,8 @@ _FORMATS: dict[str, FormatName | None] = {
 def low_bit_traffic(
     policy: Policy, rules: Rules, *, gather: str, reduce: str
 ) -> Einsum:
-    """The einsum of `policy` with weights gathered, and gradients reduced, over fsdp in
-    int8 or fp8; `compute`: as `seam.make_einsum` does."""
+    """The einsum of `policy` with weights gathered, and gradients reduced, over ZeRO's
+    axes in int8 or fp8; `compute`: as `seam.make_einsum` does."""
     into, back = _FORMATS[gather], _FORMATS[reduce]
 
     def whole(w: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def low_bit_traffic(
 
 
 def gather_low(w: jax.Array, form: FormatName, dtype: jnp.dtype) -> jax.Array:
-    """`w`, split over fsdp, whole over it in `dtype`: its codes and scales travel."""
+    """`w`, which ZeRO splits, whole in `dtype`: its codes and scales travel."""
     spec = _spec_of(w)
     body = functools.partial(_gathered_low, spec=spec, form=form, dtype=dtype)
     return jax.shard_map(
@@ -164,7 +164,8 @@ def of_experts(comm: CommConfig) -> grouped.Traffic:
     def reduce(local: jax.Array, spec: jax.sharding.PartitionSpec, policy: Policy):
         if back is None or not _is_split(spec):
             return grouped.PLAIN.reduce(local, spec, policy)
-        shard = reduce_scatter_low(local, _split_dim(spec), back)
+        dim = _split_dim(spec)
+        shard = reduce_scatter_low(local, dim, back, sharding.zero_axes(spec[dim]))
         return shard.astype(policy.reduce)
 
     return grouped.Traffic(gather, reduce)
@@ -177,23 +178,24 @@ def _gathered_low(local: jax.Array, *, spec, form: FormatName, dtype: jnp.dtype)
 
 
 def reduce_scatter_low(
-    local: jax.Array, dim: int, form: FormatName, axis: str = "fsdp"
+    local: jax.Array, dim: int, form: FormatName, axes: Axes = ("fsdp",)
 ) -> jax.Array:
-    """Inside a shard_map: the sum over `axis`, of which each device keeps its part of
+    """Inside a shard_map: the sum over `axes`, of which each device keeps its part of
     `dim`, float32; what each sends to another is rounded once."""
-    parts = jax.lax.axis_size(axis)
+    parts = jax.lax.axis_size(axes)
     shape = (*local.shape[:dim], parts, -1, *local.shape[dim + 1 :])
     pieces = jnp.moveaxis(local.reshape(shape), dim, 0)
     q = _quantized(pieces, form)
-    swap = lambda x: jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0)
+    swap = lambda x: jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0)
     return jnp.sum(arrays.dequantize(_sent(q, swap)), axis=0)
 
 
 def _reduced(equation, x, g, w_spec, form: FormatName, policy: Policy) -> jax.Array:
     """The weight's gradient, laid out as `w_spec`: multiplied where the activations
-    are, reduced over fsdp in `form`, over other axes in `policy.reduce`."""
+    are, reduced over ZeRO's axes in `form`, over others in `policy.reduce`."""
     x_spec, g_spec = _spec_of(x), _spec_of(g)
     dim = _split_dim(w_spec)
+    cut = sharding.zero_axes(w_spec[dim])
     inputs, w_dims = equation.split("->")
     summed = {
         axis
@@ -211,13 +213,14 @@ def _reduced(equation, x, g, w_spec, form: FormatName, policy: Policy) -> jax.Ar
             precision=policy.matmul_precision,
             preferred_element_type=jnp.float32,
         )
-        if "fsdp" in summed:
-            shard = reduce_scatter_low(local, dim, form)
-        else:  # the rows are not split over it: each has the whole sum
-            size = local.shape[dim] // jax.lax.axis_size("fsdp")
-            start = jax.lax.axis_index("fsdp") * size
+        rest = summed
+        if summed.issuperset(cut):
+            shard, rest = reduce_scatter_low(local, dim, form, cut), summed - {*cut}
+        else:  # the tokens are not split over them: each has the whole sum
+            size = local.shape[dim] // jax.lax.axis_size(cut)
+            start = jax.lax.axis_index(cut) * size
             shard = jax.lax.dynamic_slice_in_dim(local, start, size, dim)
-        rest = tuple(a for a in summed - {"fsdp"} if jax.lax.axis_size(a) > 1)
+        rest = tuple(a for a in rest if jax.lax.axis_size(a) > 1)
         return jax.lax.psum(shard.astype(policy.reduce), rest) if rest else shard
 
     return jax.shard_map(
@@ -240,12 +243,12 @@ def _sent(q: arrays.QuantizedArray, send) -> arrays.QuantizedArray:
 
 
 def _is_split(spec: jax.sharding.PartitionSpec) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["fsdp"] > 1 and any("fsdp" in _axes(entry) for entry in spec)
+    here = jax.sharding.get_abstract_mesh()
+    return sharding.axis_product(here, sharding.zero_axes(*spec)) > 1
 
 
 def _split_dim(spec: jax.sharding.PartitionSpec) -> int:
-    return next(i for i, entry in enumerate(spec) if "fsdp" in _axes(entry))
+    return next(i for i, entry in enumerate(spec) if sharding.zero_axes(entry))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
