@@ -94,7 +94,7 @@ def dropless(
     """
     tokens = sharding.spec(rules, "batch", "length", None)
     names = [n for n in ("up", "gate", "up_bias", "gate_bias", "down") if n in params]
-    weights = {name: params[name] for name in names}
+    weights = {name: _as_tokens_are_split(params[name], tokens) for name in names}
     specs = {name: jax.typeof(w).sharding.spec for name, w in weights.items()}
 
     def local(weights, x_BTD, ids_BTk, gates_BTk):
@@ -217,6 +217,17 @@ def bounded(
     y_BECD = einsum("BECF,EFD->BECD", act_BECF, params["down"], out=(*out, "width"))
     back = jax.shard_map(receive, in_specs=(buffers, *(tokens,) * 3), out_specs=tokens)
     return back(y_BECD, *chosen, choice.gates_BTk)
+
+
+def _as_tokens_are_split(
+    w: jax.Array, tokens: jax.sharding.PartitionSpec
+) -> jax.Array:
+    """`w` whole over those of ZeRO's axes along which all have the same tokens, as in
+    scoring along `context`."""
+    spec = jax.typeof(w).sharding.spec
+    split = {axis for entry in tokens for axis in sharding.axes_of(entry)}
+    idle = tuple(axis for axis in sharding.zero_axes(*spec) if axis not in split)
+    return jax.reshard(w, sharding.gathered(spec, *idle)) if idle else w
 
 
 class _Route(NamedTuple):

@@ -30,6 +30,7 @@ CFG = ModelConfig(
 )
 ROUNDING = 2e-5  # float32 sums in another order
 ONE, MESH = {"data": 1}, {"fsdp": 2, "tensor": 2}
+ALIKE = {"fsdp": 2, "context": 2}  # along context all have the same tokens
 
 
 class Setting(NamedTuple):
@@ -86,7 +87,7 @@ def check(found, b, first, last, start=0):
     np.testing.assert_array_equal(found.is_greedy_Q, is_greedy_Q)
 
 
-@pytest.mark.parametrize("sizes", [ONE, MESH], ids=str)
+@pytest.mark.parametrize("sizes", [ONE, MESH, ALIKE], ids=str)
 @pytest.mark.slow
 def test_scores_are_log_softmax_of_the_logits(sizes):
     spans = [(0, 1, 40), (1, 5, 9), (2, 3, 4), (3, 30, 31), (4, 1, 2)]

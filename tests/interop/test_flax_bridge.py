@@ -130,7 +130,7 @@ def test_a_flax_mlp_trains_the_same_on_four_devices_as_on_one(kind):
         one_params,
     )
     specs = {tuple(s.spec) for s in jax.tree.leaves(shardings.params)}
-    assert (None, "fsdp") in specs  # the kernels are split
+    assert (None, ("fsdp", "expert", "context")) in specs  # the kernels are split
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
@@ -292,7 +292,7 @@ def test_zero_levels_place_arrays_without_specs(zero, expected):
     )
     moments = places.opt_state[0].trace
     for tree, dim in zip((places.params, places.grads, moments), expected, strict=True):
-        axes = [None, None] if dim is None else [None, "fsdp"]
+        axes = [None, None] if dim is None else [None, ("fsdp", "expert", "context")]
         assert list(tree["w"].spec) == axes
         assert list(tree["odd"].spec) == [None, None]
         assert list(tree["s"].spec) == []

@@ -46,6 +46,6 @@ def test_the_whole_step_lowers_with_explicit_shardings(name):
     assert found["devices"] == stated_devices(name)
     assert found["explicit"]
     split_over = set(found["params_split_over"])
-    assert split_over - {"expert"} == {"fsdp", "pipeline", "tensor"}
+    assert split_over - {"expert", "context"} == {"fsdp", "pipeline", "tensor"}
     assert found["donated"] == found["leaves"], "every array of the state is donated"
     assert found["state_keeps_its_layout"]
