@@ -35,6 +35,10 @@ _TIMES = (
 _LESS_VMEM = "xla_tpu_scoped_vmem_limit_kib="
 _8B = "--config llama3_8b --train.batch_size 16"
 _V5P8 = f"{_8B} --target v5p:2x2x2"
+_128K = (
+    "--config llama3_8b --train.batch_size 2 --train.length 131072 --mesh.fsdp 2"
+    " --mesh.context 8 --parallel.context ring"
+)
 _70B_PIPELINE = (
     "--config llama3_70b --target v5p:4x4x4 --train.batch_size 256"
     " --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4 --mesh.tensor 2"
@@ -67,9 +71,9 @@ ROWS = {
     "70B, v5p 64, pipeline 8, not balanced": f"{_70B_PIPELINE}"
     " --parallel.balanced false",
     "70B, v5p 64, pipeline 8, recomputed": f"{_70B_PIPELINE} --parallel.recompute true",
-    "8B, 128k tokens, v5p 16": "--config llama3_8b --target v5p:2x2x4"
-    " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
-    " --parallel.context ring",
+    "8B, 128k tokens, v5p 16": f"{_128K} --target v5p:2x2x4",
+    "8B, 128k tokens, v5p 16, attention saved": f"{_128K} --target v5p:2x2x4"
+    " --train.remat save:query+key+value+attention+attention_out",
     "8B, 8 H100, full": f"{_8B} --target h100:1x8 --model.document_mask false",
     "8B, 8 H100, full, fp8": f"{_8B} --target h100:1x8 --model.document_mask false"
     " --precision fp8",
@@ -77,9 +81,9 @@ ROWS = {
     " --train.remat save:query+key+value+attention+attention_out+ffn_in",
     "8B, 8 H100, inputs and attention on the host": f"{_8B} --target h100:1x8"
     " --model.document_mask false --train.remat offload:layer_input+attention",
-    "8B, 128k tokens, 16 H100": "--config llama3_8b --target h100:2x8"
-    " --train.batch_size 2 --train.length 131072 --mesh.fsdp 2 --mesh.context 8"
-    " --parallel.context ring",
+    "8B, 128k tokens, 16 H100": f"{_128K} --target h100:2x8",
+    "8B, 128k tokens, 16 H100, attention saved": f"{_128K} --target h100:2x8"
+    " --train.remat save:query+key+value+attention+attention_out",
     "8B, 64 H100, full": "--config llama3_8b --target h100:8x8 --train.batch_size 128"
     " --mesh.data 8 --mesh.fsdp 8 --model.document_mask false",
 }

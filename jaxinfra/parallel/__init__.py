@@ -40,13 +40,18 @@ need, of up to S microbatches, which train.remat does not make less: 69 GB there
 interleaved most repeats are not at home in their chunks: they travel there once a step,
 as they are at rest, and their gradients back, and both are held twice: 24 GB there.
 With zero 3 the parameters of a stage are gathered once a step and are whole meanwhile;
-zero is 1 unless it is set. Refused (`compositions`): ring attention, whose exchange all
-devices join while stages take different branches; a task of one's own, whose layers are
-not known; activations in the host's memory. More stages than repeats are refused too.
+zero is 1 unless it is set. Over expert and context axes they are whole always, but for
+the optimizer's state and the experts themselves. Refused (`compositions`): ring
+attention, whose exchange all devices join while stages take different branches; a task
+of one's own, whose layers are not known; activations in the host's memory. More stages
+than repeats are refused too.
 Limits: prefix and suffix are held by every stage.
 
-Without a pipeline microbatches are summed by `train.accumulation`, over devices once a
-step too where the sum of gradients is whole (`--parallel.reduce_once`).
+Without a pipeline what `--zero` names is sharded over `fsdp`, `expert` and `context`
+alike: Llama-3-8B with rows of 128k tokens, fsdp 2 x context 8 on 16 v5p, takes 20 GB a
+device, where over `fsdp` alone it took 75. Microbatches are summed by
+`train.accumulation`, over devices once a step too where the sum of gradients is whole
+(`--parallel.reduce_once`).
 
 **Experts.** `--mesh.expert P` gives each device E / P experts, and splits the rows of a
 batch as `data` does. A token's router, always float32, runs where the token is. Without

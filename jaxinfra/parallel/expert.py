@@ -219,9 +219,7 @@ def bounded(
     return back(y_BECD, *chosen, choice.gates_BTk)
 
 
-def _as_tokens_are_split(
-    w: jax.Array, tokens: jax.sharding.PartitionSpec
-) -> jax.Array:
+def _as_tokens_are_split(w: jax.Array, tokens: jax.sharding.PartitionSpec) -> jax.Array:
     """`w` whole over those of ZeRO's axes along which all have the same tokens, as in
     scoring along `context`."""
     spec = jax.typeof(w).sharding.spec

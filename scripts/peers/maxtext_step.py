@@ -61,6 +61,19 @@ ROWS = {
         " ici_expert_parallelism=4 per_device_batch_size=2 max_target_length=4096"
         " remat_policy=full",
     ),
+    "8B, 128k tokens, v5p 16": (
+        "TPU v5",
+        "model_name=llama3-8b compile_topology=v5p-32 ici_fsdp_parallelism=2"
+        " ici_context_parallelism=8 per_device_batch_size=0.125"
+        " max_target_length=131072 remat_policy=full",
+    ),
+    "70B, v5p 64, pipeline 8": (
+        "TPU v5",
+        "model_name=llama3-70b compile_topology=v5p-128 ici_pipeline_parallelism=8"
+        " ici_fsdp_parallelism=4 ici_tensor_parallelism=2 per_device_batch_size=4"
+        " allow_split_physical_axes=true num_pipeline_microbatches=32"
+        " num_layers_per_pipeline_stage=5 max_target_length=8192 remat_policy=full",
+    ),
 }
 _EVERY = (
     "attention=flash dataset_type=synthetic enable_checkpointing=false"
@@ -90,7 +103,7 @@ def theirs(name: str, folder: pathlib.Path | None) -> dict:
     options = compiler_options.for_device(kind, _NO_WINDOWS)
     options.pop("xla_jf_bf16_propagation", None)  # ours alone
     flags = " ".join(f"--{key}={value}" for key, value in options.items())
-    compiled, secs = _compiled([*settings.split(), *_EVERY.split()], flags)
+    compiled, axes, secs = _compiled([*settings.split(), *_EVERY.split()], flags)
     text = compiled.as_text()
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +113,8 @@ def theirs(name: str, folder: pathlib.Path | None) -> dict:
         program.parse(text),
         clock=cost.cycles_at(chip.clock_hz),
         link_bytes_per_sec=chip.link_bytes_per_sec,
+        host_bytes_per_sec=chip.host_bytes_per_sec,
+        axes=axes,
     )
     memory = compiled.memory_analysis()
     return {
@@ -117,7 +132,8 @@ def theirs(name: str, folder: pathlib.Path | None) -> dict:
 
 
 def _compiled(words: list[str], flags: str):
-    """(MaxText's compiled step, the compiler's seconds), by its own main program."""
+    """(MaxText's compiled step, sizes of its mesh, the compiler's seconds), by its own
+    main program."""
     found = []
 
     def jit_and_compile(
@@ -135,7 +151,7 @@ def _compiled(words: list[str], flags: str):
         began = time.perf_counter()
         options = max_utils.parse_libtpu_flags_to_dict(flags)
         compiled = lowered.compile(compiler_options=options)
-        found.extend([compiled, time.perf_counter() - began])
+        found.extend([compiled, dict(mesh.shape), time.perf_counter() - began])
         return compiled
 
     train_compile.jit_and_compile = jit_and_compile
