@@ -3,7 +3,9 @@
 T is v5p:2x2x2, v5e:4x4, v6e:4x4 (chips) or h100:2x8 (nodes x GPUs). The step is
 compiled by that hardware's own compiler, which runs here: memory, what travels, time of
 a step. --analytic: memory alone, by arithmetic, at once. --json: one object. --dump-hlo
-DIR: the compiled program too. Options are those of train.py. See `jaxinfra.plan`.
+DIR: the compiled program too. Options are those of train.py. A step that the compiler
+refuses because it does not fit ends with code 2, after what is known without a program.
+See `jaxinfra.plan`.
 """
 
 import argparse
@@ -48,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         from jaxinfra.plan import report
 
         print(report.text(found))
+    if "refused" in found:
+        print(f"error: {found['refused']}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -74,7 +79,8 @@ def _compiled(config, get_task, target: Target, dump_to: pathlib.Path | None) ->
     if dump_to:
         dump_to.mkdir(parents=True, exist_ok=True)
         name = f"{config.name}-{target.name.replace(':', '-')}"
-        (dump_to / f"{name}.hlo").write_text(compiled.text)
+        if compiled:
+            (dump_to / f"{name}.hlo").write_text(compiled.text)
         (dump_to / f"{name}.json").write_text(json.dumps(found, indent=1))
     return found
 

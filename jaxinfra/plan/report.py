@@ -35,6 +35,16 @@ _BACKWARD = {"dkv": 10, "dq": 14 - 10, "bwd": 10, "backward": 10}
 _GROUPED = ("ragged-dot", "mosaic_gpu")
 
 
+# What a plan has from the compiled program alone.
+_OF_A_PROGRAM = (
+    "what of the peak are arguments and temporaries",
+    "hardware FLOPs",
+    "what is on the wire",
+    "where the time goes",
+    "time of the step",
+)
+
+
 class KernelFlops(NamedTuple):
     """Of all calls of a device in a step."""
 
@@ -98,15 +108,7 @@ def plan(
     step_secs = played.secs + kernel_secs
     tokens = config.train.batch_size * config.train.length
     peak = chip.peak_flops * step_secs
-    return {
-        "config": config.name,
-        "target": target.name,
-        "devices": target.num_devices,
-        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
-        "remat": config.train.remat,
-        "batch_size": config.train.batch_size,
-        "length": config.train.length,
-        "precision": config.precision,
+    return _asked(config, target) | {
         "memory": {
             "parameters_bytes": memory.parameters_bytes,
             "optimizer_bytes": memory.optimizer_bytes,
@@ -155,17 +157,49 @@ def plan(
 
 def analytic_plan(config: Config, target: Target, memory: Memory) -> dict[str, Any]:
     """What is known without compiling."""
-    return {
-        "config": config.name,
-        "target": target.name,
-        "devices": target.num_devices,
-        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
-        "remat": config.train.remat,
-        "batch_size": config.train.batch_size,
-        "length": config.train.length,
-        "precision": config.precision,
+    return _asked(config, target) | {
         "memory": dataclasses.asdict(memory)
         | {"peak_bytes": memory.peak_bytes, "headroom_bytes": memory.headroom_bytes},
+    }
+
+
+def refused_plan(
+    config: Config,
+    target: Target,
+    peak_bytes: int,
+    *,
+    memory: Memory,
+    model_flops: float,
+    options: dict[str, str],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """What is known of a step that the compiler refused, since it would use
+    `peak_bytes` of a device: the same keys as `plan`, without those of a program."""
+    hbm_bytes = target.chip.hbm_bytes
+    return _asked(config, target) | {
+        "memory": {
+            "parameters_bytes": memory.parameters_bytes,
+            "optimizer_bytes": memory.optimizer_bytes,
+            "gradients_bytes": memory.gradients_bytes,
+            "activations_bytes": memory.activations_bytes,
+            "peak_bytes": peak_bytes,
+            "hbm_bytes": hbm_bytes,
+            "headroom_bytes": hbm_bytes - peak_bytes,
+            "analytic_arguments_bytes": memory.arguments_bytes,
+            "analytic_temporary_bytes": memory.temporary_bytes,
+            "analytic_peak_bytes": memory.peak_bytes,
+        },
+        "compute": {"model_flops": model_flops},
+        "refused": (
+            f"the step needs {_size(peak_bytes)} of each {target.kind}, which has"
+            f" {_size(hbm_bytes)}, and a compiler takes only what fits; keep less"
+            f" (train.remat, now {config.train.remat}), take fewer rows at a time"
+            f" (train.microbatches, now {config.train.microbatches}, or a smaller"
+            " train.batch_size) or split more (mesh.fsdp, mesh.tensor, mesh.pipeline)"
+        ),
+        "missing": [*_OF_A_PROGRAM],
+        "compiler_options": options,
+        "versions": versions,
     }
 
 
@@ -181,7 +215,7 @@ def text(found: dict[str, Any]) -> str:
     ]
     memory = found["memory"]
     lines += [
-        f"  {name.removesuffix('_bytes').replace('_', ' '):<16}{_size(size):>12}"
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<20}{_size(size):>12}"
         for name, size in memory.items()
     ]
     if memory["headroom_bytes"] < 0:
@@ -189,6 +223,14 @@ def text(found: dict[str, Any]) -> str:
     if "compute" not in found:
         return "\n".join(lines)
     compute = found["compute"]
+    if "refused" in found:
+        lines += [
+            "",
+            f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP",
+            "the compiler refused the program, so there is no word of: "
+            + ", ".join(found["missing"]),
+        ]
+        return "\n".join(lines)
     lines += [
         "",
         f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP, hardware"
@@ -243,5 +285,16 @@ def _size(count: float) -> str:
     return f"{count / 1e3:.2f} kB"
 
 
-def _sizes(config: Config, target: Target) -> dict[str, int]:
-    return checks.resolve_mesh(config, target.num_devices)
+def _asked(config: Config, target: Target) -> dict[str, Any]:
+    """What the plan is of."""
+    sizes = checks.resolve_mesh(config, target.num_devices)
+    return {
+        "config": config.name,
+        "target": target.name,
+        "devices": target.num_devices,
+        "mesh": {k: v for k, v in sizes.items() if v > 1},
+        "remat": config.train.remat,
+        "batch_size": config.train.batch_size,
+        "length": config.train.length,
+        "precision": config.precision,
+    }

@@ -20,8 +20,9 @@ def plan_step(
     get_task: Any = None,
     *,
     shares: cost.Shares | None = None,
-) -> tuple[dict[str, Any], Compiled]:
-    """The plan, and the compiled step that it is read from.
+) -> tuple[dict[str, Any], Compiled | None]:
+    """The plan, and the compiled step that it is read from; of a step that the compiler
+    refuses because it does not fit, what is known without a program, and None.
 
     `shares`: how often the branches of conditionals are taken, see `cost.play`; of a
     pipeline what its schedule says is added.
@@ -32,8 +33,20 @@ def plan_step(
     with jax.set_mesh(built.layout.mesh):
         batch = experiment.abstract_batch(built, rows_of(built))
         state = built.abstract()
-    compiled = compilers.compile_step(built, state, batch)
     chip, sizes = target.chip, dict(built.layout.mesh.shape)
+    known = {
+        "memory": analytic.memory(config, target.num_devices, chip.hbm_bytes),
+        "model_flops": built.task.flops_per_row
+        * (config.train.batch_size / target.num_devices),
+        "options": compiler_options.for_device(
+            devices[0].device_kind, config.runtime.compiler_options
+        ),
+        "versions": compilers.versions(target),
+    }
+    try:
+        compiled = compilers.compile_step(built, state, batch)
+    except compilers.DoesNotFit as error:
+        return report.refused_plan(config, target, error.peak_bytes, **known), None
     clock = (
         cost.cycles_at(chip.clock_hz)
         if chip.clock_hz
@@ -53,19 +66,7 @@ def plan_step(
         node=target.node,
         shares=pipeline_shares(config) | dict(shares or {}),
     )
-    rows = config.train.batch_size / target.num_devices
-    found = report.plan(
-        config,
-        target,
-        memory=analytic.memory(config, target.num_devices, chip.hbm_bytes),
-        compiled=compiled,
-        played=played,
-        model_flops=built.task.flops_per_row * rows,
-        options=compiler_options.for_device(
-            devices[0].device_kind, config.runtime.compiler_options
-        ),
-        versions=compilers.versions(target),
-    )
+    found = report.plan(config, target, compiled=compiled, played=played, **known)
     return found, compiled
 
 

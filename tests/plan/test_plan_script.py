@@ -90,6 +90,61 @@ def test_a_compiler_that_is_not_there_is_told_with_its_extra(main, capsys, monke
         assert f"pip install 'jaxinfra[{extra}]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_step_that_does_not_fit_ends_with_code_2_after_what_is_known(
+    how, main, capsys, monkeypatch
+):
+    import jax
+
+    def refuse(*asked):
+        raise compilers.DoesNotFit(2**40)
+
+    monkeypatch.setattr(compilers, "prepare_process", lambda target: None)
+    monkeypatch.setattr(compilers, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(compilers, "versions", lambda target: {})
+    monkeypatch.setattr(compilers, "compile_step", refuse)
+    argv = ["--config", "tiny", "--target", "v5e:2x4", *SMALL, "--mesh.fsdp", "8"]
+    assert main([*argv, *how]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the step needs 1099.51 GB of each v5e, which has")
+    assert err.count("\n") == 1
+    for key in ("train.remat", "train.microbatches", "mesh.fsdp"):
+        assert key in err
+    if not how:
+        assert "does not fit" in out
+        assert "there is no word of" in out
+        return
+    found = json.loads(out)
+    memory = found["memory"]
+    assert memory["peak_bytes"] == 2**40
+    assert memory["headroom_bytes"] == memory["hbm_bytes"] - 2**40 < 0
+    at_rest = memory["analytic_arguments_bytes"]
+    assert memory["analytic_peak_bytes"] > at_rest > memory["parameters_bytes"]
+    assert found["compute"]["model_flops"] > 0
+    assert "time of the step" in found["missing"]
+    assert not {"wire", "step_secs", "mfu"} & {*found}
+
+
+@pytest.mark.slow
+def test_a_tpus_compiler_refuses_what_does_not_fit():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    argv = ["--config", "tiny", "--target", "v5e:1x1", "--train.length", "1024"]
+    argv += ["--train.batch_size", "8192", "--model.repeats", "6"]
+    argv += ["--precision", "bfloat16", "--train.remat", "none", "--json"]
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["peak_bytes"] > 10 * memory["hbm_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "package"), [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda13_plugin")]
