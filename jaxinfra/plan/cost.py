@@ -21,16 +21,10 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from jaxinfra.plan import wires
-from jaxinfra.plan.program import (
-    COLLECTIVES,
-    Instruction,
-    Program,
-    Shape,
-    trip_count,
-)
+from jaxinfra.plan import wires, work
+from jaxinfra.plan.program import COLLECTIVES, Instruction, Program, trip_count
 from jaxinfra.plan.wires import Wire
 
 # Conditional's scope contains this text -> share of the times that each branch is
@@ -85,8 +79,8 @@ def roofline(peak_flops: float, bytes_per_sec: float, peak_8bit: float = 0) -> C
             return 0.0
         if line.op.endswith(("-start", "-done", "-update")):
             return 0.0
-        flops = matmul_flops(program, where, line, few_bits=few_bits)
-        moved = moved_bytes(program, where, line)
+        flops = work.matmul_flops(program, where, line, few_bits=few_bits)
+        moved = work.moved_bytes(program, where, line)
         return max(flops / peak_flops, moved / bytes_per_sec)
 
     return secs
@@ -128,110 +122,6 @@ def play(
         scopes=of("scope"),
         unknown_loops=player.unknown_loops,
     )
-
-
-def matmul_flops(
-    program: Program, where: str, line: Instruction, *, few_bits: float = 1.0
-) -> float:
-    """2MKN of the matmuls of one instruction, those fused into it included; one of
-    8-bit operands counts `few_bits`."""
-    if line.op == "fusion":
-        return sum(
-            matmul_flops(program, name, inner, few_bits=few_bits)
-            for name in line.called
-            for inner in program[name]
-        )
-    is_gemm = line.op == "custom-call" and "__cublas$" in line.rest
-    if line.op not in ("dot", "convolution") and not is_gemm:
-        return 0.0
-    sizes = [program.shapes_of(where, name) for name in line.operands[:2]]
-    if len(sizes) < 2 or not all(sizes):
-        return 0.0
-    a, b, out = sizes[0][0].size, sizes[1][0].size, line.out[0].size
-    # A matmul reads MK and KN and writes MN: the root of their product is MKN; with a
-    # batch of n each is n times that, so the root is n^1.5 times MKN, and n MKN is due.
-    batch = 1
-    if dims := re.search(r'lhs_batch_dim\w*"?[=:][{\[]([\d,"]*)[}\]]', line.text):
-        numbers = [int(n) for n in dims[1].replace('"', "").split(",") if n]
-        for n in numbers:
-            batch *= sizes[0][0].dims[n]
-    for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
-        batch *= int(count)
-    is_8bit = sizes[0][0].bytes == a and sizes[1][0].bytes == b
-    return (few_bits if is_8bit else 1.0) * 2.0 * (a * b * out / batch) ** 0.5
-
-
-def moved_bytes(program: Program, where: str, line: Instruction) -> float:
-    """What an instruction reads and writes; of an array from which it takes a slice, or
-    which it updates in place, that slice."""
-    return sum(size for _, size in _arrays(program, where, line))
-
-
-def host_bytes(program: Program, where: str, line: Instruction) -> float:
-    """What an instruction copies, or starts to, between the memories of device and
-    host; a fusion reads and writes the host's in place."""
-    if line.op.endswith("-start"):  # the device's side is the part that is copied
-        if not any(shape.is_host for shape in line.out):
-            return 0.0
-        return max((x.bytes for x in line.out if not x.is_host), default=0.0)
-    if line.op not in ("copy", "fusion", "dynamic-slice", "dynamic-update-slice"):
-        return 0.0
-    return sum(size for shape, size in _arrays(program, where, line) if shape.is_host)
-
-
-def _arrays(
-    program: Program, where: str, line: Instruction
-) -> Iterator[tuple[Shape, float]]:
-    """The arrays that an instruction reads and writes, and how many bytes of each."""
-    inside = line.called[0] if line.op == "fusion" and line.called else ""
-    if not inside:
-        for name in line.operands:
-            for shape in program.shapes_of(where, name)[:1]:
-                yield shape, _read(program, where, name, [line])
-        yield from zip(line.out[:1], [_written(program, where, line)], strict=False)
-        return
-    lines = program[inside]
-    given = {
-        int(line.rest.split(")")[0]): line.name
-        for line in lines
-        if line.op == "parameter"
-    }
-    for number, name in enumerate(line.operands):
-        for shape in program.shapes_of(where, name)[:1]:
-            yield shape, _read(program, inside, given.get(number, ""), lines)
-    roots = [line for line in lines if line.is_root]
-    if roots and roots[0].op == "tuple":
-        by_name = program.by_name(inside)
-        roots = [by_name[name] for name in roots[0].operands if name in by_name]
-    for shape, root in zip(line.out, roots, strict=False):
-        yield shape, _written(program, inside, root)
-
-
-def _read(program: Program, where: str, name: str, lines: Sequence[Instruction]):
-    """Bytes of `name` that `lines`, which are in computation `where`, need of it."""
-    whole = sum(shape.bytes for shape in program.shapes_of(where, name))
-    total = 0.0
-    for user in lines:
-        if name not in user.operands:
-            continue
-        is_first = user.operands[0] == name
-        if user.op == "dynamic-slice" and is_first:
-            total += sum(shape.bytes for shape in user.out)
-        elif user.op == "bitcast":
-            total += _read(program, where, user.name, lines)
-        elif not (user.op == "dynamic-update-slice" and is_first):
-            return whole
-    return min(total, whole)
-
-
-def _written(program: Program, where: str, line: Instruction) -> float:
-    by_name = program.by_name(where)
-    while line.op == "bitcast" and line.operands[0] in by_name:
-        line = by_name[line.operands[0]]
-    shapes = line.out
-    if line.op == "dynamic-update-slice":
-        shapes = program.shapes_of(where, line.operands[1])
-    return sum(shape.bytes for shape in shapes)
 
 
 class _Player:
@@ -303,8 +193,8 @@ class _Turn:
         if secs:
             self.core += secs
             self.totals["scope", line.scope] += secs
-        self.totals[("flops",)] += matmul_flops(self.program, self.where, line)
-        if copied := host_bytes(self.program, self.where, line):
+        self.totals[("flops",)] += work.matmul_flops(self.program, self.where, line)
+        if copied := work.host_bytes(self.program, self.where, line):
             key = line.name if line.op.endswith("-start") else None
             self.send(Wire("copy", wires.HOST, copied), key)
             return
