@@ -7,9 +7,9 @@ another, the way to the host one copy, either way. Devices of a node that are in
 group share what it sends to other nodes. A synchronous
 collective stops the core until it is through, an asynchronous one only where its result
 is awaited too early. A loop costs its trip count times one turn, drained at the turn's
-end; a conditional the mean of its branches by the shares that the caller gives, else
-its dearest. Pallas and fused attention kernels carry no time and are counted by name:
-`predict` adds it.
+end; a conditional the mean of its branches by the shares that the caller gives, one
+for time and one for work, else its dearest. Pallas and fused attention kernels carry no
+time and are counted by name: `report.plan` adds it.
 
 Limits: a model of order, not of time. One link for all mesh axes, free while a
 collective goes from node to node; a collective whose groups could not be read is taken
@@ -22,15 +22,27 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from jaxinfra.plan import wires, work
 from jaxinfra.plan.program import COLLECTIVES, Instruction, Program, trip_count
 from jaxinfra.plan.wires import Wire
 
-# Conditional's scope contains this text -> share of the times that each branch is
-# taken, in the order of the branches (lax.cond: false, true).
-Shares = Mapping[str, Sequence[float]]
+
+class Share(NamedTuple):
+    """How often each branch of a conditional is taken, in their order (lax.cond: false,
+    true). secs: the part of the turns in which some device takes it, so that all wait;
+    work: the part in which the mean device does."""
+
+    secs: Sequence[float]
+    work: Sequence[float]
+
+
+# Pattern -> share of the conditionals that stand directly in a scope that ends so.
+Shares = Mapping[str, Share]
 Clock = Callable[[Program, str, Instruction], float]  # seconds of one instruction
+# Totals that are time or become it: of a branch `Share.secs` of them count.
+_TIMED = ("scope", "waited", "paid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +52,10 @@ class Cost:
     secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
     kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of kind
     "copy" over "host" what goes to the host's memory or comes from it.
-    waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name.
-    scopes: jax scope -> seconds of compute. unknown_loops: loops whose trip count could
-    not be read, taken as one turn.
+    waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name;
+    paid_kernels: those for whose time all devices wait, more than these where devices
+    take a branch by turns. scopes: jax scope -> seconds of compute. unknown_loops:
+    loops whose trip count could not be read, taken as one turn.
     """
 
     compute_secs: float
@@ -51,6 +64,7 @@ class Cost:
     sent: dict[tuple[str, str, str], float]
     waited: dict[tuple[str, str], float]
     kernels: dict[str, float]
+    paid_kernels: dict[str, float]
     scopes: dict[str, float]
     unknown_loops: int
 
@@ -119,6 +133,7 @@ def play(
         sent=of("sent"),
         waited=of("waited"),
         kernels=of("kernel"),
+        paid_kernels=of("paid"),
         scopes=of("scope"),
         unknown_loops=player.unknown_loops,
     )
@@ -180,9 +195,10 @@ class _Turn:
         else:
             self.due[key] = self.free[way], wire
 
-    def add(self, totals: Counter, times: float = 1.0) -> None:
+    def add(self, totals: Counter, times: float = 1.0, done: float = 1.0) -> None:
+        """`times` the totals that are time, `done` times those that are work."""
         for key, value in totals.items():
-            self.totals[key] += times * value
+            self.totals[key] += value * (times if key[0] in _TIMED else done)
 
     def wires(self, computation: str) -> list[Wire]:
         player = self.player
@@ -222,6 +238,7 @@ class _Turn:
                 self.wait(*self.due.pop(operand, (0.0, None)))
             case "custom-call" if wires.is_kernel(line):
                 self.totals["kernel", wires.kernel_name(line)] += 1
+                self.totals["paid", wires.kernel_name(line)] += 1
             case "while":
                 self._loop(line)
             case "conditional":
@@ -242,7 +259,7 @@ class _Turn:
         secs, totals = self.player.play(line.computation("body"))
         self.core += turns * secs
         self.free = {way: max(free, self.core) for way, free in self.free.items()}
-        self.add(totals, turns)
+        self.add(totals, turns, turns)
 
     def _branch(self, line: Instruction) -> None:
         branches = re.findall(r"(?:false|true)_computation=%?([\w.\-]+)", line.rest)
@@ -251,15 +268,18 @@ class _Turn:
         for listed in re.findall(r"branch_computations=\{([^}]*)\}", line.rest):
             branches += [name.strip().lstrip("%") for name in listed.split(",")]
         played = [self.player.play(name) for name in branches]
-        given = [v for k, v in self.player.shares.items() if k in line.scope]
-        if given and len(given[0]) == len(played):
-            parts = list(given[0])
+        around = line.scope.rpartition("/")[0]
+        shares = self.player.shares.items()
+        given = [share for end, share in shares if re.search(f"(?:{end})$", around)]
+        if given and len(given[0].secs) == len(played):
+            share = given[0]
         else:
             dearest = max(range(len(played)), key=lambda i: played[i][0], default=0)
             parts = [float(i == dearest) for i in range(len(played))]
-        for part, (secs, totals) in zip(parts, played, strict=True):
+            share = Share(parts, parts)
+        for part, done, (secs, totals) in zip(*share, played, strict=True):
             self.core += part * secs
-            self.add(totals, part)
+            self.add(totals, part, done)
 
     def _fusion(self, line: Instruction) -> None:
         """A fusion may start, carry on or end an asynchronous collective, or be one."""

@@ -101,8 +101,9 @@ def plan(
     compiler does not split; model_flops: of one step on one device."""
     chip = target.chip
     flops = kernel_flops(config, target.num_devices, played.kernels)
-    attention_secs = flops.attention / (chip.attention_share * chip.peak_flops)
-    grouped_secs = flops.grouped / (chip.matmul_share * chip.peak_flops)
+    paid = kernel_flops(config, target.num_devices, played.paid_kernels)
+    attention_secs = paid.attention / (chip.attention_share * chip.peak_flops)
+    grouped_secs = paid.grouped / (chip.matmul_share * chip.peak_flops)
     kernel_secs = attention_secs + grouped_secs
     hardware_flops = played.matmul_flops + sum(flops)
     step_secs = played.secs + kernel_secs

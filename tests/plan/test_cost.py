@@ -49,9 +49,32 @@ def test_compute_is_cycles_times_turns_and_the_dearest_branch():
 
 
 def test_branches_weigh_as_often_as_they_are_taken():
-    assert play(shares={"slot": (0.75, 0.25)}).compute_secs == pytest.approx(3.125)
-    assert play(shares={"slot": (1.0, 0.0)}).compute_secs == pytest.approx(3.0)
-    assert play(shares={"elsewhere": (1.0, 0.0)}).compute_secs == pytest.approx(3.5)
+    def compute_secs(scope, *parts):
+        return play(shares={scope: cost.Share(parts, parts)}).compute_secs
+
+    assert compute_secs("/slot", 0.75, 0.25) == pytest.approx(3.125)
+    assert compute_secs("/slot", 1.0, 0.0) == pytest.approx(3.0)
+    assert compute_secs("/elsewhere", 1.0, 0.0) == pytest.approx(3.5)
+    assert compute_secs("jit", 1.0, 0.0) == pytest.approx(3.5), "not directly in it"
+
+
+def test_what_devices_do_by_turns_takes_the_time_of_all_and_the_work_of_one():
+    """The branch has a matmul, a kernel and an all-reduce; some device takes it in
+    three turns of four, the mean device in one."""
+    branch = """  %dot.2 = bf16[8,8]{1,0} convolution(%d, %d), dim_labels=bf_io->bf
+  %kernel.1 = bf16[8,4]{1,0} custom-call(%d), custom_call_target="tpu_custom_call"
+  %ar.2 = f32[100]{0} all-reduce(%d), channel_id=9, replica_groups={{0,1},{2,3}}, \
+to_apply=%add.1
+  ROOT %neg ="""
+    text = programs.LOOP.replace("  ROOT %neg =", branch)
+    found = play(text, shares={"/slot": cost.Share((0.25, 0.75), (0.75, 0.25))})
+    once = 2 * 8 * 4 * 8
+    assert found.matmul_flops == pytest.approx(play().matmul_flops + once / 4)
+    assert found.sent[("all-reduce", "fsdp", "sync")] == pytest.approx(400 / 4)
+    assert found.kernels["kernel"] == pytest.approx(1 / 4)
+    assert found.paid_kernels["kernel"] == pytest.approx(3 / 4)
+    assert found.compute_secs == pytest.approx(3 * 1.0 + 0.5 * 3 / 4)
+    assert found.waiting_secs == pytest.approx(3 * 4.0 + 4.0 * 3 / 4)
 
 
 def test_only_what_nothing_hides_is_waited_for():
