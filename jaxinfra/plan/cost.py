@@ -218,7 +218,8 @@ class _Turn:
         kind = line.op.removesuffix("-start")
         match line.op:
             case _ if kind in COLLECTIVES:
-                wire = wires.of(line, self.where, self.player.axes, self.player.node)
+                on = self.player.axes, self.player.node
+                wire = wires.of(line, self.where, *on, program=self.program)
                 self.send(wire, line.name if line.op.endswith("-start") else None)
             case "async-start":
                 self.due[line.name] = 0.0, None

@@ -3,7 +3,7 @@
 import pytest
 from plan import programs
 
-from jaxinfra.plan import cost, program, wires
+from jaxinfra.plan import cost, program
 
 HZ, LINK = 1e3, 100.0  # a cycle is a millisecond, the link carries 100 bytes a second
 MESH = {"data": 2, "fsdp": 2}
@@ -156,75 +156,3 @@ def test_a_roofline_takes_the_longer_of_matmul_and_memory():
     in_8_bits = program.parse(programs.LOOP.replace("bf16[", "f8e4m3fn["))
     dot = in_8_bits.by_name("body.1")["dot.1"]
     assert clock(in_8_bits, "body.1", dot) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("attribute", "axes"),
-    [
-        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "tensor"),
-        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", "fsdp"),
-        ("replica_groups=[2,4]<=[8]", "fsdp+tensor"),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", "data"),
-        ("replica_groups=[1,8]<=[8]", "data+fsdp+tensor"),
-        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}", "fsdp"),
-        (
-            "replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a'}",
-            "fsdp",
-        ),
-        (
-            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
-            "data",
-        ),
-        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "tensor"),
-        ("replica_groups={}", "?"),
-    ],
-)
-def test_groups_of_devices_are_axes_of_the_mesh(attribute, axes):
-    text = "ENTRY %m (x: f32[8]) -> f32[8] {\n  ROOT %r = f32[8]{0} all-reduce(%x)"
-    read = program.parse(f"{text}, {attribute}, to_apply=%a\n}}\n")
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert wires.of(read["m"][0], "m", mesh).axes == axes
-
-
-@pytest.mark.parametrize(
-    ("op", "out", "sent"),
-    [
-        ("all-gather", "f32[16]", 64 * 3 / 4),
-        ("all-gather-start", "(f32[4], f32[16])", 64 * 3 / 4),
-        ("all-reduce-start", "f32[16]", 64 * 2 * 3 / 4),
-        ("reduce-scatter-start", "(f32[16], f32[4])", 16 * 3),
-        ("all-reduce", "f32[16]", 64 * 2 * 3 / 4),
-        ("reduce-scatter", "f32[4]", 16 * 3),
-        ("all-to-all", "f32[16]", 64 * 3 / 4),
-        ("collective-permute", "f32[16]", 64),
-    ],
-)
-def test_a_collective_sends_what_its_ring_does(op, out, sent):
-    text = (
-        f"ENTRY %m (x: f32[16]) -> {out} {{\n"
-        f"  ROOT %r = {out} {op}(%x), replica_groups=[1,4]<=[4]\n}}\n"
-    )
-    line = program.parse(text)["m"][0]
-    kind = op.removesuffix("-start")
-    assert wires.of(line, "m", None) == wires.Wire(kind, "?", sent)
-
-
-@pytest.mark.parametrize(
-    ("pairs", "load"),
-    [
-        ("{0,1},{1,2},{2,3},{3,0}", 1),
-        ("{0,3},{1,2},{2,1},{3,0}", 1),  # on a ring of 4 the ends are neighbours
-        ("{0,2},{1,3},{2,0},{3,1}", 2),
-        ("{0,5},{1,4},{4,1},{5,0}", 2),  # of 6 in a ring, 1 to 4 is 3 links
-    ],
-)
-def test_a_permutation_sends_what_its_busiest_link_carries(pairs, load):
-    text = (
-        "ENTRY %m (x: f32[16]) -> f32[16] {\n  ROOT %r = f32[16] "
-        f"collective-permute(%x), source_target_pairs={{{pairs}}}\n}}\n"
-    )
-    line = program.parse(text)["m"][0]
-    size = 6 if "5" in pairs else 4
-    for mesh, name in (({"a": size}, "a"), ({"b": 1, "a": size}, "a")):
-        wire = wires.of(line, "m", mesh)
-        assert wire == wires.Wire("collective-permute", name, 64 * load)
