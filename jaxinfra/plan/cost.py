@@ -52,7 +52,8 @@ class Cost:
     secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
     kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of kind
     "copy" over "host" what goes to the host's memory or comes from it.
-    waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name;
+    waited: by the same, the seconds that the core waits there; its sum is waiting_secs.
+    kernels: calls by name;
     paid_kernels: those for whose time all devices wait, more than these where devices
     take a branch by turns. scopes: jax scope -> seconds of compute. unknown_loops:
     loops whose trip count could not be read, taken as one turn.
@@ -62,7 +63,7 @@ class Cost:
     waiting_secs: float
     matmul_flops: float
     sent: dict[tuple[str, str, str], float]
-    waited: dict[tuple[str, str], float]
+    waited: dict[tuple[str, str, str], float]
     kernels: dict[str, float]
     paid_kernels: dict[str, float]
     scopes: dict[str, float]
@@ -154,7 +155,7 @@ class _Player:
             for line in self.program[where]:
                 turn.run(line)
             for way, free in turn.free.items():
-                turn.wait(free, turn.last.get(way))
+                turn.wait(free, *turn.last.get(way, (None,)))
             self.played[where] = turn.core, turn.totals
         return self.played[where]
 
@@ -170,11 +171,11 @@ class _Turn:
         self.totals: Counter = Counter()
         self.due: dict[str, tuple[float, Wire | None]] = {}
         self.held: dict[str, list[Wire]] = {}
-        self.last: dict[str, Wire] = {}
+        self.last: dict[str, tuple[Wire, str]] = {}
 
-    def wait(self, until: float, wire: Wire | None) -> None:
+    def wait(self, until: float, wire: Wire | None, how: str = "async") -> None:
         if until > self.core and wire is not None:
-            self.totals["waited", wire.kind, wire.axes] += until - self.core
+            self.totals["waited", wire.kind, wire.axes, how] += until - self.core
         self.core = max(self.core, until)
 
     def send(self, wire: Wire, key: str | None = None) -> None:
@@ -187,11 +188,11 @@ class _Turn:
             within_node = wire.bytes / self.player.rates["link"]
             taken = max(taken / wire.near, within_node)
         self.free[way] = max(self.free[way], self.core) + taken
-        self.last[way] = wire
         how = "sync" if key is None else "async"
+        self.last[way] = wire, how
         self.totals["sent", wire.kind, wire.axes, how] += wire.bytes
         if key is None:
-            self.wait(self.free[way], wire)
+            self.wait(self.free[way], wire, how)
         else:
             self.due[key] = self.free[way], wire
 

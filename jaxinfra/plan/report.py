@@ -141,7 +141,7 @@ def plan(
                 "axes": axes,
                 "how": how,
                 "bytes": sent,
-                "waited_secs": played.waited.get((kind, axes), 0.0),
+                "waited_secs": played.waited.get((kind, axes, how), 0.0),
             }
             for (kind, axes, how), sent in played.sent.items()
         ],

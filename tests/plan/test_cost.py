@@ -87,9 +87,9 @@ def test_only_what_nothing_hides_is_waited_for():
             ("all-reduce", "data", "sync"): 3 * 400,
         }
     )
-    assert found.waited == pytest.approx({("all-reduce", "data"): 3 * 4.0})
+    assert found.waited == pytest.approx({("all-reduce", "data", "sync"): 3 * 4.0})
     slow = play(link_bytes_per_sec=LINK / 2)
-    assert slow.waited[("all-gather", "fsdp")] == pytest.approx(3 * 0.28)
+    assert slow.waited[("all-gather", "fsdp", "async")] == pytest.approx(3 * 0.28)
     assert slow.secs == pytest.approx(slow.compute_secs + slow.waiting_secs)
 
 
@@ -99,12 +99,13 @@ def test_what_goes_from_node_to_node_takes_the_slower_network():
     slow = {"node": 2, "network_bytes_per_sec": LINK / 8}
     found = play(**slow)
     # 400 bytes at an eighth of the link's rate, 8 times the 4 s of one network.
-    assert found.waited[("all-reduce", "data")] == pytest.approx(3 * 32.0)
-    assert ("all-gather", "fsdp") not in found.waited  # within a node, as before
+    assert found.waited[("all-reduce", "data", "sync")] == pytest.approx(3 * 32.0)
+    # Within a node, as before.
+    assert ("all-gather", "fsdp", "async") not in found.waited
     over_all = programs.LOOP.replace("{{0,2},{1,3}}", "{{0,1,2,3}}")
     shared = play(over_all, **slow)
     # 2 x 400 x 3 / 4 bytes, of which each device of a node sends half.
-    assert shared.waited[("all-reduce", "data+fsdp")] == pytest.approx(3 * 24.0)
+    assert shared.waited[("all-reduce", "data+fsdp", "sync")] == pytest.approx(3 * 24.0)
 
 
 def test_copies_to_the_host_have_a_way_of_their_own():
@@ -121,7 +122,11 @@ def test_copies_to_the_host_have_a_way_of_their_own():
     }
     assert played.compute_secs == pytest.approx(2 * 1.0)
     # Of the 2 s of the first the matmul hides one; all of the second is waited for.
-    assert played.waited == {("copy", "host"): pytest.approx(2 * (1.0 + 2.0))}
+    assert played.waited == {
+        ("copy", "host", "async"): pytest.approx(2 * 1.0),
+        ("copy", "host", "sync"): pytest.approx(2 * 2.0),
+    }
+    assert sum(played.waited.values()) == pytest.approx(played.waiting_secs)
     unknown = cost.play(
         program.parse(programs.HOST), clock=cost.cycles_at(1e3), link_bytes_per_sec=1.0
     )
