@@ -49,22 +49,22 @@ _TIMED = ("scope", "waited", "paid")
 class Cost:
     """One run of a program on one device.
 
-    secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
-    kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of kind
-    "copy" over "host" what goes to the host's memory or comes from it.
-    waited: by the same, the seconds that the core waits there; its sum is waiting_secs.
-    kernels: calls by name;
-    paid_kernels: those for whose time all devices wait, more than these where devices
-    take a branch by turns. scopes: jax scope -> seconds of compute. unknown_loops:
-    loops whose trip count could not be read, taken as one turn.
+    secs = compute_secs + waiting_secs. flops: jax scope -> 2MKN over every matmul
+    outside kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of
+    kind "copy" over "host" what goes to the host's memory or comes from it. waited: by
+    the same, the seconds that the core waits there; its sum is waiting_secs. calls:
+    (name, scope) -> calls of kernels; paid_kernels: by name, those for whose time all
+    devices wait, more than these where devices take a branch by turns. scopes: jax
+    scope -> seconds of compute. unknown_loops: loops whose trip count could not be
+    read, taken as one turn.
     """
 
     compute_secs: float
     waiting_secs: float
-    matmul_flops: float
+    flops: dict[str, float]
     sent: dict[tuple[str, str, str], float]
     waited: dict[tuple[str, str, str], float]
-    kernels: dict[str, float]
+    calls: dict[tuple[str, str], float]
     paid_kernels: dict[str, float]
     scopes: dict[str, float]
     unknown_loops: int
@@ -72,6 +72,18 @@ class Cost:
     @property
     def secs(self) -> float:
         return self.compute_secs + self.waiting_secs
+
+    @property
+    def matmul_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """Calls by name."""
+        total: Counter = Counter()
+        for (name, _), calls in self.calls.items():
+            total[name] += calls
+        return dict(total)
 
 
 def cycles_at(clock_hz: float) -> Clock:
@@ -129,11 +141,11 @@ def play(
 
     return Cost(
         compute_secs=compute,
-        waiting_secs=secs - compute,
-        matmul_flops=totals[("flops",)],
+        waiting_secs=max(0.0, secs - compute),  # rounding may leave -1e-18
+        flops=of("flops"),
         sent=of("sent"),
         waited=of("waited"),
-        kernels=of("kernel"),
+        calls=of("kernel"),
         paid_kernels=of("paid"),
         scopes=of("scope"),
         unknown_loops=player.unknown_loops,
@@ -210,7 +222,8 @@ class _Turn:
         if secs:
             self.core += secs
             self.totals["scope", line.scope] += secs
-        self.totals[("flops",)] += work.matmul_flops(self.program, self.where, line)
+        for scope, flops in work.matmuls(self.program, self.where, line):
+            self.totals["flops", scope] += flops
         if copied := work.host_bytes(self.program, self.where, line):
             key = line.name if line.op.endswith("-start") else None
             self.send(Wire("copy", wires.HOST, copied), key)
@@ -239,7 +252,7 @@ class _Turn:
             case _ if line.op.endswith("-done"):
                 self.wait(*self.due.pop(operand, (0.0, None)))
             case "custom-call" if wires.is_kernel(line):
-                self.totals["kernel", wires.kernel_name(line)] += 1
+                self.totals["kernel", wires.kernel_name(line), line.scope] += 1
                 self.totals["paid", wires.kernel_name(line)] += 1
             case "while":
                 self._loop(line)

@@ -35,6 +35,7 @@ _BACKWARD = {"dkv": 10, "dq": 14 - 10, "bwd": 10, "backward": 10}
 _GROUPED = ("ragged-dot", "mosaic_gpu")
 
 
+_AGAIN = "recomputed"
 # What a plan has from the compiled program alone.
 _OF_A_PROGRAM = (
     "what of the peak are arguments and temporaries",
@@ -82,6 +83,16 @@ def kernel_flops(
     )
 
 
+def flops_again(config: Config, num_devices: int, played: cost.Cost) -> float:
+    """FLOPs of a device, kernels' included, that the backward pass does once more."""
+    again = sum(v for scope, v in played.flops.items() if pass_of(scope) == _AGAIN)
+    calls: Counter = Counter()
+    for (name, scope), count in played.calls.items():
+        if pass_of(scope) == _AGAIN:
+            calls[name] += count
+    return again + sum(kernel_flops(config, num_devices, calls))
+
+
 def _in_widths(kernel: str) -> int:
     return next((n for word, n in _BACKWARD.items() if word in kernel), 4)
 
@@ -106,6 +117,7 @@ def plan(
     grouped_secs = paid.grouped / (chip.matmul_share * chip.peak_flops)
     kernel_secs = attention_secs + grouped_secs
     hardware_flops = played.matmul_flops + sum(flops)
+    again_flops = flops_again(config, target.num_devices, played)
     step_secs = played.secs + kernel_secs
     tokens = config.train.batch_size * config.train.length
     peak = chip.peak_flops * step_secs
@@ -127,7 +139,9 @@ def plan(
             "hardware_flops": hardware_flops,
             "matmul_flops": played.matmul_flops,
             "kernel_flops": sum(flops),
-            "remat_frac": max(0.0, 1 - model_flops / hardware_flops),
+            "remat_flops": again_flops,
+            "remat_frac": again_flops / hardware_flops,
+            "other_frac": 1 - (model_flops + again_flops) / hardware_flops,
             "kernel_calls": dict(played.kernels),
             "compute_secs": played.compute_secs,
             "waiting_secs": played.waiting_secs,
@@ -236,7 +250,7 @@ def text(found: dict[str, Any]) -> str:
         "",
         f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP, hardware"
         f" {compute['hardware_flops'] / 1e12:.3g} ({compute['remat_frac']:.0%} of it"
-        " again)",
+        f" again, {max(0.0, compute['other_frac']):.0%} padding and other)",
         "",
         "on the wire of a device           over            how         sent  waited ms",
     ]
@@ -265,18 +279,33 @@ def by_scope(scopes: dict[str, float]) -> Counter:
     named = ("embed", "attention", "ffn", "unembed", "loss", "update")
     total: Counter = Counter()
     for scope, secs in scopes.items():
-        parts = scope.replace("(", "/").replace(")", "/").split("/")
+        parts = _parts(scope)
         part = next((name for name in named if name in parts), "rest of the step")
-        in_a_stage = "backward" in parts and "transpose" not in parts
-        if "rematted_computation" in parts or in_a_stage:
-            when = "recomputed"
-        elif "transpose" in parts:
-            when = "backward"
-        else:
-            when = "forward" if {"jvp", "forward"} & {*parts} else ""
         what = "matmul" if "dot_general" in parts else "other"
-        total[" ".join(filter(None, (when, part, what)))] += secs
+        total[" ".join(filter(None, (pass_of(scope), part, what)))] += secs
     return total
+
+
+def pass_of(scope: str) -> str:
+    """One of "forward", "backward" and "recomputed", or "" of what is of no pass.
+
+    A pipeline's stage runs layers again under "backward" or "weight", each derived
+    (jvp) as in its forward pass; what else stands there, as sums of gradients, is the
+    pass's own.
+    """
+    parts = {*_parts(scope)}
+    in_a_stage = parts & {"backward", "weight"}
+    if "rematted_computation" in parts:
+        return _AGAIN
+    if "transpose" in parts:
+        return "backward"
+    if in_a_stage:
+        return _AGAIN if "jvp" in parts else "backward"
+    return "forward" if parts & {"jvp", "forward"} else ""
+
+
+def _parts(scope: str) -> list[str]:
+    return scope.replace("(", "/").replace(")", "/").split("/")
 
 
 def _size(count: float) -> str:

@@ -12,30 +12,20 @@ def matmul_flops(
 ) -> float:
     """2MKN of the matmuls of one instruction, those fused into it included; one of
     8-bit operands counts `few_bits`."""
+    return sum(flops for _, flops in matmuls(program, where, line, few_bits=few_bits))
+
+
+def matmuls(
+    program: Program, where: str, line: Instruction, *, few_bits: float = 1.0
+) -> Iterator[tuple[str, float]]:
+    """(scope, FLOPs) of each of them; one without a scope has that of its fusion."""
     if line.op == "fusion":
-        return sum(
-            matmul_flops(program, name, inner, few_bits=few_bits)
-            for name in line.called
-            for inner in program[name]
-        )
-    is_gemm = line.op == "custom-call" and "__cublas$" in line.rest
-    if line.op not in ("dot", "convolution") and not is_gemm:
-        return 0.0
-    sizes = [program.shapes_of(where, name) for name in line.operands[:2]]
-    if len(sizes) < 2 or not all(sizes):
-        return 0.0
-    a, b, out = sizes[0][0].size, sizes[1][0].size, line.out[0].size
-    # A matmul reads MK and KN and writes MN: the root of their product is MKN; with a
-    # batch of n each is n times that, so the root is n^1.5 times MKN, and n MKN is due.
-    batch = 1
-    if dims := re.search(r'lhs_batch_dim\w*"?[=:][{\[]([\d,"]*)[}\]]', line.text):
-        numbers = [int(n) for n in dims[1].replace('"', "").split(",") if n]
-        for n in numbers:
-            batch *= sizes[0][0].dims[n]
-    for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
-        batch *= int(count)
-    is_8bit = sizes[0][0].bytes == a and sizes[1][0].bytes == b
-    return (few_bits if is_8bit else 1.0) * 2.0 * (a * b * out / batch) ** 0.5
+        for name in line.called:
+            for inner in program[name]:
+                found = matmuls(program, name, inner, few_bits=few_bits)
+                yield from ((scope or line.scope, flops) for scope, flops in found)
+    elif flops := _of_one(program, where, line, few_bits):
+        yield line.scope, flops
 
 
 def moved_bytes(program: Program, where: str, line: Instruction) -> float:
@@ -54,6 +44,28 @@ def host_bytes(program: Program, where: str, line: Instruction) -> float:
     if line.op not in ("copy", "fusion", "dynamic-slice", "dynamic-update-slice"):
         return 0.0
     return sum(size for shape, size in _arrays(program, where, line) if shape.is_host)
+
+
+def _of_one(program: Program, where: str, line: Instruction, few_bits: float) -> float:
+    """FLOPs of the matmul that `line` is, 0 if it is none."""
+    is_gemm = line.op == "custom-call" and "__cublas$" in line.rest
+    if line.op not in ("dot", "convolution") and not is_gemm:
+        return 0.0
+    sizes = [program.shapes_of(where, name) for name in line.operands[:2]]
+    if len(sizes) < 2 or not all(sizes):
+        return 0.0
+    a, b, out = sizes[0][0].size, sizes[1][0].size, line.out[0].size
+    # A matmul reads MK and KN and writes MN: the root of their product is MKN; with a
+    # batch of n each is n times that, so the root is n^1.5 times MKN, and n MKN is due.
+    batch = 1
+    if dims := re.search(r'lhs_batch_dim\w*"?[=:][{\[]([\d,"]*)[}\]]', line.text):
+        numbers = [int(n) for n in dims[1].replace('"', "").split(",") if n]
+        for n in numbers:
+            batch *= sizes[0][0].dims[n]
+    for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
+        batch *= int(count)
+    is_8bit = sizes[0][0].bytes == a and sizes[1][0].bytes == b
+    return (few_bits if is_8bit else 1.0) * 2.0 * (a * b * out / batch) ** 0.5
 
 
 def _arrays(
