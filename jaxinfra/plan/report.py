@@ -109,7 +109,8 @@ def plan(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """All figures as one JSON object. memory: the analytic model's, for what the
-    compiler does not split; model_flops: of one step on one device."""
+    compiler does not split; model_flops: of one step on one device. compute.cycles:
+    the compiler's estimate of compute_secs, None for a GPU, whose compiler has none."""
     chip = target.chip
     flops = kernel_flops(config, target.num_devices, played.kernels)
     paid = kernel_flops(config, target.num_devices, played.paid_kernels)
@@ -142,7 +143,8 @@ def plan(
             "remat_flops": again_flops,
             "remat_frac": again_flops / hardware_flops,
             "other_frac": 1 - (model_flops + again_flops) / hardware_flops,
-            "kernel_calls": dict(played.kernels),
+            "kernel_calls": played.kernels,
+            "cycles": round(played.compute_secs * chip.clock_hz) or None,
             "compute_secs": played.compute_secs,
             "waiting_secs": played.waiting_secs,
             "kernel_secs": kernel_secs,
@@ -164,6 +166,7 @@ def plan(
         "mfu": model_flops / peak,
         "hfu": hardware_flops / peak,
         "formula": FORMULA,
+        "sources": [*SOURCES],
         "compile_secs": compiled.secs,
         "compiler_options": options,
         "versions": versions,
@@ -259,7 +262,9 @@ def text(found: dict[str, Any]) -> str:
             f"  {w['kind']:<30}  {w['axes']:<15} {w['how']:<5} {_size(w['bytes']):>9}"
             f"  {w['waited_secs'] * 1e3:9.2f}"
         )
-    lines += ["", "where the core's time goes, ms"]
+    cycles = compute["cycles"]
+    told = f" ({cycles:,} cycles by the compiler's estimate)" if cycles else ""
+    lines += ["", f"where the core's time goes, ms{told}"]
     lines += [f"  {k:<36}{v * 1e3:9.2f}" for k, v in compute["scopes"].items()]
     lines += [
         "",

@@ -145,3 +145,14 @@ def test_kernels_take_the_time_of_all_devices_and_count_for_one(llama):
     assert found["kernel_flops"] == of_attention(llama, fwd=32)
     paid = of_attention(llama, fwd=39) / (chip.attention_share * chip.peak_flops)
     assert found["kernel_secs"] == pytest.approx(paid)
+
+
+def test_cycles_are_told_where_a_compiler_estimates_them(llama):
+    of = played(flops={"": 8.0}, compute_secs=0.5)
+    found = planned(llama, "v5p:2x2x2", of, 4.0)
+    assert found["compute"]["cycles"] == 0.5 * 1.75e9
+    assert found["sources"] == [*report.SOURCES]
+    assert "(875,000,000 cycles" in report.text(found)
+    found = planned(llama, "h100:1x8", of, 4.0)
+    assert found["compute"]["cycles"] is None
+    assert "cycles by" not in report.text(found)
