@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxinfra import checks
 from jaxinfra.config import Config
-from jaxinfra.plan import cost
+from jaxinfra.plan import analytic, cost
 from jaxinfra.plan.analytic import Memory
 from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
@@ -238,6 +238,8 @@ def text(found: dict[str, Any]) -> str:
     ]
     if memory["headroom_bytes"] < 0:
         lines.append("  does not fit: more fsdp or tensor, fewer rows, or train.remat")
+    if found["limits"]:
+        lines.append(f"  limits: {'; '.join(found['limits'])}")
     if "compute" not in found:
         return "\n".join(lines)
     compute = found["compute"]
@@ -332,4 +334,5 @@ def _asked(config: Config, target: Target) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "length": config.train.length,
         "precision": config.precision,
+        "limits": analytic.limits(config),
     }

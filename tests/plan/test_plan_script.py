@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxinfra import options
 from jaxinfra.plan import compilers, targets
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,13 +31,18 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def main():
+def script():
     spec = importlib.util.spec_from_file_location(
         "plan_script", ROOT / "scripts/plan.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture(scope="module")
+def main(script):
+    return script.main
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -63,6 +69,7 @@ def test_the_mesh_of_the_command_line_is_the_mesh_of_the_plan(main, capsys):
         (["--target", "v5p:2x2x2", "--mesh.fsdp", "3"], "takes 3 devices of 8"),
         (["--target", "v5p:2x2x2", "--mesh.fdsp", "8"], "did you mean --mesh.fsdp"),
         (["--target", "v5p:2x2x2", "--config", "lama"], "unknown config"),
+        (["--target", "v5p:2x2x2", "--analytic", "--dump-hlo", "d"], "leave one of"),
     ],
 )
 def test_a_wrong_request_ends_with_code_2_before_jax_loads(argv, words):
@@ -88,6 +95,30 @@ def test_a_compiler_that_is_not_there_is_told_with_its_extra(main, capsys, monke
     for target, extra in (("v5p:2x2x2", "tpu"), ("h100:1x8", "cuda")):
         assert main(["--config", "llama3_8b", "--target", target]) == 2
         assert f"pip install 'jaxinfra[{extra}]'" in capsys.readouterr().err
+
+
+def test_arithmetic_outside_its_limits_says_so(main, capsys):
+    argv = ["--config", "tiny_moe", "--target", "v6e:1x1", "--analytic"]
+    assert main(argv) == 0
+    assert "limits: a model with experts" in capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["limits"]) == 1
+    assert main(["--config", "tiny", *argv[2:]]) == 0
+    assert "limits" not in capsys.readouterr().out
+
+
+def test_programs_of_other_options_go_into_other_files(script):
+    target = targets.parse("v5e:2x4")
+
+    def name(*words):
+        argv = ["--config", "tiny", *words, "--runtime.devices", "8"]
+        config, _ = options.read_command(argv)
+        return script.dump_name(config, target, {"fsdp": 8})
+
+    assert name().startswith("tiny-v5e-2x4-fsdp8-none-")
+    assert name("--train.remat", "save:key").startswith("tiny-v5e-2x4-fsdp8-save-key-")
+    assert len({name(), name("--mesh.fsdp", "8"), name("--optimizer.beta1", ".8")}) == 3
+    assert name() == name()
 
 
 @pytest.mark.parametrize("how", [(), ("--json",)])
