@@ -3,11 +3,15 @@
 T is v5p:2x2x2, v5e:4x4, v6e:4x4 (chips) or h100:2x8 (nodes x GPUs). The step is
 compiled by that hardware's own compiler, which runs here: memory, what travels, time of
 a step. --analytic: memory alone, by arithmetic, at once. --json: one object. --dump-hlo
-DIR: the compiled program too. Options are those of train.py. See `jaxinfra.plan`.
+DIR: the compiled program and the object in files there, named by config, target, mesh,
+remat and a digest of all options. Options are those of train.py. A step that the
+compiler refuses because it does not fit ends with code 2, after what is known without a
+program. See `jaxinfra.plan`.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -31,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dump-hlo", type=pathlib.Path, metavar="DIR")
     own, rest = parser.parse_known_args(argv)
     try:
+        if own.analytic and own.dump_hlo:
+            raise ConfigError(
+                "--dump-hlo keeps the program that a compiler makes, and --analytic"
+                " makes none; leave one of the two out"
+            )
         target = targets.parse(own.target)
         config, get_task = options.read_command(
             [*rest, "--runtime.devices", str(target.num_devices)]
@@ -48,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         from jaxinfra.plan import report
 
         print(report.text(found))
+    if "refused" in found:
+        print(f"error: {found['refused']}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -73,10 +85,20 @@ def _compiled(config, get_task, target: Target, dump_to: pathlib.Path | None) ->
     found, compiled = step.plan_step(_resolved(config), target, get_task)
     if dump_to:
         dump_to.mkdir(parents=True, exist_ok=True)
-        name = f"{config.name}-{target.name.replace(':', '-')}"
-        (dump_to / f"{name}.hlo").write_text(compiled.text)
+        name = dump_name(config, target, found["mesh"])
+        if compiled:
+            (dump_to / f"{name}.hlo").write_text(compiled.text)
         (dump_to / f"{name}.json").write_text(json.dumps(found, indent=1))
     return found
+
+
+def dump_name(config: Config, target: Target, mesh: dict[str, int]) -> str:
+    """What a plan's files are called: config, target, mesh and remat to read, and, so
+    that plans of other options do not meet, a digest of the whole config."""
+    axes = [f"{axis}{size}" for axis, size in mesh.items()]
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:8]
+    words = [config.name, target.name, *axes, config.train.remat, digest]
+    return "-".join(words).replace(":", "-")
 
 
 def _resolved(config: Config) -> Config:

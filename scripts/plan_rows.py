@@ -174,7 +174,9 @@ def short(plan: dict[str, Any]) -> dict[str, Any]:
             for wire in plan["wire"]
         },
         "waited_ms": {
-            f"{wire['kind']} {wire['axes']}": round(wire["waited_secs"] * 1e3, 1)
+            f"{wire['kind']} {wire['axes']} {wire['how']}": round(
+                wire["waited_secs"] * 1e3, 1
+            )
             for wire in plan["wire"]
             if wire["waited_secs"] >= 5e-5
         },

@@ -8,6 +8,8 @@ The real compilers of TPUs and GPUs need no hardware: `compilers` gives them a t
 the options of `compiler_options`, and gets the program that would run. From that come
 
 - memory, exactly: arguments, temporaries and their peak on a device, against its HBM;
+  of a step that a TPU's compiler refuses, since it does not fit, the bytes that it says
+  the step needs, and what is known without a program;
 - what travels: `program` reads the compiled text, `cost` plays it on one core, one
   link, the network between nodes and the way to the host's memory, loops multiplied
   out, and tells for each collective its kind, mesh axes, bytes on the wire, and how
@@ -15,7 +17,9 @@ the options of `compiler_options`, and gets the program that would run. From tha
 - the time of a step: on a TPU the compiler's own cycles of every fusion, plus that
   waiting, plus the kernels that carry no cycles: attention at a stated share of peak,
   grouped matmuls at peak; on a GPU, whose compiler tells no time, a roofline of every
-  other kernel; matmuls, grouped ones too, at the share of peak that was measured.
+  other kernel; matmuls, grouped ones too, at the share of peak that was measured. In a
+  pipeline time is what any stage makes all wait for, and FLOPs, bytes and calls of
+  kernels are those of the mean stage.
 
 `analytic` says the same memory figures from the tree of parameter specs and the mesh
 alone, in a second or two, for choosing a mesh before anything is compiled; it is a

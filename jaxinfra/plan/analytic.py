@@ -74,6 +74,29 @@ class Memory:
         return self.hbm_bytes - self.peak_bytes
 
 
+def limits(config: Config) -> list[str]:
+    """What `memory` is not fitted to, of what this config has."""
+    found, optimizer = [], config.optimizer
+    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+        found.append(
+            "a model with experts: the arithmetic is fitted to dense ones, and counts"
+            " activations as if each token met all experts"
+        )
+    virtual = config.parallel.virtual_stages
+    if config.mesh.pipeline > 1 and virtual > 1:
+        found.append(
+            f"parallel.virtual_stages={virtual}: the peak by arithmetic is too high, by"
+            " more than the 5% of other pipelines"
+        )
+    needs_arrays = optimizer.name == "muon" or optimizer.moments == "8bit"
+    if optimizer.offload and needs_arrays:
+        found.append(
+            "optimizer.offload with arrays of the rule's own (muon, 8-bit moments): the"
+            " peak is higher than by arithmetic"
+        )
+    return found
+
+
 def layout_of(config: Config, num_devices: int) -> Layout:
     """The layout of `config` on a mesh without devices."""
     sizes = checks.resolve_mesh(config, num_devices)

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -32,6 +33,23 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+# What a program would use, in the two forms in which libtpu refuses it. The first says
+# "temporaries" and means arguments too.
+_REFUSED = re.compile(
+    r"(?:required for HLO temporaries \(|in memory space hbm\. Used )"
+    r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM|of )"
+)
+
+
+class DoesNotFit(Exception):
+    """The compiler refused a step that would use `peak_bytes` of a device, arguments
+    included; its message rounds them to a hundredth of their unit, as in 19.76 GiB."""
+
+    def __init__(self, peak_bytes: int):
+        super().__init__(f"the step would use {peak_bytes} bytes of a device")
+        self.peak_bytes = peak_bytes
 
 
 class Compiled(NamedTuple):
@@ -104,13 +122,22 @@ def devices(target: Target) -> list[Any]:
 
 
 def compile_step(experiment: Any, state: Any, batch: Any) -> Compiled:
-    """Lowers and compiles `experiment.train_step` for shapes with shardings."""
+    """Lowers and compiles `experiment.train_step` for shapes with shardings.
+
+    DoesNotFit where the compiler refuses it; a GPU's compiles what does not fit.
+    """
     import jax
 
     with jax.set_mesh(experiment.layout.mesh):
         lowered = experiment.train_step.lower(state, batch)
         started_secs = time.perf_counter()
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            peak_bytes = refused_bytes(str(error))
+            if peak_bytes is None:
+                raise
+            raise DoesNotFit(peak_bytes) from error
         secs = time.perf_counter() - started_secs
     memory = compiled.memory_analysis()
     field = functools.partial(getattr, memory)
@@ -123,3 +150,12 @@ def compile_step(experiment: Any, state: Any, batch: Any) -> Compiled:
         code_bytes=field("generated_code_size_in_bytes"),
         secs=secs,
     )
+
+
+def refused_bytes(message: str) -> int | None:
+    """What a program needs of a device, by the compiler's message that this does not
+    fit; None where it says something else."""
+    found = _REFUSED.search(message)
+    if found is None:
+        return None
+    return round(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))

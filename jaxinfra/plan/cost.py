@@ -7,9 +7,9 @@ another, the way to the host one copy, either way. Devices of a node that are in
 group share what it sends to other nodes. A synchronous
 collective stops the core until it is through, an asynchronous one only where its result
 is awaited too early. A loop costs its trip count times one turn, drained at the turn's
-end; a conditional the mean of its branches by the shares that the caller gives, else
-its dearest. Pallas and fused attention kernels carry no time and are counted by name:
-`predict` adds it.
+end; a conditional the mean of its branches by the shares that the caller gives, one
+for time and one for work, else its dearest. Pallas and fused attention kernels carry no
+time and are counted by name: `report.plan` adds it.
 
 Limits: a model of order, not of time. One link for all mesh axes, free while a
 collective goes from node to node; a collective whose groups could not be read is taken
@@ -21,48 +21,69 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from jaxinfra.plan import wires
-from jaxinfra.plan.program import (
-    COLLECTIVES,
-    Instruction,
-    Program,
-    Shape,
-    trip_count,
-)
+from jaxinfra.plan import wires, work
+from jaxinfra.plan.program import COLLECTIVES, Instruction, Program, trip_count
 from jaxinfra.plan.wires import Wire
 
-# Conditional's scope contains this text -> share of the times that each branch is
-# taken, in the order of the branches (lax.cond: false, true).
-Shares = Mapping[str, Sequence[float]]
+
+class Share(NamedTuple):
+    """How often each branch of a conditional is taken, in their order (lax.cond: false,
+    true). secs: the part of the turns in which some device takes it, so that all wait;
+    work: the part in which the mean device does."""
+
+    secs: Sequence[float]
+    work: Sequence[float]
+
+
+# Pattern -> share of the conditionals that stand directly in a scope that ends so.
+Shares = Mapping[str, Share]
 Clock = Callable[[Program, str, Instruction], float]  # seconds of one instruction
+# Totals that are time or become it: of a branch `Share.secs` of them count.
+_TIMED = ("scope", "waited", "paid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """One run of a program on one device.
 
-    secs = compute_secs + waiting_secs. matmul_flops: 2MKN over every matmul outside
-    kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of kind
-    "copy" over "host" what goes to the host's memory or comes from it.
-    waited: (kind, axes) -> seconds that the core waits there. kernels: calls by name.
-    scopes: jax scope -> seconds of compute. unknown_loops: loops whose trip count could
-    not be read, taken as one turn.
+    secs = compute_secs + waiting_secs. flops: jax scope -> 2MKN over every matmul
+    outside kernels. sent: (kind, mesh axes, "async" or "sync") -> bytes on the wire; of
+    kind "copy" over "host" what goes to the host's memory or comes from it. waited: by
+    the same, the seconds that the core waits there; its sum is waiting_secs. calls:
+    (name, scope) -> calls of kernels; paid_kernels: by name, those for whose time all
+    devices wait, more than these where devices take a branch by turns. scopes: jax
+    scope -> seconds of compute. unknown_loops: loops whose trip count could not be
+    read, taken as one turn.
     """
 
     compute_secs: float
     waiting_secs: float
-    matmul_flops: float
+    flops: dict[str, float]
     sent: dict[tuple[str, str, str], float]
-    waited: dict[tuple[str, str], float]
-    kernels: dict[str, float]
+    waited: dict[tuple[str, str, str], float]
+    calls: dict[tuple[str, str], float]
+    paid_kernels: dict[str, float]
     scopes: dict[str, float]
     unknown_loops: int
 
     @property
     def secs(self) -> float:
         return self.compute_secs + self.waiting_secs
+
+    @property
+    def matmul_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def kernels(self) -> dict[str, float]:
+        """Calls by name."""
+        total: Counter = Counter()
+        for (name, _), calls in self.calls.items():
+            total[name] += calls
+        return dict(total)
 
 
 def cycles_at(clock_hz: float) -> Clock:
@@ -85,8 +106,8 @@ def roofline(peak_flops: float, bytes_per_sec: float, peak_8bit: float = 0) -> C
             return 0.0
         if line.op.endswith(("-start", "-done", "-update")):
             return 0.0
-        flops = matmul_flops(program, where, line, few_bits=few_bits)
-        moved = moved_bytes(program, where, line)
+        flops = work.matmul_flops(program, where, line, few_bits=few_bits)
+        moved = work.moved_bytes(program, where, line)
         return max(flops / peak_flops, moved / bytes_per_sec)
 
     return secs
@@ -120,118 +141,15 @@ def play(
 
     return Cost(
         compute_secs=compute,
-        waiting_secs=secs - compute,
-        matmul_flops=totals[("flops",)],
+        waiting_secs=max(0.0, secs - compute),  # rounding may leave -1e-18
+        flops=of("flops"),
         sent=of("sent"),
         waited=of("waited"),
-        kernels=of("kernel"),
+        calls=of("kernel"),
+        paid_kernels=of("paid"),
         scopes=of("scope"),
         unknown_loops=player.unknown_loops,
     )
-
-
-def matmul_flops(
-    program: Program, where: str, line: Instruction, *, few_bits: float = 1.0
-) -> float:
-    """2MKN of the matmuls of one instruction, those fused into it included; one of
-    8-bit operands counts `few_bits`."""
-    if line.op == "fusion":
-        return sum(
-            matmul_flops(program, name, inner, few_bits=few_bits)
-            for name in line.called
-            for inner in program[name]
-        )
-    is_gemm = line.op == "custom-call" and "__cublas$" in line.rest
-    if line.op not in ("dot", "convolution") and not is_gemm:
-        return 0.0
-    sizes = [program.shapes_of(where, name) for name in line.operands[:2]]
-    if len(sizes) < 2 or not all(sizes):
-        return 0.0
-    a, b, out = sizes[0][0].size, sizes[1][0].size, line.out[0].size
-    # A matmul reads MK and KN and writes MN: the root of their product is MKN; with a
-    # batch of n each is n times that, so the root is n^1.5 times MKN, and n MKN is due.
-    batch = 1
-    if dims := re.search(r'lhs_batch_dim\w*"?[=:][{\[]([\d,"]*)[}\]]', line.text):
-        numbers = [int(n) for n in dims[1].replace('"', "").split(",") if n]
-        for n in numbers:
-            batch *= sizes[0][0].dims[n]
-    for count in re.findall(r"(?:feature|batch)_group_count=(\d+)", line.rest):
-        batch *= int(count)
-    is_8bit = sizes[0][0].bytes == a and sizes[1][0].bytes == b
-    return (few_bits if is_8bit else 1.0) * 2.0 * (a * b * out / batch) ** 0.5
-
-
-def moved_bytes(program: Program, where: str, line: Instruction) -> float:
-    """What an instruction reads and writes; of an array from which it takes a slice, or
-    which it updates in place, that slice."""
-    return sum(size for _, size in _arrays(program, where, line))
-
-
-def host_bytes(program: Program, where: str, line: Instruction) -> float:
-    """What an instruction copies, or starts to, between the memories of device and
-    host; a fusion reads and writes the host's in place."""
-    if line.op.endswith("-start"):  # the device's side is the part that is copied
-        if not any(shape.is_host for shape in line.out):
-            return 0.0
-        return max((x.bytes for x in line.out if not x.is_host), default=0.0)
-    if line.op not in ("copy", "fusion", "dynamic-slice", "dynamic-update-slice"):
-        return 0.0
-    return sum(size for shape, size in _arrays(program, where, line) if shape.is_host)
-
-
-def _arrays(
-    program: Program, where: str, line: Instruction
-) -> Iterator[tuple[Shape, float]]:
-    """The arrays that an instruction reads and writes, and how many bytes of each."""
-    inside = line.called[0] if line.op == "fusion" and line.called else ""
-    if not inside:
-        for name in line.operands:
-            for shape in program.shapes_of(where, name)[:1]:
-                yield shape, _read(program, where, name, [line])
-        yield from zip(line.out[:1], [_written(program, where, line)], strict=False)
-        return
-    lines = program[inside]
-    given = {
-        int(line.rest.split(")")[0]): line.name
-        for line in lines
-        if line.op == "parameter"
-    }
-    for number, name in enumerate(line.operands):
-        for shape in program.shapes_of(where, name)[:1]:
-            yield shape, _read(program, inside, given.get(number, ""), lines)
-    roots = [line for line in lines if line.is_root]
-    if roots and roots[0].op == "tuple":
-        by_name = program.by_name(inside)
-        roots = [by_name[name] for name in roots[0].operands if name in by_name]
-    for shape, root in zip(line.out, roots, strict=False):
-        yield shape, _written(program, inside, root)
-
-
-def _read(program: Program, where: str, name: str, lines: Sequence[Instruction]):
-    """Bytes of `name` that `lines`, which are in computation `where`, need of it."""
-    whole = sum(shape.bytes for shape in program.shapes_of(where, name))
-    total = 0.0
-    for user in lines:
-        if name not in user.operands:
-            continue
-        is_first = user.operands[0] == name
-        if user.op == "dynamic-slice" and is_first:
-            total += sum(shape.bytes for shape in user.out)
-        elif user.op == "bitcast":
-            total += _read(program, where, user.name, lines)
-        elif not (user.op == "dynamic-update-slice" and is_first):
-            return whole
-    return min(total, whole)
-
-
-def _written(program: Program, where: str, line: Instruction) -> float:
-    by_name = program.by_name(where)
-    while line.op == "bitcast" and line.operands[0] in by_name:
-        line = by_name[line.operands[0]]
-    shapes = line.out
-    if line.op == "dynamic-update-slice":
-        shapes = program.shapes_of(where, line.operands[1])
-    return sum(shape.bytes for shape in shapes)
 
 
 class _Player:
@@ -249,7 +167,7 @@ class _Player:
             for line in self.program[where]:
                 turn.run(line)
             for way, free in turn.free.items():
-                turn.wait(free, turn.last.get(way))
+                turn.wait(free, *turn.last.get(way, (None,)))
             self.played[where] = turn.core, turn.totals
         return self.played[where]
 
@@ -265,11 +183,11 @@ class _Turn:
         self.totals: Counter = Counter()
         self.due: dict[str, tuple[float, Wire | None]] = {}
         self.held: dict[str, list[Wire]] = {}
-        self.last: dict[str, Wire] = {}
+        self.last: dict[str, tuple[Wire, str]] = {}
 
-    def wait(self, until: float, wire: Wire | None) -> None:
+    def wait(self, until: float, wire: Wire | None, how: str = "async") -> None:
         if until > self.core and wire is not None:
-            self.totals["waited", wire.kind, wire.axes] += until - self.core
+            self.totals["waited", wire.kind, wire.axes, how] += until - self.core
         self.core = max(self.core, until)
 
     def send(self, wire: Wire, key: str | None = None) -> None:
@@ -282,17 +200,18 @@ class _Turn:
             within_node = wire.bytes / self.player.rates["link"]
             taken = max(taken / wire.near, within_node)
         self.free[way] = max(self.free[way], self.core) + taken
-        self.last[way] = wire
         how = "sync" if key is None else "async"
+        self.last[way] = wire, how
         self.totals["sent", wire.kind, wire.axes, how] += wire.bytes
         if key is None:
-            self.wait(self.free[way], wire)
+            self.wait(self.free[way], wire, how)
         else:
             self.due[key] = self.free[way], wire
 
-    def add(self, totals: Counter, times: float = 1.0) -> None:
+    def add(self, totals: Counter, times: float = 1.0, done: float = 1.0) -> None:
+        """`times` the totals that are time, `done` times those that are work."""
         for key, value in totals.items():
-            self.totals[key] += times * value
+            self.totals[key] += value * (times if key[0] in _TIMED else done)
 
     def wires(self, computation: str) -> list[Wire]:
         player = self.player
@@ -303,8 +222,9 @@ class _Turn:
         if secs:
             self.core += secs
             self.totals["scope", line.scope] += secs
-        self.totals[("flops",)] += matmul_flops(self.program, self.where, line)
-        if copied := host_bytes(self.program, self.where, line):
+        for scope, flops in work.matmuls(self.program, self.where, line):
+            self.totals["flops", scope] += flops
+        if copied := work.host_bytes(self.program, self.where, line):
             key = line.name if line.op.endswith("-start") else None
             self.send(Wire("copy", wires.HOST, copied), key)
             return
@@ -312,7 +232,8 @@ class _Turn:
         kind = line.op.removesuffix("-start")
         match line.op:
             case _ if kind in COLLECTIVES:
-                wire = wires.of(line, self.where, self.player.axes, self.player.node)
+                on = self.player.axes, self.player.node
+                wire = wires.of(line, self.where, *on, program=self.program)
                 self.send(wire, line.name if line.op.endswith("-start") else None)
             case "async-start":
                 self.due[line.name] = 0.0, None
@@ -331,7 +252,8 @@ class _Turn:
             case _ if line.op.endswith("-done"):
                 self.wait(*self.due.pop(operand, (0.0, None)))
             case "custom-call" if wires.is_kernel(line):
-                self.totals["kernel", wires.kernel_name(line)] += 1
+                self.totals["kernel", wires.kernel_name(line), line.scope] += 1
+                self.totals["paid", wires.kernel_name(line)] += 1
             case "while":
                 self._loop(line)
             case "conditional":
@@ -352,7 +274,7 @@ class _Turn:
         secs, totals = self.player.play(line.computation("body"))
         self.core += turns * secs
         self.free = {way: max(free, self.core) for way, free in self.free.items()}
-        self.add(totals, turns)
+        self.add(totals, turns, turns)
 
     def _branch(self, line: Instruction) -> None:
         branches = re.findall(r"(?:false|true)_computation=%?([\w.\-]+)", line.rest)
@@ -361,15 +283,18 @@ class _Turn:
         for listed in re.findall(r"branch_computations=\{([^}]*)\}", line.rest):
             branches += [name.strip().lstrip("%") for name in listed.split(",")]
         played = [self.player.play(name) for name in branches]
-        given = [v for k, v in self.player.shares.items() if k in line.scope]
-        if given and len(given[0]) == len(played):
-            parts = list(given[0])
+        around = line.scope.rpartition("/")[0]
+        shares = self.player.shares.items()
+        given = [share for end, share in shares if re.search(f"(?:{end})$", around)]
+        if given and len(given[0].secs) == len(played):
+            share = given[0]
         else:
             dearest = max(range(len(played)), key=lambda i: played[i][0], default=0)
             parts = [float(i == dearest) for i in range(len(played))]
-        for part, (secs, totals) in zip(parts, played, strict=True):
+            share = Share(parts, parts)
+        for part, done, (secs, totals) in zip(*share, played, strict=True):
             self.core += part * secs
-            self.add(totals, part)
+            self.add(totals, part, done)
 
     def _fusion(self, line: Instruction) -> None:
         """A fusion may start, carry on or end an asynchronous collective, or be one."""

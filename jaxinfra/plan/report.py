@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxinfra import checks
 from jaxinfra.config import Config
-from jaxinfra.plan import cost
+from jaxinfra.plan import analytic, cost
 from jaxinfra.plan.analytic import Memory
 from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
@@ -33,6 +33,17 @@ SOURCES = (
 _BACKWARD = {"dkv": 10, "dq": 14 - 10, "bwd": 10, "backward": 10}
 # The TPU's kernel, beside which another, "-metadata", arranges groups; a GPU's.
 _GROUPED = ("ragged-dot", "mosaic_gpu")
+
+
+_AGAIN = "recomputed"
+# What a plan has from the compiled program alone.
+_OF_A_PROGRAM = (
+    "what of the peak are arguments and temporaries",
+    "hardware FLOPs",
+    "what is on the wire",
+    "where the time goes",
+    "time of the step",
+)
 
 
 class KernelFlops(NamedTuple):
@@ -72,6 +83,16 @@ def kernel_flops(
     )
 
 
+def flops_again(config: Config, num_devices: int, played: cost.Cost) -> float:
+    """FLOPs of a device, kernels' included, that the backward pass does once more."""
+    again = sum(v for scope, v in played.flops.items() if pass_of(scope) == _AGAIN)
+    calls: Counter = Counter()
+    for (name, scope), count in played.calls.items():
+        if pass_of(scope) == _AGAIN:
+            calls[name] += count
+    return again + sum(kernel_flops(config, num_devices, calls))
+
+
 def _in_widths(kernel: str) -> int:
     return next((n for word, n in _BACKWARD.items() if word in kernel), 4)
 
@@ -88,25 +109,20 @@ def plan(
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """All figures as one JSON object. memory: the analytic model's, for what the
-    compiler does not split; model_flops: of one step on one device."""
+    compiler does not split; model_flops: of one step on one device. compute.cycles:
+    the compiler's estimate of compute_secs, None for a GPU, whose compiler has none."""
     chip = target.chip
     flops = kernel_flops(config, target.num_devices, played.kernels)
-    attention_secs = flops.attention / (chip.attention_share * chip.peak_flops)
-    grouped_secs = flops.grouped / (chip.matmul_share * chip.peak_flops)
+    paid = kernel_flops(config, target.num_devices, played.paid_kernels)
+    attention_secs = paid.attention / (chip.attention_share * chip.peak_flops)
+    grouped_secs = paid.grouped / (chip.matmul_share * chip.peak_flops)
     kernel_secs = attention_secs + grouped_secs
     hardware_flops = played.matmul_flops + sum(flops)
+    again_flops = flops_again(config, target.num_devices, played)
     step_secs = played.secs + kernel_secs
     tokens = config.train.batch_size * config.train.length
     peak = chip.peak_flops * step_secs
-    return {
-        "config": config.name,
-        "target": target.name,
-        "devices": target.num_devices,
-        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
-        "remat": config.train.remat,
-        "batch_size": config.train.batch_size,
-        "length": config.train.length,
-        "precision": config.precision,
+    return _asked(config, target) | {
         "memory": {
             "parameters_bytes": memory.parameters_bytes,
             "optimizer_bytes": memory.optimizer_bytes,
@@ -124,8 +140,11 @@ def plan(
             "hardware_flops": hardware_flops,
             "matmul_flops": played.matmul_flops,
             "kernel_flops": sum(flops),
-            "remat_frac": max(0.0, 1 - model_flops / hardware_flops),
-            "kernel_calls": dict(played.kernels),
+            "remat_flops": again_flops,
+            "remat_frac": again_flops / hardware_flops,
+            "other_frac": 1 - (model_flops + again_flops) / hardware_flops,
+            "kernel_calls": played.kernels,
+            "cycles": round(played.compute_secs * chip.clock_hz) or None,
             "compute_secs": played.compute_secs,
             "waiting_secs": played.waiting_secs,
             "kernel_secs": kernel_secs,
@@ -138,7 +157,7 @@ def plan(
                 "axes": axes,
                 "how": how,
                 "bytes": sent,
-                "waited_secs": played.waited.get((kind, axes), 0.0),
+                "waited_secs": played.waited.get((kind, axes, how), 0.0),
             }
             for (kind, axes, how), sent in played.sent.items()
         ],
@@ -147,6 +166,7 @@ def plan(
         "mfu": model_flops / peak,
         "hfu": hardware_flops / peak,
         "formula": FORMULA,
+        "sources": [*SOURCES],
         "compile_secs": compiled.secs,
         "compiler_options": options,
         "versions": versions,
@@ -155,17 +175,49 @@ def plan(
 
 def analytic_plan(config: Config, target: Target, memory: Memory) -> dict[str, Any]:
     """What is known without compiling."""
-    return {
-        "config": config.name,
-        "target": target.name,
-        "devices": target.num_devices,
-        "mesh": {k: v for k, v in _sizes(config, target).items() if v > 1},
-        "remat": config.train.remat,
-        "batch_size": config.train.batch_size,
-        "length": config.train.length,
-        "precision": config.precision,
+    return _asked(config, target) | {
         "memory": dataclasses.asdict(memory)
         | {"peak_bytes": memory.peak_bytes, "headroom_bytes": memory.headroom_bytes},
+    }
+
+
+def refused_plan(
+    config: Config,
+    target: Target,
+    peak_bytes: int,
+    *,
+    memory: Memory,
+    model_flops: float,
+    options: dict[str, str],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """What is known of a step that the compiler refused, since it would use
+    `peak_bytes` of a device: the same keys as `plan`, without those of a program."""
+    hbm_bytes = target.chip.hbm_bytes
+    return _asked(config, target) | {
+        "memory": {
+            "parameters_bytes": memory.parameters_bytes,
+            "optimizer_bytes": memory.optimizer_bytes,
+            "gradients_bytes": memory.gradients_bytes,
+            "activations_bytes": memory.activations_bytes,
+            "peak_bytes": peak_bytes,
+            "hbm_bytes": hbm_bytes,
+            "headroom_bytes": hbm_bytes - peak_bytes,
+            "analytic_arguments_bytes": memory.arguments_bytes,
+            "analytic_temporary_bytes": memory.temporary_bytes,
+            "analytic_peak_bytes": memory.peak_bytes,
+        },
+        "compute": {"model_flops": model_flops},
+        "refused": (
+            f"the step needs {_size(peak_bytes)} of each {target.kind}, which has"
+            f" {_size(hbm_bytes)}, and a compiler takes only what fits; keep less"
+            f" (train.remat, now {config.train.remat}), take fewer rows at a time"
+            f" (train.microbatches, now {config.train.microbatches}, or a smaller"
+            " train.batch_size) or split more (mesh.fsdp, mesh.tensor, mesh.pipeline)"
+        ),
+        "missing": [*_OF_A_PROGRAM],
+        "compiler_options": options,
+        "versions": versions,
     }
 
 
@@ -181,19 +233,29 @@ def text(found: dict[str, Any]) -> str:
     ]
     memory = found["memory"]
     lines += [
-        f"  {name.removesuffix('_bytes').replace('_', ' '):<16}{_size(size):>12}"
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<20}{_size(size):>12}"
         for name, size in memory.items()
     ]
     if memory["headroom_bytes"] < 0:
         lines.append("  does not fit: more fsdp or tensor, fewer rows, or train.remat")
+    if found["limits"]:
+        lines.append(f"  limits: {'; '.join(found['limits'])}")
     if "compute" not in found:
         return "\n".join(lines)
     compute = found["compute"]
+    if "refused" in found:
+        lines += [
+            "",
+            f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP",
+            "the compiler refused the program, so there is no word of: "
+            + ", ".join(found["missing"]),
+        ]
+        return "\n".join(lines)
     lines += [
         "",
         f"work of a device: model {compute['model_flops'] / 1e12:.3g} TFLOP, hardware"
         f" {compute['hardware_flops'] / 1e12:.3g} ({compute['remat_frac']:.0%} of it"
-        " again)",
+        f" again, {max(0.0, compute['other_frac']):.0%} padding and other)",
         "",
         "on the wire of a device           over            how         sent  waited ms",
     ]
@@ -202,7 +264,9 @@ def text(found: dict[str, Any]) -> str:
             f"  {w['kind']:<30}  {w['axes']:<15} {w['how']:<5} {_size(w['bytes']):>9}"
             f"  {w['waited_secs'] * 1e3:9.2f}"
         )
-    lines += ["", "where the core's time goes, ms"]
+    cycles = compute["cycles"]
+    told = f" ({cycles:,} cycles by the compiler's estimate)" if cycles else ""
+    lines += ["", f"where the core's time goes, ms{told}"]
     lines += [f"  {k:<36}{v * 1e3:9.2f}" for k, v in compute["scopes"].items()]
     lines += [
         "",
@@ -222,18 +286,33 @@ def by_scope(scopes: dict[str, float]) -> Counter:
     named = ("embed", "attention", "ffn", "unembed", "loss", "update")
     total: Counter = Counter()
     for scope, secs in scopes.items():
-        parts = scope.replace("(", "/").replace(")", "/").split("/")
+        parts = _parts(scope)
         part = next((name for name in named if name in parts), "rest of the step")
-        in_a_stage = "backward" in parts and "transpose" not in parts
-        if "rematted_computation" in parts or in_a_stage:
-            when = "recomputed"
-        elif "transpose" in parts:
-            when = "backward"
-        else:
-            when = "forward" if {"jvp", "forward"} & {*parts} else ""
         what = "matmul" if "dot_general" in parts else "other"
-        total[" ".join(filter(None, (when, part, what)))] += secs
+        total[" ".join(filter(None, (pass_of(scope), part, what)))] += secs
     return total
+
+
+def pass_of(scope: str) -> str:
+    """One of "forward", "backward" and "recomputed", or "" of what is of no pass.
+
+    A pipeline's stage runs layers again under "backward" or "weight", each derived
+    (jvp) as in its forward pass; what else stands there, as sums of gradients, is the
+    pass's own.
+    """
+    parts = {*_parts(scope)}
+    in_a_stage = parts & {"backward", "weight"}
+    if "rematted_computation" in parts:
+        return _AGAIN
+    if "transpose" in parts:
+        return "backward"
+    if in_a_stage:
+        return _AGAIN if "jvp" in parts else "backward"
+    return "forward" if parts & {"jvp", "forward"} else ""
+
+
+def _parts(scope: str) -> list[str]:
+    return scope.replace("(", "/").replace(")", "/").split("/")
 
 
 def _size(count: float) -> str:
@@ -243,5 +322,17 @@ def _size(count: float) -> str:
     return f"{count / 1e3:.2f} kB"
 
 
-def _sizes(config: Config, target: Target) -> dict[str, int]:
-    return checks.resolve_mesh(config, target.num_devices)
+def _asked(config: Config, target: Target) -> dict[str, Any]:
+    """What the plan is of."""
+    sizes = checks.resolve_mesh(config, target.num_devices)
+    return {
+        "config": config.name,
+        "target": target.name,
+        "devices": target.num_devices,
+        "mesh": {k: v for k, v in sizes.items() if v > 1},
+        "remat": config.train.remat,
+        "batch_size": config.train.batch_size,
+        "length": config.train.length,
+        "precision": config.precision,
+        "limits": analytic.limits(config),
+    }

@@ -8,7 +8,7 @@ import numpy as np
 from jaxinfra import compiler_options, experiment, tasks
 from jaxinfra.config import Config
 from jaxinfra.data import packing
-from jaxinfra.parallel import lowering, schedules
+from jaxinfra.parallel import lowering, placement, schedules
 from jaxinfra.plan import analytic, compilers, cost, program, report
 from jaxinfra.plan.compilers import Compiled
 from jaxinfra.plan.targets import Target
@@ -20,8 +20,9 @@ def plan_step(
     get_task: Any = None,
     *,
     shares: cost.Shares | None = None,
-) -> tuple[dict[str, Any], Compiled]:
-    """The plan, and the compiled step that it is read from.
+) -> tuple[dict[str, Any], Compiled | None]:
+    """The plan, and the compiled step that it is read from; of a step that the compiler
+    refuses because it does not fit, what is known without a program, and None.
 
     `shares`: how often the branches of conditionals are taken, see `cost.play`; of a
     pipeline what its schedule says is added.
@@ -32,8 +33,20 @@ def plan_step(
     with jax.set_mesh(built.layout.mesh):
         batch = experiment.abstract_batch(built, rows_of(built))
         state = built.abstract()
-    compiled = compilers.compile_step(built, state, batch)
     chip, sizes = target.chip, dict(built.layout.mesh.shape)
+    known = {
+        "memory": analytic.memory(config, target.num_devices, chip.hbm_bytes),
+        "model_flops": built.task.flops_per_row
+        * (config.train.batch_size / target.num_devices),
+        "options": compiler_options.for_device(
+            devices[0].device_kind, config.runtime.compiler_options
+        ),
+        "versions": compilers.versions(target),
+    }
+    try:
+        compiled = compilers.compile_step(built, state, batch)
+    except compilers.DoesNotFit as error:
+        return report.refused_plan(config, target, error.peak_bytes, **known), None
     clock = (
         cost.cycles_at(chip.clock_hz)
         if chip.clock_hz
@@ -53,44 +66,66 @@ def plan_step(
         node=target.node,
         shares=pipeline_shares(config) | dict(shares or {}),
     )
-    rows = config.train.batch_size / target.num_devices
-    found = report.plan(
-        config,
-        target,
-        memory=analytic.memory(config, target.num_devices, chip.hbm_bytes),
-        compiled=compiled,
-        played=played,
-        model_flops=built.task.flops_per_row * rows,
-        options=compiler_options.for_device(
-            devices[0].device_kind, config.runtime.compiler_options
-        ),
-        versions=compilers.versions(target),
-    )
+    found = report.plan(config, target, compiled=compiled, played=played, **known)
     return found, compiled
 
 
-def pipeline_shares(config: Config) -> dict[str, tuple[float, float]]:
-    """Of the executor's ticks, the part in which a pass is left out, and that in which
-    some stage makes it, so that all wait: `cost.Shares` by the executor's scopes.
+def pipeline_shares(config: Config) -> dict[str, cost.Share]:
+    """How often the conditionals of a pipeline's executor and, where stages are uneven,
+    those of the layers that a chunk may lack are taken.
 
-    Limits: where stages are uneven, layers that a chunk lacks are thinned out likewise.
+    Time: a pass, of the ticks in which some stage makes it; layers, of the chunk that
+    has most. Work: of the mean stage. Limits: layers are taken to be alike.
     """
     if config.mesh.pipeline <= 1:
         return {}
-    table = schedules.schedule_of(config, config.mesh.pipeline)
-    rows = lowering.lower(table)[0]
+    schedule = schedules.schedule_of(config, config.mesh.pipeline)
+    rows = lowering.lower(schedule)[0]
     passes = {
-        "/forward/": rows.forward_microbatch,
-        "/backward/": rows.backward_microbatch,
-        "/weight/": rows.weight_microbatch,
-        "/enter/": rows.enter[:, None],
-        "/leave/": rows.leave[:, None],
+        "forward": rows.forward_microbatch,
+        "backward": rows.backward_microbatch,
+        "weight": rows.weight_microbatch,
+        "enter": rows.enter[:, None],
+        "leave": rows.leave[:, None],
     }
     shares = {}
-    for scope, microbatches in passes.items():
-        made = float(np.mean(np.any(microbatches != schedules.NOTHING, axis=1)))
-        shares[scope] = (1 - made, made)
+    for name, microbatches in passes.items():
+        is_made = microbatches != schedules.NOTHING
+        shares[f"/{name}"] = _taken(np.mean(is_made.any(axis=1)), np.mean(is_made))
+    layers, most = _layers_that_may_lack(config, schedule)
+    if most:
+        # Not a conditional of the layer itself, as a ring's.
+        inside = r"/(forward|backward|weight)/cond/((?!attention|ffn).)*"
+        shares[inside] = _taken(max(layers) / most, np.mean(layers) / most)
     return shares
+
+
+def _taken(secs: Any, work: Any) -> cost.Share:
+    """Of a `lax.cond`, whose branch for true is taken so often."""
+    secs, work = float(secs), float(work)
+    return cost.Share((1 - secs, secs), (1 - work, work))
+
+
+def _layers_that_may_lack(
+    config: Config, schedule: schedules.Schedule
+) -> tuple[list[int], int]:
+    """How many layers under a conditional each chunk has, and how many there are in the
+    program of all."""
+    model = config.model
+    prefix, size, suffix = len(model.prefix), len(model.pattern), len(model.suffix)
+    placed = placement.place(
+        model.repeats,
+        stages=schedule.stages,
+        virtual=schedule.virtual,
+        size=size,
+        prefix=prefix,
+        suffix=suffix,
+    )
+    loose = 0 if placed.is_even else size
+    layers = [loose * int(count) for count in placed.count.reshape(-1)]
+    layers[0] += prefix
+    layers[-1] += suffix
+    return layers, loose * placed.depth + prefix + suffix
 
 
 def rows_of(built: experiment.Experiment) -> Any:

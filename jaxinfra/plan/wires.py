@@ -2,7 +2,10 @@
 
 Bytes are those that a device sends in a ring over a group of n: (n - 1) / n of the
 whole for a gather or scatter, twice that for an all-reduce. A permutation's are those
-of the busiest link of a ring over its axis, each pair by the shorter way.
+of the busiest link of a ring over its axis, each pair by the shorter way. A ragged
+all-to-all is taken to be even: its program has no word of how many rows go, but one
+side is a device's own rows, to the other experts or back, and the other is room for
+more, so (n - 1) / n of the smaller side goes.
 Source: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002.
 """
 
@@ -47,16 +50,28 @@ def kernel_name(line: Instruction) -> str:
     return re.sub(r"[.\d]+$", "", line.name)
 
 
-def of(line: Instruction, where: str, axes: Axes | None, node: int = 0) -> Wire:
+def of(
+    line: Instruction,
+    where: str,
+    axes: Axes | None,
+    node: int = 0,
+    *,
+    program: Program | None = None,
+) -> Wire:
     """The collective that `line` of computation `where` is, or starts; `node`: so many
-    devices that follow each other are one, 0 where there is one network for all."""
+    devices that follow each other are one, 0 where there is one network for all.
+    program: that of the line, without which a ragged all-to-all is a ValueError."""
     groups = _groups(line)
-    found = _within_one_network(line, groups, where, axes)
+    found = _within_one_network(line, groups, where, axes, program)
     return found._replace(near=_near(groups, node) if node else 0)
 
 
 def _within_one_network(
-    line: Instruction, groups: list[list[int]], where: str, axes: Axes | None
+    line: Instruction,
+    groups: list[list[int]],
+    where: str,
+    axes: Axes | None,
+    program: Program | None,
 ) -> Wire:
     kind = line.op.removesuffix("-start")
     is_start = line.op.endswith("-start")
@@ -64,7 +79,12 @@ def _within_one_network(
     if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
         return Wire(kind, "none", 0.0)
     sizes, count = [shape.bytes for shape in line.out], len(line.operands)
-    if is_start and len(sizes) >= 2 * count > 0:  # operands, results, flags
+    if kind == "ragged-all-to-all":  # rows, and the room where others' rows arrive
+        if program is None:
+            raise ValueError(f"{line.name}: its operands' shapes need the program")
+        given = [program.shapes_of(where, name) for name in line.operands[:2]]
+        sizes = [min(sum(shape.bytes for shape in shapes) for shapes in given)]
+    elif is_start and len(sizes) >= 2 * count > 0:  # operands, results, flags
         sizes = sizes[count : 2 * count]
     whole = sum(sizes)
     name = spanned(groups, axes) if axes else "?"
@@ -75,6 +95,7 @@ def _within_one_network(
         "all-reduce": 2 * whole * (n - 1) / n,
         "reduce-scatter": whole * (n - 1),
         "all-to-all": whole * (n - 1) / n,
+        "ragged-all-to-all": whole * (n - 1) / n,
     }
     if kind == "collective-permute" and axes:
         return Wire(kind, name, whole * _load(groups, axes))
@@ -88,7 +109,8 @@ def within(
     found: dict[str, Wire] = {}
     for line in program[computation]:
         if line.op.removesuffix("-start") in COLLECTIVES:
-            found.setdefault(line.channel, of(line, computation, axes, node))
+            wire = of(line, computation, axes, node, program=program)
+            found.setdefault(line.channel, wire)
         elif line.op in ("fusion", "call"):
             for name in line.called:
                 for wire in within(program, name, axes, node):

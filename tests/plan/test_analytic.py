@@ -118,3 +118,16 @@ def test_an_optimizer_on_the_host_is_there_in_part():
     largest = 2 * 4 * 8 * 256 * 1024  # both moments of a matrix of eight layers
     assert 2 * largest < more < 3 * largest < there.optimizer_bytes
     assert away.peak_bytes < there.peak_bytes
+
+
+def test_what_the_model_is_not_fitted_to_is_told():
+    assert analytic.limits(tiny({"fsdp": 8})) == []
+    [told] = analytic.limits(options.load_config("tiny_moe"))
+    assert "experts" in told
+    parallel = tiny({}).parallel
+    parallel = dataclasses.replace(parallel, schedule="interleaved", virtual_stages=2)
+    [told] = analytic.limits(tiny({"pipeline": 2, "fsdp": 4}, parallel=parallel))
+    assert "parallel.virtual_stages=2" in told
+    optimizer = dataclasses.replace(tiny({}).optimizer, name="muon", offload=True)
+    [told] = analytic.limits(tiny({"data": 8}, optimizer=optimizer))
+    assert "optimizer.offload" in told

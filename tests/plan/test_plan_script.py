@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxinfra import options
 from jaxinfra.plan import compilers, targets
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,13 +31,18 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def main():
+def script():
     spec = importlib.util.spec_from_file_location(
         "plan_script", ROOT / "scripts/plan.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture(scope="module")
+def main(script):
+    return script.main
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -63,6 +69,7 @@ def test_the_mesh_of_the_command_line_is_the_mesh_of_the_plan(main, capsys):
         (["--target", "v5p:2x2x2", "--mesh.fsdp", "3"], "takes 3 devices of 8"),
         (["--target", "v5p:2x2x2", "--mesh.fdsp", "8"], "did you mean --mesh.fsdp"),
         (["--target", "v5p:2x2x2", "--config", "lama"], "unknown config"),
+        (["--target", "v5p:2x2x2", "--analytic", "--dump-hlo", "d"], "leave one of"),
     ],
 )
 def test_a_wrong_request_ends_with_code_2_before_jax_loads(argv, words):
@@ -90,6 +97,85 @@ def test_a_compiler_that_is_not_there_is_told_with_its_extra(main, capsys, monke
         assert f"pip install 'jaxinfra[{extra}]'" in capsys.readouterr().err
 
 
+def test_arithmetic_outside_its_limits_says_so(main, capsys):
+    argv = ["--config", "tiny_moe", "--target", "v6e:1x1", "--analytic"]
+    assert main(argv) == 0
+    assert "limits: a model with experts" in capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["limits"]) == 1
+    assert main(["--config", "tiny", *argv[2:]]) == 0
+    assert "limits" not in capsys.readouterr().out
+
+
+def test_programs_of_other_options_go_into_other_files(script):
+    target = targets.parse("v5e:2x4")
+
+    def name(*words):
+        argv = ["--config", "tiny", *words, "--runtime.devices", "8"]
+        config, _ = options.read_command(argv)
+        return script.dump_name(config, target, {"fsdp": 8})
+
+    assert name().startswith("tiny-v5e-2x4-fsdp8-none-")
+    assert name("--train.remat", "save:key").startswith("tiny-v5e-2x4-fsdp8-save-key-")
+    assert len({name(), name("--mesh.fsdp", "8"), name("--optimizer.beta1", ".8")}) == 3
+    assert name() == name()
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_step_that_does_not_fit_ends_with_code_2_after_what_is_known(
+    how, main, capsys, monkeypatch
+):
+    import jax
+
+    def refuse(*asked):
+        raise compilers.DoesNotFit(2**40)
+
+    monkeypatch.setattr(compilers, "prepare_process", lambda target: None)
+    monkeypatch.setattr(compilers, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(compilers, "versions", lambda target: {})
+    monkeypatch.setattr(compilers, "compile_step", refuse)
+    argv = ["--config", "tiny", "--target", "v5e:2x4", *SMALL, "--mesh.fsdp", "8"]
+    assert main([*argv, *how]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the step needs 1099.51 GB of each v5e, which has")
+    assert err.count("\n") == 1
+    for key in ("train.remat", "train.microbatches", "mesh.fsdp"):
+        assert key in err
+    if not how:
+        assert "does not fit" in out
+        assert "there is no word of" in out
+        return
+    found = json.loads(out)
+    memory = found["memory"]
+    assert memory["peak_bytes"] == 2**40
+    assert memory["headroom_bytes"] == memory["hbm_bytes"] - 2**40 < 0
+    at_rest = memory["analytic_arguments_bytes"]
+    assert memory["analytic_peak_bytes"] > at_rest > memory["parameters_bytes"]
+    assert found["compute"]["model_flops"] > 0
+    assert "time of the step" in found["missing"]
+    assert not {"wire", "step_secs", "mfu"} & {*found}
+
+
+@pytest.mark.slow
+def test_a_tpus_compiler_refuses_what_does_not_fit():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    argv = ["--config", "tiny", "--target", "v5e:1x1", "--train.length", "1024"]
+    argv += ["--train.batch_size", "8192", "--model.repeats", "6"]
+    argv += ["--precision", "bfloat16", "--train.remat", "none", "--json"]
+    done = subprocess.run(
+        [sys.executable, "scripts/plan.py", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["peak_bytes"] > 10 * memory["hbm_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "package"), [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda13_plugin")]
@@ -112,6 +198,7 @@ def test_a_step_goes_through_the_compiler_of_absent_hardware(target, package, tm
     assert memory["peak_bytes"] < memory["hbm_bytes"]
     assert compute["hardware_flops"] >= 0.95 * compute["model_flops"] > 0
     assert compute["unknown_loops"] == 0
+    assert ((compute["cycles"] or 0) > 0) == target.startswith("v5e")
     assert {wire["axes"] for wire in found["wire"]} <= {"fsdp"}
     assert 0 < found["mfu"] <= found["hfu"] < 1
     assert len(list(tmp_path.glob("*.hlo"))) == 1

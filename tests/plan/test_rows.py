@@ -4,10 +4,11 @@ import importlib.util
 import pathlib
 import shlex
 
+import jax
 import pytest
 
 from jaxinfra import options
-from jaxinfra.plan import analytic, targets
+from jaxinfra.plan import analytic, step, targets
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
 
@@ -41,3 +42,16 @@ def test_a_point_is_the_same_whenever_it_is_drawn_and_near_the_limit():
     target = targets.parse(name)
     share = points.analytic_bytes(words, target) / target.chip.hbm_bytes
     assert 0.7 < share < 1.25
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_point_that_the_compiler_refuses_has_the_bytes_that_it_says(
+    fits, monkeypatch
+):
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    found = {"memory": {"peak_bytes": 3 * 10**9}}
+    compiled = object() if fits else None
+    monkeypatch.setattr(step, "plan_step", lambda *asked: (found, compiled))
+    words, name = points.drawn(3, 4)
+    told = points.measured(words, name)
+    assert (told["compiled_gb"], told["fits"]) == (3.0, fits)
