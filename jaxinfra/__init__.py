@@ -13,6 +13,7 @@ _HOMES = {
     "config": ("Config", "DataConfig", "EvalConfig", "LayerConfig", "MeshConfig",
                "ModelConfig", "OptimizerConfig", "QuantConfig", "TrainConfig",
                "CommConfig", "ConfigError"),
+    "compiler_check": ("accepted_options",),
     "compiler_options": ("options_for",),
     "options": ("load_config",),
     "option_help": ("help_text",),

@@ -10,16 +10,18 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from jaxinfra.config import Config, ConfigError
+from jaxinfra.config import TEXT_KEYS, Config, ConfigError
 
 Sizes = Mapping[str, int]  # of mesh axes; the one that takes the rest may be missing
 
 
 class Feature(NamedTuple):
-    """A thing that a config may ask for. setting: what asks for it, as shown."""
+    """A thing that a config may ask for. setting: what asks for it, as shown. key: the
+    one by which it does, if there is one."""
 
     is_used: Callable[[Config, Sizes], bool]
     setting: Callable[[Config, Sizes], str]
+    key: str = ""
 
 
 class Pair(NamedTuple):
@@ -59,6 +61,7 @@ def _key(key: str, is_used: Callable[[Config], bool]) -> Feature:
     return Feature(
         lambda config, sizes: is_used(config),
         lambda config, sizes: f"{key}={getattr(getattr(config, part), name)}",
+        key,
     )
 
 
@@ -108,6 +111,14 @@ FEATURES: dict[str, Feature] = {
     "offload": _key("train.remat", lambda config: "offload:" in config.train.remat),
     "dropout": _key("model.dropout", lambda config: config.model.dropout > 0),
     "muon": _key("optimizer.name", lambda config: config.optimizer.name == "muon"),
+    "8-bit moments": _key(
+        "optimizer.moments", lambda config: config.optimizer.moments == "8bit"
+    ),
+    "state on host": _key("optimizer.offload", lambda config: config.optimizer.offload),
+    "zero 0 or 1": Feature(
+        lambda config, sizes: config.zero in (0, 1),
+        lambda config, sizes: f"zero={config.zero}",
+    ),
     "float16": _precision("float16"),
     "quantized": _precision("fp8", "int8", "mxfp8"),
     "comm": Feature(
@@ -189,11 +200,29 @@ APART = (
         "rows that are grouped by expert are multiplied in compute precision alone",
         "set model.capacity_factor, or parallel.experts to dense",
     ),
+    *(
+        Pair(
+            part,
+            "quantized",
+            "a precision in few bits gathers what it multiplies",
+            "set comm.gather and comm.reduce to compute",
+        )
+        for part in ("comm", "reduce")
+    ),
+    *(
+        Pair(
+            part,
+            "zero 0 or 1",
+            "parameters and gradients that are not split do not cross",
+            "set zero to 3, or 2 for comm.reduce in a pipeline",
+        )
+        for part in ("comm", "reduce")
+    ),
     Pair(
-        "comm",
-        "quantized",
-        "a precision in few bits gathers what it multiplies",
-        "set comm.gather and comm.reduce to compute",
+        "muon",
+        "8-bit moments",
+        "its moments are of another kind than adamw's",
+        "set optimizer.moments to float32",
     ),
     Pair(
         "reduce",
@@ -233,12 +262,23 @@ def check_compositions(config: Config, sizes: Sizes) -> None:
             )
 
 
+def of_the_task() -> list[str]:
+    """Features that are of text models, or that a task of one's own reads by itself:
+    `options` refuses a key of theirs that TASK_KEYS of the config file does not name.
+    """
+    is_text = lambda key: key in TEXT_KEYS or key.partition(".")[0] in TEXT_KEYS
+    read = [name for name, feature in FEATURES.items() if is_text(feature.key)]
+    return [*read, "dropless", "dense experts"]
+
+
 def table() -> str:
     """Every pair of features: what does not compose has the number of its reason."""
     numbers = {frozenset((p.one, p.other)): str(i) for i, p in enumerate(APART, 1)}
     for names in ALTERNATIVES:
         pairs = itertools.combinations(names, 2)
         numbers |= {frozenset(pair): "or" for pair in pairs}
+    for name in of_the_task():
+        numbers.setdefault(frozenset((name, "own task")), "t")
     names = list(FEATURES)
     width = max(map(len, names))
     lines = [" " * (width + 3) + " ".join(f"{i:>2}" for i in range(1, len(names)))]
@@ -247,6 +287,7 @@ def table() -> str:
         shown = " ".join(f"{cell:>2}" for cell in cells)
         lines.append(f"{row + 1:>2} {name:<{width}}{shown}".rstrip())
     lines += ["", "+ composes", "or: values of one key"]
+    lines += ["t: the task does it itself, or it is refused: TASK_KEYS of its file"]
     for i, pair in enumerate(APART, 1):
         lines.append(f"{i} {pair.one} with {pair.other}: {pair.why}; {pair.fix}")
     return "\n".join(lines)

@@ -127,7 +127,8 @@ def build(
     how = {"dtype": policy.param, "first": task.first, "loss_scale": policy.loss_scale}
     how["model_state"] = task.model_state
     abstract = how | {"frozen": task.frozen}
-    made_by = jaxinfra.options_for(layout.mesh, config.runtime.compiler_options)
+    eval_step = evaluate.make_eval_step(task.on_batch(task.loss_fn))
+    made_by = jaxinfra.accepted_options(layout.mesh, config.runtime.compiler_options)
     return Experiment(
         config=config,
         layout=layout,
@@ -137,7 +138,7 @@ def build(
         tx=tx,
         schedule=schedule,
         train_step=jax.jit(train_step, donate_argnums=0, compiler_options=made_by),
-        eval_step=jax.jit(evaluate.make_eval_step(task.on_batch(task.loss_fn))),
+        eval_step=jax.jit(eval_step, compiler_options=made_by),
         init=functools.partial(states.init_state, *parts, seed=config.run.seed, **how),
         abstract=functools.partial(states.abstract_state, *parts, **abstract),
     )

@@ -33,7 +33,7 @@ def slow_axis(sizes: Mapping[str, int], slices: int) -> str:
 def _groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
     """The devices of each slice: of a TPU's, else of as many neighbouring processes."""
     if devices[0].platform == "tpu":
-        of = lambda device: device.slice_index
+        of = lambda device: getattr(device, "slice_index", 0)  # one slice: may lack it
         numbers = sorted({of(device) for device in devices})
         groups = [[d for d in devices if of(d) == number] for number in numbers]
     else:

@@ -82,12 +82,14 @@ def test_simulated_devices_can_stand_for_slices():
     assert list(mesh.devices[0].flat) == jax.devices()[:4]
 
 
-def test_slices_that_are_not_there_are_refused():
+@pytest.mark.parametrize("told", [{"slice_index": 0}, {}])
+def test_slices_that_are_not_there_are_refused(told):
     @dataclasses.dataclass(frozen=True)
     class Tpu(Device):
         platform: str = "tpu"
-        slice_index: int = 0
 
+    for name, value in told.items():  # a topology of one slice may have none
+        setattr(Tpu, name, value)
     sizes = dict.fromkeys(AXES, 1) | {"data": 2}
     devices = [Tpu(i, 0) for i in range(2)]
     with pytest.raises(

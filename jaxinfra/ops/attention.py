@@ -96,7 +96,7 @@ def choose_kernel(
     name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
     reason = name != "xla" and (_uncovered(name, case, q_BTKGH, chunks) or where)
     if reason:
-        _say_once(f"attention: {name} does not cover {reason}; xla is used instead")
+        say_once(f"attention: {name} does not cover {reason}; xla is used instead")
         name = "xla"
     return name
 
@@ -224,5 +224,6 @@ def precision(x: jax.Array) -> jax.lax.Precision:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """A warning of what is not done as one may expect."""
     logging.getLogger("jaxinfra").warning(message)

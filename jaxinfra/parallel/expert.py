@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxinfra import mesh, sharding
 from jaxinfra.config import CommConfig, ModelConfig
-from jaxinfra.ops import experts, grouped, layers, seam
+from jaxinfra.ops import attention, experts, grouped, layers, seam
 from jaxinfra.ops.experts import Choice
 from jaxinfra.ops.seam import Dispatch, Einsum
 from jaxinfra.ops.varying import varying_like
@@ -56,6 +56,11 @@ def make_dispatch(
         # A grouped matmul takes arrays; what is adapted, or in few bits, is none.
         weights = [params[name] for name in ("up", "gate", "down") if name in params]
         is_plain = all(isinstance(w, jax.Array) for w in weights)
+        if way != "dense" and not is_plain:
+            attention.say_once(
+                "experts: weights that are adapted or in few bits meet every token, as"
+                " with parallel.experts='dense'; grouped matmuls take plain arrays"
+            )
         if way == "dense" or not is_plain:
             y_BTD = experts.dense(params, x_BTD, choice, cfg=cfg, einsum=einsum)
         elif choice.ranks_BTk is not None:

@@ -164,7 +164,8 @@ def ours(name: str) -> dict:
     """What plan_rows has of our row, compiled now with the compiler as it comes."""
     command = [sys.executable, str(PLAN), "--json"]
     command += plan_rows.ROWS[name].split()
-    done = subprocess.run(command, check=True, capture_output=True)
+    env = os.environ | {"PYTHONPATH": str(PLAN.parents[1])}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env)
     keys = (
         "arguments_gb", "temporary_gb", "price_secs", "compute_secs", "waiting_secs",
         "matmul_tflop", "kernel_calls", "compile_secs",

@@ -1,11 +1,14 @@
 """The table of what composes: every pair is refused, or is not, as it says."""
 
 import dataclasses
+import functools
+import itertools
+import math
 
 import pytest
 
-from jaxinfra import compositions, options
-from jaxinfra.config import ConfigError
+from jaxinfra import checks, compositions, options
+from jaxinfra.config import AXES, ConfigError
 
 # A config that asks for each feature and little else.
 ASKS = {
@@ -29,10 +32,13 @@ ASKS = {
     "offload": ("tiny", {"train": {"remat": "offload:layer_input"}}),
     "dropout": ("tiny", {"model": {"dropout": 0.1}}),
     "muon": ("tiny", {"optimizer": {"name": "muon"}}),
+    "8-bit moments": ("tiny", {"optimizer": {"name": "adamw", "moments": "8bit"}}),
+    "state on host": ("tiny", {"optimizer": {"offload": True}}),
+    "zero 0 or 1": ("tiny", {"zero": 1}),
     "float16": ("tiny", {"precision": "float16"}),
     "quantized": ("tiny", {"precision": "fp8"}),
-    "comm": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"gather": "int8"}}),
-    "reduce": ("tiny", {"mesh": {"fsdp": 2}, "comm": {"reduce": "int8"}}),
+    "comm": ("tiny", {"mesh": {"fsdp": 2}, "zero": 3, "comm": {"gather": "int8"}}),
+    "reduce": ("tiny", {"mesh": {"fsdp": 2}, "zero": 3, "comm": {"reduce": "int8"}}),
     "once": (
         "tiny",
         {
@@ -41,17 +47,20 @@ ASKS = {
             "parallel": {"reduce_once": "true"},
         },
     ),
-    "adapters": ("tiny", {"lora": {"rank": 4}}),
-    "freeze": ("tiny", {"train": {"freeze": "ffn"}}),
+    "adapters": ("tiny", {"lora": {"rank": 4}, "init": {"from_": "run"}}),
+    "freeze": ("tiny", {"train": {"freeze": "ffn"}, "init": {"from_": "run"}}),
     "aware": ("tiny", {"train": {"quantize_aware": "int4"}}),
     "own task": ("tiny", {"task": "own"}),
 }
 
 
+load = functools.cache(options.load_config)
+
+
 def config_with(*features):
     """One config that asks for all of them."""
     name = next((ASKS[f][0] for f in features if ASKS[f][0] != "tiny"), "tiny")
-    config = options.load_config(name)
+    config = load(name)
     for feature in features:
         for part, value in ASKS[feature][1].items():
             if isinstance(value, dict):
@@ -64,6 +73,11 @@ def sizes_of(config):
     return {k: n for k, n in dataclasses.asdict(config.mesh).items() if n > 0}
 
 
+def is_asked_for(config, *features):
+    sizes = sizes_of(config)
+    return all(compositions.FEATURES[f].is_used(config, sizes) for f in features)
+
+
 def test_every_feature_can_be_asked_for():
     assert ASKS.keys() == compositions.FEATURES.keys()
     for name, feature in compositions.FEATURES.items():
@@ -74,25 +88,47 @@ def test_every_feature_can_be_asked_for():
 @pytest.mark.parametrize("pair", compositions.APART, ids=lambda p: f"{p.one} {p.other}")
 def test_what_does_not_compose_is_refused_with_reason_and_fix(pair):
     features = (pair.one, pair.other)
-    if "own task" not in features and "quantized" in features:
-        features = features[::-1]
     config = config_with(*features)
-    sizes = sizes_of(config)
-    assert all(compositions.FEATURES[f].is_used(config, sizes) for f in features)
+    if not is_asked_for(config, *features):
+        config = config_with(*features[::-1])
+    assert is_asked_for(config, *features)
     with pytest.raises(ConfigError) as error:
-        compositions.check_compositions(config, sizes)
+        compositions.check_compositions(config, sizes_of(config))
     for part in (pair.why, pair.fix):
         assert part in str(error.value)
 
 
-def test_all_other_pairs_are_let_through():
-    apart = {frozenset((pair.one, pair.other)) for pair in compositions.APART}
-    for one in ASKS:
-        for other in ASKS:
-            is_apart = frozenset((one, other)) in apart
-            if one != other and not is_apart and "quantized" not in (one, other):
-                config = config_with(one, other)
-                compositions.check_compositions(config, sizes_of(config))
+APART = {frozenset((pair.one, pair.other)) for pair in compositions.APART}
+APART |= {
+    frozenset(pair)
+    for names in compositions.ALTERNATIVES
+    for pair in itertools.combinations(names, 2)
+}
+APART |= {frozenset((name, "own task")) for name in compositions.of_the_task()}
+
+
+@pytest.mark.parametrize("one", ASKS)
+def test_all_other_pairs_pass_every_check_of_the_devices_that_they_need(one):
+    for other in ASKS:
+        if one == other or frozenset((one, other)) in APART:
+            continue
+        config = config_with(one, other)
+        if not is_asked_for(config, one, other):  # the later has set the same key
+            config = config_with(other, one)
+        assert is_asked_for(config, one, other), other
+        sizes = sizes_of(config)
+        checks.resolve_mesh(config, math.prod(sizes.get(axis, 1) for axis in AXES))
+
+
+@pytest.mark.parametrize("name", compositions.of_the_task())
+def test_what_a_task_of_its_own_does_not_read_is_refused_where_it_is_asked(name):
+    key = compositions.FEATURES[name].key
+    # The first is of no use without experts; the second it reads.
+    if not key.startswith("parallel.") and key != "model.dropout":
+        part, setting = key.split(".")
+        value = ASKS[name][1][part][setting]
+        with pytest.raises(ConfigError, match=f"{key}.*TASK_KEYS"):
+            options.read_command(["--config", "digits_convnet", f"--{key}", str(value)])
 
 
 def test_the_table_names_every_feature_and_every_reason():

@@ -192,7 +192,7 @@ def test_the_table_of_kernels_is_this():
 
 
 def test_a_fallback_says_once_which_feature_is_not_covered(one_device, caplog):
-    attention._say_once.cache_clear()
+    attention.say_once.cache_clear()
     q, k, v, _, segments_BT = naive_attention.random_inputs(B=1, T=5, K=1, G=1, H=4)
     context = Context(positions_BT=None, segments_BT=jnp.asarray(segments_BT))
     attend = attention.make_attend(Rules(), kernel="cudnn")

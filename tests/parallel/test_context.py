@@ -91,8 +91,6 @@ def test_rows_that_are_split_attend_as_whole_ones(way, case):
     "sizes", [{"context": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "expert": 1}]
 )
 def test_heads_and_length_are_split_together(way, sizes):
-    if way == "ulysses" and sizes.get("tensor"):
-        sizes = {"context": 2}
     check(way, "segments", sizes)
 
 
@@ -102,7 +100,7 @@ def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
     kernel, with_segments, monkeypatch, caplog
 ):
     kernels_anywhere.allow(monkeypatch)
-    attention._say_once.cache_clear()
+    attention.say_once.cache_clear()
     *arrays, segments_BT = inputs(512)
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
     settings = {"window": 0, "softcap": 0.0}

@@ -16,7 +16,7 @@ from jaxinfra.models import transformer
 from jaxinfra.models.specs import param_specs
 from jaxinfra.ops import attention, layers, seam
 from jaxinfra.parallel import expert
-from jaxinfra.quant import calibration, compression, rescaled
+from jaxinfra.quant import arrays, calibration, compression, rescaled
 from jaxinfra.quant.compression import Compression
 
 # Few bits multiplied out or not: float32 sums in another order, of logits near 3.
@@ -255,3 +255,23 @@ def test_a_record_comes_back_from_json_and_a_strange_one_is_refused():
     for key, value in {"format": "int3", "group": -1, "more": 1, "matrices": 3}.items():
         with pytest.raises(ConfigError, match="does not know"):
             compression.from_json(how.to_json() | {key: value})
+
+
+def test_experts_in_few_bits_say_that_all_tokens_meet_them(caplog):
+    attention.say_once.cache_clear()
+    layer = LayerConfig(feed_forward="experts")
+    cfg = dataclasses.replace(
+        small.MODEL, pattern=(layer,), repeats=1, num_experts=4, experts_per_token=2
+    )
+    with small.mesh_of({}) as layout:
+        weights = small.weights(layout, cfg)
+        logits = score.make_logits(cfg, policy=small.POLICY, layout=layout)
+        ids_BT = np.zeros((2, 4), np.int32)
+        logits(weights, ids_BT)
+        assert not caplog.records
+        leaves = [
+            arrays.quantize(w, "int8", dims=(w.ndim - 2,)) if "/down" in path else w
+            for path, w in params.named(weights)
+        ]
+        logits(params.unflatten(weights, leaves), ids_BT)
+    assert "every token, as with parallel.experts='dense'" in caplog.text
