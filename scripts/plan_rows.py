@@ -71,6 +71,8 @@ ROWS = {
     "70B, v5p 64, pipeline 8, not balanced": f"{_70B_PIPELINE}"
     " --parallel.balanced false",
     "70B, v5p 64, pipeline 8, recomputed": f"{_70B_PIPELINE} --parallel.recompute true",
+    "70B, v5p 64, pipeline 8, interleaved": _70B_PIPELINE.replace("1f1b", "interleaved")
+    + " --parallel.virtual_stages 2",
     "8B, 128k tokens, v5p 16": f"{_128K} --target v5p:2x2x4",
     "8B, 128k tokens, v5p 16, attention saved": f"{_128K} --target v5p:2x2x4"
     " --train.remat save:query+key+value+attention+attention_out",
