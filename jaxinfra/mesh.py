@@ -1,9 +1,9 @@
 """The device mesh: six named axes, always all present, of size 1 when unused.
 
 `data` only replicates, `fsdp` shards parameters (ZeRO), `expert`, `context`, `tensor`
-and `pipeline` split experts, length, width and depth; the first two shard as it does.
-All axes are of Explicit type: the sharding of every array is part of its type and is
-checked while tracing.
+and `pipeline` split experts, length, width and depth; what is whole along `expert` and
+`context` otherwise, ZeRO shards over them too. All axes are of Explicit type: the
+sharding of every array is part of its type and is checked while tracing.
 
 Below: what a partition is over some axes, and the collectives that follow one inside a
 shard_map; `sharding` has them under its name too.
