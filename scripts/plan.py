@@ -1,12 +1,12 @@
 """Plans a training step: `python scripts/plan.py --config C --target T [--key value]`.
 
-T is v5p:2x2x2, v5e:4x4, v6e:4x4 (chips) or h100:2x8 (nodes x GPUs). The step is
-compiled by that hardware's own compiler, which runs here: memory, what travels, time of
-a step. --analytic: memory alone, by arithmetic, at once. --json: one object. --dump-hlo
-DIR: the compiled program and the object in files there, named by config, target, mesh,
-remat and a digest of all options. Options are those of train.py. A step that the
-compiler refuses because it does not fit ends with code 2, after what is known without a
-program. See `jaxinfra.plan`.
+T is v5p:2x2x2, v5e:4x4, v6e:4x4 (chips; with --mesh.slices N one slice of N) or
+h100:2x8 (nodes x GPUs). The step is compiled by that hardware's own compiler, which
+runs here: memory, what travels, time of a step. --analytic: memory alone, by
+arithmetic, at once. --json: one object. --dump-hlo DIR: the compiled program and the
+object in files there, named by config, target, mesh, remat and a digest of all options.
+Options are those of train.py. A step that the compiler refuses because it does not fit
+ends with code 2, after what is known without a program. See `jaxinfra.plan`.
 """
 
 import argparse
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
                 " makes none; leave one of the two out"
             )
         target = targets.parse(own.target)
+        asked, _ = options.read_command(rest)
+        target = targets.of_slices(target, asked.mesh.slices)
         config, get_task = options.read_command(
             [*rest, "--runtime.devices", str(target.num_devices)]
         )

@@ -13,7 +13,8 @@ the options of `compiler_options`, and gets the program that would run. From tha
 - what travels: `program` reads the compiled text, `cost` plays it on one core, one
   link, the network between nodes and the way to the host's memory, loops multiplied
   out, and tells for each collective its kind, mesh axes, bytes on the wire, and how
-  long the core waits for it; what is offloaded is of kind "copy", over "host";
+  long the core waits for it; what is offloaded is of kind "copy", over "host", what
+  leaves a TPU's slice, of which mesh.slices are compiled for, goes over "slices";
 - the time of a step: on a TPU the compiler's own cycles of every fusion, plus that
   waiting, plus the kernels that carry no cycles: attention at a stated share of peak,
   grouped matmuls at peak; on a GPU, whose compiler tells no time, a roofline of every

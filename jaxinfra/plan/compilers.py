@@ -105,6 +105,7 @@ def devices(target: Target) -> list[Any]:
                 platform="tpu",
                 topology_name=f"{target.kind}:{shape}",
                 wrap=target.wraps,
+                num_slices=target.slices,
             )
         else:
             nodes, each = target.shape

@@ -1,5 +1,6 @@
 """What a compiled, scheduled program costs a device: it is played on one core, one
-link, the network between nodes if there is one, and the way to the host's memory.
+link, the network between nodes or slices if there is one, and the way to the host's
+memory.
 
 The core runs a computation's instructions in the order in which they are scheduled,
 each for its time (`Clock`). The link carries one collective at a time, the network
@@ -235,6 +236,8 @@ class _Turn:
                 on = self.player.axes, self.player.node
                 wire = wires.of(line, self.where, *on, program=self.program)
                 self.send(wire, line.name if line.op.endswith("-start") else None)
+            case "send" if wire := wires.between_slices(line):
+                self.send(wire, line.name)
             case "async-start":
                 self.due[line.name] = 0.0, None
                 for name in line.called:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfra import compiler_options, experiment, tasks
+from jaxinfra import compiler_options, experiment, slices, tasks
 from jaxinfra.config import Config
 from jaxinfra.data import packing
 from jaxinfra.parallel import lowering, placement, schedules
@@ -62,12 +62,20 @@ def plan_step(
         link_bytes_per_sec=chip.link_bytes_per_sec,
         network_bytes_per_sec=chip.network_bytes_per_sec,
         host_bytes_per_sec=chip.host_bytes_per_sec,
-        axes=sizes,
+        axes=in_a_slice(sizes, target.slices),
         node=target.node,
         shares=pipeline_shares(config) | dict(shares or {}),
     )
     found = report.plan(config, target, compiled=compiled, played=played, **known)
     return found, compiled
+
+
+def in_a_slice(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """Mesh axes within one of a TPU's slices, whose program numbers its own devices."""
+    if count == 1:
+        return sizes
+    slow = slices.slow_axis(sizes, count)
+    return sizes | {slow: sizes[slow] // count}
 
 
 def pipeline_shares(config: Config) -> dict[str, cost.Share]:

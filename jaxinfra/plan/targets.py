@@ -15,8 +15,8 @@ class Chip:
     """One device. hbm_bytes: what a program may use. peak_flops: dense bfloat16, a
     second; peak_8bit: fp8 and int8, where the compiler tells no cycles. link_bytes: on
     the wire a second and device, one way, all links together that a ring over one mesh
-    axis can use; network_bytes: likewise from node to node, where that is slower, else
-    0; host_bytes: to its host's memory or from it. Of peak, attention_share
+    axis can use; network_bytes: likewise from node to node or slice to slice;
+    host_bytes: to its host's memory or from it. Of peak, attention_share
     is what the fused attention kernel reaches, forward and backward together, on a TPU
     an assumption; matmul_share what other matmuls do, where the compiler tells no
     cycles.
@@ -29,7 +29,7 @@ class Chip:
     peak_flops: float
     peak_8bit: float = 0.0
     link_bytes_per_sec: float
-    network_bytes_per_sec: float = 0.0
+    network_bytes_per_sec: float
     host_bytes_per_sec: float
     clock_hz: float = 0.0  # of a TPU's core, by which the compiler's cycles are seconds
     attention_share: float = 0.5
@@ -39,7 +39,8 @@ class Chip:
 # TPUs: cloud.google.com/tpu/docs system architecture pages (peak, HBM, interchip links;
 # a ring over an axis uses two of a chip's links); HBM as the compiler has it, less what
 # it keeps. Clocks: peak / (FLOP a cycle of the matrix units). Their way to the host is
-# PCIe as "How to Scale Your Model" part 2 has it, not measured. GPU: NVIDIA H100 SXM
+# PCIe as "How to Scale Your Model" part 2 has it, not measured; their network is a
+# pod's over its chips (same pages; v5p's from that book). GPU: NVIDIA H100 SXM
 # data sheet (dense; NVLink 900 GB/s both ways), its network a DGX H100's (one port of
 # 400 Gb/s a GPU). Its shares are measured on one H200, which has its units: FLOPs of a
 # plan over seconds of their kernels in a step of 1.2 billion parameters
@@ -54,6 +55,7 @@ CHIPS = {
         hbm_bytes_per_sec=2.765e12,
         peak_flops=459e12,
         link_bytes_per_sec=2.7e11,
+        network_bytes_per_sec=6.25e9,
         host_bytes_per_sec=1.6e10,
         clock_hz=1.75e9,
     ),
@@ -64,6 +66,7 @@ CHIPS = {
         hbm_bytes_per_sec=8.1e11,
         peak_flops=197e12,
         link_bytes_per_sec=9e10,
+        network_bytes_per_sec=3.125e9,
         host_bytes_per_sec=1.6e10,
         clock_hz=1.5e9,
     ),
@@ -74,6 +77,7 @@ CHIPS = {
         hbm_bytes_per_sec=1.64e12,
         peak_flops=918e12,
         link_bytes_per_sec=1.8e11,
+        network_bytes_per_sec=1.25e10,
         host_bytes_per_sec=3.2e10,
         clock_hz=1.75e9,
     ),
@@ -95,11 +99,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A topology: `shape` is of chips, for GPUs nodes x GPUs a node."""
+    """A topology: `shape` is of chips, for GPUs nodes x GPUs a node. slices: of a TPU,
+    so many of that shape, which a slower network joins."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -107,12 +113,13 @@ class Target:
 
     @property
     def num_devices(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def node(self) -> int:
-        """Devices that are one node, where a slower network joins several; else 0."""
-        is_many = self.chip.network_bytes_per_sec and self.shape[0] > 1
+        """GPUs that are one node, where a slower network joins several; else 0: the
+        program of a TPU's slice says itself what leaves it."""
+        is_many = self.chip.platform == "gpu" and self.shape[0] > 1
         return self.shape[1] if is_many else 0
 
     @property
@@ -123,6 +130,12 @@ class Target:
         if self.chip.dims == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
         return *(size == 16 for size in self.shape), False
+
+
+def of_slices(target: Target, slices: int) -> Target:
+    """So many of a TPU's slices; of GPUs the name has the nodes."""
+    is_tpu = target.chip.platform == "tpu"
+    return dataclasses.replace(target, slices=slices) if is_tpu else target
 
 
 def parse(name: str) -> Target:

@@ -22,6 +22,7 @@ from jaxinfra.plan.program import COLLECTIVES, Instruction, Program
 
 Axes = Mapping[str, int]  # mesh axis -> size, in the order of the mesh
 HOST = "host"  # in the place of mesh axes, of a copy to the host's memory or from it
+SLICES = "slices"  # likewise, of what goes from a TPU's slice to others
 _KERNELS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu", "triton_kernel_call")
 
 
@@ -76,7 +77,8 @@ def _within_one_network(
     kind = line.op.removesuffix("-start")
     is_start = line.op.endswith("-start")
     n = max((len(g) for g in groups), default=_size_of_groups(line))
-    if "source_target_pairs={}" in line.rest:  # nobody sends: it makes zeros
+    is_at_home = groups and all(len(set(group)) == 1 for group in groups)
+    if is_at_home or "source_target_pairs={}" in line.rest:  # nobody sends: own, zeros
         return Wire(kind, "none", 0.0)
     sizes, count = [shape.bytes for shape in line.out], len(line.operands)
     if kind == "ragged-all-to-all":  # rows, and the room where others' rows arrive
@@ -100,6 +102,26 @@ def _within_one_network(
     if kind == "collective-permute" and axes:
         return Wire(kind, name, whole * _load(groups, axes))
     return Wire(kind, name, sent.get(kind, whole))
+
+
+def between_slices(line: Instruction) -> Wire | None:
+    """What a send of a TPU's program, which is of one slice, hands to the network
+    between slices; None where it is another kind of send."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.rest)
+    if not found:
+        return None
+    # As in {1,2}x{0:7}: of slices 1 and 2, all eight chips. Pairs need no number.
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', line.rest)
+    n = target[1].count(",") + 1 if target else 1
+    own = line.out[0].bytes
+    sent = {
+        "ALL_GATHER": own * (n - 1),
+        "ALL_REDUCE": 2 * own * (n - 1) / n,
+        "REDUCE_SCATTER": own * (n - 1) / n,
+        "ALL_TO_ALL": own * (n - 1) / n,
+    }
+    kind = found[1].lower().replace("_", "-")
+    return Wire(kind, SLICES, sent.get(found[1], own) if target else own, near=1)
 
 
 def within(

@@ -66,7 +66,7 @@ def test_the_mesh_of_the_command_line_is_the_mesh_of_the_plan(main, capsys):
     ("argv", "words"),
     [
         (["--target", "v5q:2x2x2"], "did you mean v5p"),
-        (["--target", "v5p:2x2x2", "--mesh.fsdp", "3"], "takes 3 devices of 8"),
+        (["--target", "v5p:2x2x2", "--mesh.data", "4"], "takes 4 devices of 8"),
         (["--target", "v5p:2x2x2", "--mesh.fdsp", "8"], "did you mean --mesh.fsdp"),
         (["--target", "v5p:2x2x2", "--config", "lama"], "unknown config"),
         (["--target", "v5p:2x2x2", "--analytic", "--dump-hlo", "d"], "leave one of"),
