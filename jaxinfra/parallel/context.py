@@ -41,7 +41,7 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
             context.segments_BT,
             window=window,
             softcap=softcap,
-            chunks=2 * devices if way == "ring" else 1,
+            chunks=1 if way == "ulysses" else 2 * devices,
             where=_unfused(way, window),
         )
         settings = {"window": window, "softcap": softcap, "kernel": chosen}
@@ -85,9 +85,9 @@ def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
 
 def _unfused(way: Way, window: int) -> str:
     """Why no fused kernel serves inside `way`; empty if one does."""
-    if way == "all_gather":
-        return "keys that are gathered from many devices"
-    return "a window in a ring" if way == "ring" and window else ""
+    if way == "ulysses" or not window:
+        return ""
+    return "a window in a ring" if way == "ring" else "a window over gathered keys"
 
 
 def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):

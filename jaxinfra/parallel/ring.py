@@ -50,9 +50,9 @@ def attend_gathered(
     kernel: str,
 ) -> jax.Array:
     """All keys come at once; each half of the queries meets the chunks that it sees."""
-    assert kernel == "xla"
     settings = _Settings(window, softcap, kernel)
-    return _gathered(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
+    way = _gathered if kernel == "xla" else _gathered_fused
+    return way(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -188,6 +188,72 @@ def _gathered_backward(settings, residuals, g_BTKGH):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gathered_fused(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
+    return _fused_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)[0]
+
+
+def _fused_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
+    queries, own = _own(q_BTKGH, k_BSKH, v_BSKH, segments_BT)
+    forward = functools.partial(meeting.forward, **settings._asdict())
+    at_home = lambda half: forward(*half, is_causal=True)
+    halves, chunks = _halves(queries), _all_chunks(own)
+    results = jax.lax.map(at_home, (halves, _halves(own)))
+
+    def turn(results, step):
+        half, chunk = _meeting_of(step)
+        part = forward(_chunk(halves, half), _chunk(chunks, chunk))
+        result = meeting.merged(_chunk(results, half), part)
+        return jax.tree.map(lambda x, new: x.at[half].set(new), results, result), None
+
+    results, _ = jax.lax.scan(turn, results, _meetings())
+    result = meeting.joined(*(_chunk(results, half) for half in (0, 1)))
+    return _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result)
+
+
+def _fused_backward(settings, residuals, g_BTKGH):
+    q_BTKGH, k_BSKH, v_BSKH, segments_BT, out_BTKGH, log_sum_BTKG = residuals
+    queries, own = _own(q_BTKGH, k_BSKH, v_BSKH, segments_BT)
+    asked = _halves(meeting.Asked(g_BTKGH, out_BTKGH, log_sum_BTKG))
+    backward = functools.partial(meeting.backward, **settings._asdict())
+    at_home = lambda half: backward(*half, is_causal=True)
+    halves, chunks = _halves(queries), _all_chunks(own)
+    dq, dk, dv = jax.lax.map(at_home, (halves, _halves(own), asked))
+
+    def turn(sums, step):
+        half, chunk = _meeting_of(step)
+        given = _chunk(halves, half), _chunk(chunks, chunk), _chunk(asked, half)
+        put = lambda sum, part, at: sum.at[at].add(part)
+        return jax.tree.map(put, sums, backward(*given), (half, chunk, chunk)), None
+
+    sums = (dq, *map(_zeros, (chunks.k_BSKH, chunks.v_BSKH)))
+    (dq, *sums), _ = jax.lax.scan(turn, sums, _meetings())
+    join = lambda halves: jnp.concatenate([halves[0], halves[1]], axis=1)
+    dk_BSKH, dv_BSKH = _added(map(join, (dk, dv)), map(_sum_of_own, sums))
+    return (
+        join(dq).astype(q_BTKGH.dtype),
+        dk_BSKH.astype(k_BSKH.dtype),
+        dv_BSKH.astype(v_BSKH.dtype),
+        None,
+    )
+
+
+_gathered_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _meetings() -> jax.Array:
+    """Of device i of P the first half of the queries sees i whole chunks, the second
+    one 2 P - 1 - i, so that there are as many meetings on every device."""
+    return jnp.arange(2 * jax.lax.axis_size("context") - 1)
+
+
+def _meeting_of(step) -> tuple[jax.Array, jax.Array]:
+    """(the half of the queries, the chunk of keys) of one of `_meetings`."""
+    here = jax.lax.axis_index("context")
+    half = (step >= here).astype(jnp.int32)
+    return half, step - half * here
+
+
 def _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result):
     """(The result, residuals). What the backward pass reads of the whole is named for
     remat, so that none of its parts need be kept, or made again."""
@@ -254,7 +320,13 @@ def _sum_of_own(chunks: jax.Array) -> jax.Array:
     return jnp.concatenate([scatter(lows), scatter(highs)], axis=1)
 
 
-def _chunk(chunks: Keys, number) -> Keys:
+def _halves(tree: Any) -> Any:
+    """Both chunks that are this device's, along a new first dim."""
+    split = lambda x: jnp.stack(jnp.split(x, 2, axis=0 if x.ndim == 1 else 1))
+    return jax.tree.map(split, tree)
+
+
+def _chunk(chunks: Any, number) -> Any:
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False)
     return jax.tree.map(take, chunks)
 
@@ -288,4 +360,4 @@ def _zeros(x: jax.Array) -> jax.Array:
 
 
 def _added(sums, more):
-    return jax.tree.map(jnp.add, sums, tuple(more))
+    return jax.tree.map(jnp.add, tuple(sums), tuple(more))

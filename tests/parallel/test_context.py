@@ -96,8 +96,9 @@ def test_heads_and_length_are_split_together(way, sizes):
 
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 @pytest.mark.parametrize("with_segments", [True, False])
-def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
-    kernel, with_segments, monkeypatch, caplog
+@pytest.mark.parametrize("way", ["ring", "all_gather"])
+def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
+    way, kernel, with_segments, monkeypatch, caplog
 ):
     kernels_anywhere.allow(monkeypatch)
     attention.say_once.cache_clear()
@@ -105,7 +106,7 @@ def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
     settings = {"window": 0, "softcap": 0.0}
     found = split_attention(
-        "ring",
+        way,
         {"context": 2},
         (*narrow, segments_BT),
         kernel,
@@ -125,7 +126,8 @@ def test_a_ring_of_a_fused_kernel_is_attention_over_whole_rows(
     ("way", "window", "reason"),
     [
         ("ring", 9, "a window in a ring"),
-        ("all_gather", 0, "keys that are gathered from many devices"),
+        ("all_gather", 9, "a window over gathered keys"),
+        ("all_gather", 0, ""),
         ("ulysses", 9, ""),
         ("ring", 0, ""),
     ],
@@ -136,7 +138,10 @@ def test_where_no_kernel_serves_is_said(way, window, reason):
 
 @pytest.mark.parametrize(
     ("way", "kernel"),
-    [("ring", "cudnn"), ("ring", "splash"), ("ring", "xla"), ("all_gather", "xla")],
+    [
+        *(("ring", kernel) for kernel in ("cudnn", "splash", "xla")),
+        *(("all_gather", kernel) for kernel in ("cudnn", "splash", "xla")),
+    ],
 )
 def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
     """By name: the result of attention and its log-sum-exp, beside what goes in."""
