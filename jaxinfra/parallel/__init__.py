@@ -72,8 +72,8 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
   two parts of them. Half of all scores are computed, as causality asks. Inside, splash
   on TPU (parts of a row are multiples of 256 tokens) and cuDNN on GPU (with documents
   up to 16,384 tokens), blocks of 512 queries elsewhere and for layers with a window.
-- `all_gather`: one collective, memory for the keys of whole rows; with short windows
-  only the chunks in sight are computed.
+- `all_gather`: one collective, memory for the keys of whole rows, the same kernels; it
+  goes with stages. With short windows only the chunks in sight are computed, by blocks.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
   a device, or be shared out among the queries of one.
 

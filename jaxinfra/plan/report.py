@@ -57,7 +57,7 @@ def kernel_flops(
     config: Config, num_devices: int, calls: Mapping[str, float]
 ) -> KernelFlops:
     """FLOPs of a device's calls of kernels, by their names: attention of the mean layer
-    and of one microbatch, in a ring with one part of the keys; grouped matmuls of
+    and of one microbatch, a part of it where context splits keys; grouped matmuls of
     tokens that are spread evenly.
 
     Source: arXiv:2205.14135 appendix B.
@@ -66,8 +66,9 @@ def kernel_flops(
     sizes = checks.resolve_mesh(config, num_devices)
     seen = [min(layer.window or train.length, train.length) for layer in model.layers]
     keys = sum(s - s**2 / (2 * train.length) for s in seen) / len(seen)
-    if config.parallel.context == "ring":
-        keys /= sizes["context"]
+    if (parts := sizes["context"]) > 1:  # calls of a layer, of `parallel.ring`
+        calls_of = {"ring": parts, "all_gather": 2 * parts + 1}
+        keys /= calls_of.get(config.parallel.context, 1)
     rows = train.batch_size // train.microbatches
     tokens = rows * train.length / num_devices * sizes["pipeline"]
     widths = products = 0.0

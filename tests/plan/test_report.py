@@ -38,7 +38,7 @@ def test_attention_is_counted_by_the_pairs_that_see_each_other(llama):
 
 def test_turns_of_a_ring_make_one_device_s_share_together(llama):
     mesh = MeshConfig(data=1, fsdp=2, context=4)
-    for kind, calls in {"ring": 4, "ulysses": 1}.items():
+    for kind, calls in {"ring": 4, "all_gather": 9, "ulysses": 1}.items():
         parallel = ParallelConfig(context=kind)
         split = dataclasses.replace(llama, mesh=mesh, parallel=parallel)
         assert of_attention(split, fwd=calls) == of_attention(llama, fwd=1)
