@@ -74,6 +74,8 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
   up to 16,384 tokens), blocks of 512 queries elsewhere and for layers with a window.
 - `all_gather`: one collective, memory for the keys of whole rows, the same kernels; it
   goes with stages. With short windows only the chunks in sight are computed, by blocks.
+  For Llama-3-8B with rows of 128k tokens on 16 v5p a step's price, kernels apart, is
+  4.0 s; in a ring 3.6 s.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
   a device, or be shared out among the queries of one.
 
