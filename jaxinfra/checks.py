@@ -225,7 +225,7 @@ def _check_model(config: Config) -> None:
             f"model.experts_per_token={model.experts_per_token} is above"
             f" model.num_experts={model.num_experts}; set it to a number up to that"
         )
-    if _has_expert_layer(config) and not model.experts_per_token:
+    if model.has_experts and not model.experts_per_token:
         raise ConfigError(
             "a layer has feed_forward='experts', but model.experts_per_token=0; set"
             " model.num_experts and model.experts_per_token"
@@ -412,12 +412,6 @@ def _get(config: Config, key: str):
 
 def _axis_sizes(config: Config) -> dict[str, int]:
     return {axis: getattr(config.mesh, axis) for axis in AXES}
-
-
-def _has_expert_layer(config: Config) -> bool:
-    model = config.model
-    layers = model.prefix + model.pattern + model.suffix  # not x repeats: may be huge
-    return any(layer.feed_forward == "experts" for layer in layers)
 
 
 def _not_here(setting: str, what: str, fix: str) -> ConfigError:

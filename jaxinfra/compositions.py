@@ -66,10 +66,7 @@ def _key(key: str, is_used: Callable[[Config], bool]) -> Feature:
 
 
 def _has_experts(config: Config) -> bool:
-    model = config.model
-    layers = model.prefix + model.pattern + model.suffix
-    is_text = config.task == "text"
-    return is_text and any(layer.feed_forward == "experts" for layer in layers)
+    return config.task == "text" and config.model.has_experts
 
 
 def _is_dropless(config: Config) -> bool:

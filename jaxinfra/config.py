@@ -192,6 +192,11 @@ class ModelConfig:
         return self.prefix + self.pattern * self.repeats + self.suffix
 
     @property
+    def has_experts(self) -> bool:
+        kinds = self.prefix + self.pattern + self.suffix  # not `layers`: may be huge
+        return any(layer.feed_forward == "experts" for layer in kinds)
+
+    @property
     def head_width(self) -> int:
         return self.head_dim or self.width // self.num_heads
 

@@ -54,8 +54,7 @@ def check_divisible(config: Config, sizes: Sizes, zero: int) -> None:
     ]
     if model.expert_ffn_width:
         dims.append((("tensor",), "expert_ffn_width"))
-    layers = model.prefix + model.pattern + model.suffix  # not x repeats: may be huge
-    if any(layer.feed_forward == "experts" for layer in layers):
+    if model.has_experts:
         dims.append((("expert",), "num_experts"))
     if zero >= 1:
         dims.append((ZERO_AXES, "width"))

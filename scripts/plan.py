@@ -16,7 +16,7 @@ import json
 import pathlib
 import sys
 
-from jaxinfra import options
+from jaxinfra import checks, options
 from jaxinfra.config import Config, ConfigError, DataError
 from jaxinfra.plan import targets
 from jaxinfra.plan.targets import Target
@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
                 " makes none; leave one of the two out"
             )
         target = targets.parse(own.target)
-        asked, _ = options.read_command(rest)
-        target = targets.of_slices(target, asked.mesh.slices)
-        config, get_task = options.read_command(
-            [*rest, "--runtime.devices", str(target.num_devices)]
-        )
+        config, get_task = options.read_command(rest)
+        target = targets.of_slices(target, config.mesh.slices)
+        runtime = dataclasses.replace(config.runtime, devices=target.num_devices)
+        config = dataclasses.replace(config, runtime=runtime)
+        checks.check(config)
         if own.analytic:
             found = _analytic(config, target)
         else:

@@ -207,7 +207,7 @@ def _fused_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         return jax.tree.map(lambda x, new: x.at[half].set(new), results, result), None
 
     results, _ = jax.lax.scan(turn, results, _meetings())
-    result = meeting.joined(*(_chunk(results, half) for half in (0, 1)))
+    result = jax.tree.map(_unhalved, results)
     return _whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result)
 
 
@@ -228,10 +228,9 @@ def _fused_backward(settings, residuals, g_BTKGH):
 
     sums = (dq, *map(_zeros, (chunks.k_BSKH, chunks.v_BSKH)))
     (dq, *sums), _ = jax.lax.scan(turn, sums, _meetings())
-    join = lambda halves: jnp.concatenate([halves[0], halves[1]], axis=1)
-    dk_BSKH, dv_BSKH = _added(map(join, (dk, dv)), map(_sum_of_own, sums))
+    dk_BSKH, dv_BSKH = _added(map(_unhalved, (dk, dv)), map(_sum_of_own, sums))
     return (
-        join(dq).astype(q_BTKGH.dtype),
+        _unhalved(dq).astype(q_BTKGH.dtype),
         dk_BSKH.astype(k_BSKH.dtype),
         dv_BSKH.astype(v_BSKH.dtype),
         None,
@@ -302,12 +301,11 @@ def _passed_on(tree: Any) -> Any:
 def _all_chunks(own: Keys) -> Keys:
     """Every chunk of the rows in order, along a new first dim."""
 
-    def gather(x):
-        low, high = jnp.split(x, 2, axis=0 if x.ndim == 1 else 1)
-        lows, highs = (jax.lax.all_gather(half, "context") for half in (low, high))
+    def gather(halves):
+        lows, highs = (jax.lax.all_gather(half, "context") for half in halves)
         return jnp.concatenate([lows, highs[::-1]], axis=0)
 
-    return jax.tree.map(gather, own)
+    return jax.tree.map(gather, _halves(own))
 
 
 def _sum_of_own(chunks: jax.Array) -> jax.Array:
@@ -324,6 +322,11 @@ def _halves(tree: Any) -> Any:
     """Both chunks that are this device's, along a new first dim."""
     split = lambda x: jnp.stack(jnp.split(x, 2, axis=0 if x.ndim == 1 else 1))
     return jax.tree.map(split, tree)
+
+
+def _unhalved(x: jax.Array) -> jax.Array:
+    """[2, B, T, ...] -> [B, 2 T, ...]"""
+    return jnp.concatenate([x[0], x[1]], axis=1)
 
 
 def _chunk(chunks: Any, number) -> Any:

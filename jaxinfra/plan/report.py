@@ -124,11 +124,8 @@ def plan(
     tokens = config.train.batch_size * config.train.length
     peak = chip.peak_flops * step_secs
     return _asked(config, target) | {
-        "memory": {
-            "parameters_bytes": memory.parameters_bytes,
-            "optimizer_bytes": memory.optimizer_bytes,
-            "gradients_bytes": memory.gradients_bytes,
-            "activations_bytes": memory.activations_bytes,
+        "memory": _by_arithmetic(memory)
+        | {
             "arguments_bytes": compiled.arguments_bytes,
             "temporary_bytes": compiled.temporary_bytes,
             "peak_bytes": compiled.peak_bytes,
@@ -182,6 +179,15 @@ def analytic_plan(config: Config, target: Target, memory: Memory) -> dict[str, A
     }
 
 
+def _by_arithmetic(memory: Memory) -> dict[str, int]:
+    return {
+        "parameters_bytes": memory.parameters_bytes,
+        "optimizer_bytes": memory.optimizer_bytes,
+        "gradients_bytes": memory.gradients_bytes,
+        "activations_bytes": memory.activations_bytes,
+    }
+
+
 def refused_plan(
     config: Config,
     target: Target,
@@ -196,11 +202,8 @@ def refused_plan(
     `peak_bytes` of a device: the same keys as `plan`, without those of a program."""
     hbm_bytes = target.chip.hbm_bytes
     return _asked(config, target) | {
-        "memory": {
-            "parameters_bytes": memory.parameters_bytes,
-            "optimizer_bytes": memory.optimizer_bytes,
-            "gradients_bytes": memory.gradients_bytes,
-            "activations_bytes": memory.activations_bytes,
+        "memory": _by_arithmetic(memory)
+        | {
             "peak_bytes": peak_bytes,
             "hbm_bytes": hbm_bytes,
             "headroom_bytes": hbm_bytes - peak_bytes,

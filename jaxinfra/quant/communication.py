@@ -202,7 +202,7 @@ def _reduced(equation, x, g, w_spec, form: FormatName, policy: Policy) -> jax.Ar
         for dims, spec in zip(inputs.split(","), (x_spec, g_spec), strict=True)
         for name, entry in zip(dims, spec, strict=True)
         if name not in w_dims
-        for axis in _axes(entry)
+        for axis in sharding.axes_of(entry)
     }
 
     def body(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -249,10 +249,6 @@ def _is_split(spec: jax.sharding.PartitionSpec) -> bool:
 
 def _split_dim(spec: jax.sharding.PartitionSpec) -> int:
     return next(i for i, entry in enumerate(spec) if sharding.zero_axes(entry))
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _spec_of(array: jax.Array) -> jax.sharding.PartitionSpec:
