@@ -74,6 +74,8 @@ ROWS = {
     "70B, v5p 64, pipeline 8, interleaved": _70B_PIPELINE.replace("1f1b", "interleaved")
     + " --parallel.virtual_stages 2",
     "8B, 128k tokens, v5p 16": f"{_128K} --target v5p:2x2x4",
+    "8B, 128k tokens, v5p 16, keys gathered": _128K.replace("ring", "all_gather")
+    + " --target v5p:2x2x4",
     "8B, 128k tokens, v5p 16, attention saved": f"{_128K} --target v5p:2x2x4"
     " --train.remat save:query+key+value+attention+attention_out",
     "8B, 8 H100, full": f"{_8B} --target h100:1x8 --model.document_mask false",

@@ -1,10 +1,13 @@
 """Options that a compiler does not take are refused before anything is compiled."""
 
+import dataclasses
+
 import jax
 import pytest
 
 import jaxinfra
-from jaxinfra.config import ConfigError
+from jaxinfra import experiment, options
+from jaxinfra.config import ConfigError, RuntimeConfig
 from jaxinfra.mesh import make_mesh
 
 
@@ -31,3 +34,18 @@ def test_what_it_takes_is_given_back(mesh):
     found = jaxinfra.accepted_options(mesh, "xla_cpu_enable_fast_math=True")
     assert found == {"xla_cpu_enable_fast_math": "True"}
     assert jaxinfra.accepted_options(mesh) is None
+
+
+def test_training_and_evaluation_are_compiled_with_them(monkeypatch):
+    made_by, jit = {}, jax.jit
+
+    def noted(function, **how):
+        made_by[function.__name__] = how.get("compiler_options")
+        return jit(function, **how)
+
+    monkeypatch.setattr(jax, "jit", noted)
+    runtime = RuntimeConfig(compiler_options="xla_cpu_enable_fast_math=True")
+    config = dataclasses.replace(options.load_config("tiny"), runtime=runtime)
+    experiment.build(experiment.resolve(config, vocab_size=257), jax.devices()[:1])
+    expected = {"xla_cpu_enable_fast_math": "True"}
+    assert (made_by["train_step"], made_by["eval_step"]) == (expected, expected)

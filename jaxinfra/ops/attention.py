@@ -9,6 +9,8 @@ one device's rows and heads, and are in `fused_attention`.
 import functools
 import logging
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -87,15 +89,15 @@ def choose_kernel(
     window: int,
     softcap: float,
     chunks: int = 1,
-    where: str = "",
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """`kernel`, or the mesh platform's own; "xla", said once, if that does not cover
     the case. chunks: into which rows are cut, of which a kernel sees one or two.
-    `where`: why no fused kernel can be used there."""
+    refused: why a fused kernel cannot be used there, by its name."""
     case = Case(segments_BT is not None, window > 0, softcap > 0, q_BTKGH.shape[3] > 1)
     name = kernel or PLATFORM_KERNEL.get(mesh.platform(), "xla")
-    reason = name != "xla" and (_uncovered(name, case, q_BTKGH, chunks) or where)
-    if reason:
+    reason = name != "xla" and _uncovered(name, case, q_BTKGH, chunks)
+    if reason := reason or refused.get(name):
         say_once(f"attention: {name} does not cover {reason}; xla is used instead")
         name = "xla"
     return name

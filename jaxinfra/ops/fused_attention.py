@@ -91,9 +91,12 @@ def cudnn(
 
 
 @functools.cache
-def block_sizes(length: int, keys: int = 0) -> splash_attention.BlockSizes:
+def block_sizes(
+    length: int, keys: int = 0, is_fused: bool | None = None
+) -> splash_attention.BlockSizes:
     """Largest blocks up to 512 that divide the length, and the number of keys if that
-    is another.
+    is another. is_fused: whether one kernel makes all gradients; if None, whether it
+    should.
 
     Beyond one block of keys the gradients of queries and of keys are two kernels: the
     fused one writes a gradient of all queries for every block of keys, memory that
@@ -102,7 +105,8 @@ def block_sizes(length: int, keys: int = 0) -> splash_attention.BlockSizes:
     """
     largest = lambda n: next(size for size in (512, 256, LANES) if n % size == 0)
     block, key_block = largest(length), largest(keys or length)
-    is_fused = key_block == (keys or length)
+    if is_fused is None:
+        is_fused = key_block == (keys or length)
     return splash_attention.BlockSizes(
         block_q=block,
         block_kv=key_block,

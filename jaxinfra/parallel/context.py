@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxinfra import sharding
 from jaxinfra.ops import attention, fused_attention
 from jaxinfra.ops.seam import Attend
-from jaxinfra.parallel import ring
+from jaxinfra.parallel import gathered, ring
 from jaxinfra.sharding import Rules
 
 Way = Literal["ring", "ulysses", "all_gather"]
@@ -42,14 +42,14 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
             window=window,
             softcap=softcap,
             chunks=1 if way == "ulysses" else 2 * devices,
-            where=_unfused(way, window),
+            refused=_refused(way, window),
         )
         settings = {"window": window, "softcap": softcap, "kernel": chosen}
         match way:
             case "ring":
                 local = functools.partial(ring.attend, **settings)
             case "all_gather":
-                local = functools.partial(ring.attend_gathered, **settings)
+                local = functools.partial(gathered.attend, **settings)
             case "ulysses":
                 local = functools.partial(_ulysses, **settings)
         tokens = functools.partial(sharding.spec, rules, "batch", "length")
@@ -83,11 +83,13 @@ def row_order(length: int, *, parts: int, way: Way) -> np.ndarray | None:
     return np.concatenate([chunks[list(pair)].reshape(-1) for pair in both])
 
 
-def _unfused(way: Way, window: int) -> str:
-    """Why no fused kernel serves inside `way`; empty if one does."""
+def _refused(way: Way, window: int) -> dict[str, str]:
+    """Why a fused kernel does not serve inside `way`, by its name."""
     if way == "ulysses" or not window:
-        return ""
-    return "a window in a ring" if way == "ring" else "a window over gathered keys"
+        return {}
+    if way == "ring":
+        return dict.fromkeys(("splash", "cudnn"), "a window in a ring")
+    return {"cudnn": "a window over gathered keys"}
 
 
 def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):

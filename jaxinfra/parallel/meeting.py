@@ -8,22 +8,23 @@ Source: arXiv:2205.14135 section 3.1 and algorithm 4.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from jaxinfra import mesh
-from jaxinfra.ops import attention, fused_attention
-from jaxinfra.parallel import cudnn_parts
+from jaxinfra.ops import attention
+from jaxinfra.parallel import cudnn_parts, splash_parts
 
+# What the queries see of the keys: all; of their own, those up to each; those up to
+# each, of keys with other places, too (for splash: of whole rows in order).
+Seen = Literal["all", "own", "some"]
 _BLOCK = 512  # queries whose scores exist at a time
 
 
 class Queries(NamedTuple):
-    """places_T: of each token in its row. segments_BT: None for one document."""
+    """q_BTKGH: as `ready` makes it. places_T: of each token in its row. segments_BT:
+    None for one document."""
 
     q_BTKGH: jax.Array
     places_T: jax.Array
@@ -52,19 +53,29 @@ class Keys(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Attention to some keys, float32; where none is seen log_sum_BTKG is so low that
-    nothing of it is left in a merger."""
+    """Attention to some keys: out_BTKGH in the kernel's type, float32 if merged; where
+    none is seen log_sum_BTKG is so low that nothing of it is left in a merger."""
 
     out_BTKGH: jax.Array
     log_sum_BTKG: jax.Array
 
+    def low(self) -> "Result":
+        """Of the first half of the queries."""
+        return jax.tree.map(lambda x: _half(x, 0), self)
+
+    def high(self) -> "Result":
+        """Of the second half of the queries."""
+        return jax.tree.map(lambda x: _half(x, 1), self)
+
 
 class Asked(NamedTuple):
-    """The gradient by the whole result, that result, and its log-sum-exp."""
+    """As `asked` makes it: the gradient by the whole result, that result, its
+    log-sum-exp, and the products of the first two summed over a head."""
 
     g_BTKGH: jax.Array
     out_BTKGH: jax.Array
     log_sum_BTKG: jax.Array
+    mean_BTKG: jax.Array
 
     def low(self) -> "Asked":
         """For the first half of the queries."""
@@ -75,6 +86,23 @@ class Asked(NamedTuple):
         return jax.tree.map(lambda x: _half(x, 1), self)
 
 
+def ready(q_BTKGH: jax.Array, kernel: str) -> jax.Array:
+    """Queries for all the keys that they meet: splash takes scaled ones."""
+    if kernel != "splash":
+        return q_BTKGH
+    return (q_BTKGH / math.sqrt(q_BTKGH.shape[-1])).astype(q_BTKGH.dtype)
+
+
+def asked(g_BTKGH: jax.Array, out_BTKGH: jax.Array, log_sum_BTKG: jax.Array) -> Asked:
+    """For all the keys of which a gradient is wanted."""
+    mean_BTKG = jnp.einsum(
+        "BTKGH,BTKGH->BTKG",
+        g_BTKGH.astype(jnp.float32),
+        out_BTKGH.astype(jnp.float32),
+    )
+    return Asked(g_BTKGH, out_BTKGH, log_sum_BTKG, mean_BTKG)
+
+
 def forward(
     queries: Queries,
     keys: Keys,
@@ -82,18 +110,17 @@ def forward(
     window: int,
     softcap: float,
     kernel: str,
-    is_causal: bool = False,
+    seen: Seen,
 ) -> Result:
-    """Attention of `queries` to `keys`. Not `is_causal`: all the keys come before all
-    the queries."""
+    """Attention of `queries` to those of `keys` that they see."""
     if kernel == "splash":
-        assert not window
-        return _splash_forward(queries, keys, softcap, is_causal)
+        return _splash_forward(queries, keys, window, softcap, seen)
     if kernel == "cudnn":
         assert (window, softcap) == (0, 0.0)
-        return _cudnn_forward(queries, keys, is_causal)
+        assert seen != "some"
+        return _cudnn_forward(queries, keys, is_causal=seen == "own")
     one = functools.partial(
-        _block_forward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
+        _block_forward, keys=keys, window=window, softcap=softcap, seen=seen
     )
     blocks = jax.tree.map(_split, queries)
     return jax.tree.map(_unsplit, jax.lax.map(one, blocks))
@@ -107,15 +134,18 @@ def backward(
     window: int,
     softcap: float,
     kernel: str,
-    is_causal: bool = False,
+    seen: Seen,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq_BTKGH, dk_BSKH, dv_BSKH), float32, of these queries by these keys."""
+    """(dq_BTKGH, dk_BSKH, dv_BSKH), in the kernel's type, of these queries by these
+    keys."""
     if kernel == "splash":
-        return _splash_backward(queries, keys, asked, softcap, is_causal)
+        return _splash_backward(queries, keys, asked, window, softcap, seen)
     if kernel == "cudnn":
-        return _cudnn_backward(queries, keys, asked, is_causal)
+        assert (window, softcap) == (0, 0.0)
+        assert seen != "some"
+        return _cudnn_backward(queries, keys, asked, is_causal=seen == "own")
     one = functools.partial(
-        _block_backward, keys=keys, window=window, softcap=softcap, is_causal=is_causal
+        _block_backward, keys=keys, window=window, softcap=softcap, seen=seen
     )
 
     def add(sums, block):
@@ -150,14 +180,8 @@ def joined(low: Result, high: Result) -> Result:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), low, high)
 
 
-def high_only(high: Result) -> Result:
-    """The result of the second half of the queries, as of all."""
-    none = Result(jnp.zeros_like(high[0]), jnp.full_like(high[1], -jnp.inf))
-    return joined(none, high)
-
-
-def _block_forward(queries, *, keys, window, softcap, is_causal) -> Result:
-    scores_BKGTS, _ = _scores(queries, keys, window, softcap, is_causal)
+def _block_forward(queries, *, keys, window, softcap, seen) -> Result:
+    scores_BKGTS, _ = _scores(queries, keys, window, softcap, seen)
     top_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
     top_BKGT1 = jnp.where(top_BKGT1 == -jnp.inf, 0.0, top_BKGT1)
     e_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
@@ -174,22 +198,18 @@ def _block_forward(queries, *, keys, window, softcap, is_causal) -> Result:
     return Result(out_BTKGH, jnp.einsum("BKGT->BTKG", log_sum_BKGT))
 
 
-def _block_backward(queries, asked, *, keys, window, softcap, is_causal):
+def _block_backward(queries, asked, *, keys, window, softcap, seen):
     q_BTKGH, k_BSKH, v_BSKH = queries.q_BTKGH, keys.k_BSKH, keys.v_BSKH
     multiply = functools.partial(
         jnp.einsum,
         precision=attention.precision(q_BTKGH),
         preferred_element_type=jnp.float32,
     )
-    scores_BKGTS, slope_BKGTS = _scores(queries, keys, window, softcap, is_causal)
+    scores_BKGTS, slope_BKGTS = _scores(queries, keys, window, softcap, seen)
     log_sum_BKGT = jnp.einsum("BTKG->BKGT", asked.log_sum_BTKG)
     p_BKGTS = jnp.exp(scores_BKGTS - log_sum_BKGT[..., None])
     g_BTKGH = asked.g_BTKGH
-    mean_BKGT = jnp.einsum(
-        "BTKGH,BTKGH->BKGT",
-        g_BTKGH.astype(jnp.float32),
-        asked.out_BTKGH.astype(jnp.float32),
-    )
+    mean_BKGT = jnp.einsum("BTKG->BKGT", asked.mean_BTKG)
     dv_BSKH = multiply("BKGTS,BTKGH->BSKH", p_BKGTS.astype(g_BTKGH.dtype), g_BTKGH)
     dp_BKGTS = multiply("BTKGH,BSKH->BKGTS", g_BTKGH, v_BSKH)
     ds_BKGTS = p_BKGTS * (dp_BKGTS - mean_BKGT[..., None]) * slope_BKGTS
@@ -199,7 +219,7 @@ def _block_backward(queries, asked, *, keys, window, softcap, is_causal):
     return dq_BTKGH, dk_BSKH, dv_BSKH
 
 
-def _scores(queries, keys, window, softcap, is_causal):
+def _scores(queries, keys, window, softcap, seen):
     """(scores, -inf where unseen; the slope of the cap there)."""
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS",
@@ -214,7 +234,7 @@ def _scores(queries, keys, window, softcap, is_causal):
         scores_BKGTS, slope_BKGTS = softcap * bent_BKGTS, 1.0 - bent_BKGTS**2
     away_TS = queries.places_T[:, None] - keys.places_S[None, :]
     seen_BTS = jnp.ones((1, *away_TS.shape), bool)
-    if is_causal:
+    if seen != "all":
         seen_BTS &= away_TS >= 0
     if window:
         seen_BTS &= away_TS < window
@@ -224,93 +244,52 @@ def _scores(queries, keys, window, softcap, is_causal):
     return jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), slope_BKGTS
 
 
-def _splash(queries, keys, softcap, is_causal):
-    """(kernel, its q, k, v and segments by row and key head)."""
-    T, G, H = queries.q_BTKGH.shape[1], *queries.q_BTKGH.shape[3:]
-    shape = (T, keys.k_BSKH.shape[1])
-    mask = splash_attention.CausalMask if is_causal else splash_attention.FullMask
-    kernel = splash_attention.make_splash_mqa_single_device(
-        splash_attention.MultiHeadMask([mask(shape)] * G),
-        block_sizes=fused_attention.block_sizes(*shape),
-        attn_logits_soft_cap=softcap or None,
-        save_residuals=True,
-        interpret=mesh.platform() != "tpu",
-    )
-    q_BKGTH = jnp.einsum("BTKGH->BKGTH", queries.q_BTKGH) / math.sqrt(H)
-    k_BKSH, v_BKSH = (jnp.einsum("BSKH->BKSH", x) for x in keys[:2])
-    segments = None
-    if queries.segments_BT is not None:
-        segments = splash_attention.SegmentIds(queries.segments_BT, keys.segments_BS)
-    return kernel, q_BKGTH.astype(queries.q_BTKGH.dtype), k_BKSH, v_BKSH, segments
+def _splash_forward(queries, keys, window, softcap, seen) -> Result:
+    given = (queries.q_BTKGH, keys.k_BSKH, keys.v_BSKH, _segments(queries, keys))
+    places = _by_kernel(queries, seen)
+    return Result(*splash_parts.forward(*given, places, window=window, softcap=softcap))
 
 
-def _over_rows(function, *, segments: int, others: int):
-    """`function(*others, segments)` for every row and key head."""
-    over_heads = jax.vmap(function, in_axes=(*(0,) * others, None))
-    return jax.vmap(over_heads, in_axes=(*(0,) * others, 0 if segments else None))
-
-
-def _splash_forward(queries, keys, softcap, is_causal) -> Result:
-    kernel, q, k, v, segments = _splash(queries, keys, softcap, is_causal)
-    run = _over_rows(kernel, segments=segments is not None, others=3)
-    out_BKGTH, (log_sum_BKGT,) = run(q, k, v, segments)
-    return Result(
-        jnp.einsum("BKGTH->BTKGH", out_BKGTH).astype(jnp.float32),
-        jnp.einsum("BKGT->BTKG", log_sum_BKGT),
+def _splash_backward(queries, keys, asked, window, softcap, seen):
+    return splash_parts.backward(
+        queries.q_BTKGH,
+        keys.k_BSKH,
+        keys.v_BSKH,
+        _segments(queries, keys),
+        _by_kernel(queries, seen),
+        asked.log_sum_BTKG,
+        asked.g_BTKGH,
+        asked.mean_BTKG,
+        window=window,
+        softcap=softcap,
     )
 
 
-def _splash_backward(queries, keys, asked, softcap, is_causal):
-    """By the kernel's own backward pass, which takes the whole's result and log-sum-exp
-    for its own."""
-    kernel, q, k, v, segments = _splash(queries, keys, softcap, is_causal)
-    settings = kernel.kwargs
-
-    def one(q, k, v, out, log_sum, g, segments):
-        given = (q, k, v, segments, None, out, log_sum)
-        found = splash_attention_kernel._splash_attention_bwd(
-            False,
-            settings["mask_value"],
-            settings["is_mqa"],
-            settings["block_sizes"],
-            None,
-            settings["mask_function"],
-            settings["attn_logits_soft_cap"],
-            settings["interpret"],
-            (*given, kernel.dq_mask_info, kernel.dkv_mask_info),
-            g,
-        )
-        return found[3:6]
-
-    by_head = lambda x: jnp.einsum("BTKGH->BKGTH", x)
-    run = _over_rows(one, segments=segments is not None, others=6)
-    dq, dk, dv = run(
-        q,
-        k,
-        v,
-        by_head(asked.out_BTKGH),
-        jnp.einsum("BTKG->BKGT", asked.log_sum_BTKG),
-        by_head(asked.g_BTKGH),
-        segments,
-    )
-    dq = dq.astype(jnp.float32) / math.sqrt(queries.q_BTKGH.shape[-1])
-    back = lambda x: jnp.einsum("BKSH->BSKH", x).astype(jnp.float32)
-    return jnp.einsum("BKGTH->BTKGH", dq), back(dk), back(dv)
+def _by_kernel(queries, seen: Seen) -> splash_parts.Seen:
+    if seen == "some":
+        return queries.places_T
+    return "causal" if seen == "own" else "all"
 
 
-def _cudnn_forward(queries, keys, is_causal) -> Result:
+def _segments(queries, keys) -> splash_parts.Segments:
+    if queries.segments_BT is None:
+        return None
+    return queries.segments_BT, keys.segments_BS
+
+
+def _cudnn_forward(queries, keys, *, is_causal) -> Result:
     q_BTKGH = queries.q_BTKGH
     out_BTNH, log_sum_BNT = cudnn_parts.forward(
         _all_heads(q_BTKGH), *keys[:2], _same(queries, keys), is_causal=is_causal
     )
     log_sum_BTN = jnp.einsum("BNT->BTN", log_sum_BNT)
     return Result(
-        out_BTNH.reshape(q_BTKGH.shape).astype(jnp.float32),
+        out_BTNH.reshape(q_BTKGH.shape),
         log_sum_BTN.reshape(q_BTKGH.shape[:-1]),
     )
 
 
-def _cudnn_backward(queries, keys, asked, is_causal):
+def _cudnn_backward(queries, keys, asked, *, is_causal):
     log_sum_BTKG = asked.log_sum_BTKG
     log_sum_BTN = log_sum_BTKG.reshape(*log_sum_BTKG.shape[:2], -1)
     dq_BTNH, dk_BSKH, dv_BSKH = cudnn_parts.backward(
@@ -322,8 +301,7 @@ def _cudnn_backward(queries, keys, asked, is_causal):
         _all_heads(asked.g_BTKGH),
         is_causal=is_causal,
     )
-    wide = lambda x: x.astype(jnp.float32)
-    return wide(dq_BTNH.reshape(queries.q_BTKGH.shape)), wide(dk_BSKH), wide(dv_BSKH)
+    return dq_BTNH.reshape(queries.q_BTKGH.shape), dk_BSKH, dv_BSKH
 
 
 def _same(queries, keys) -> jax.Array | None:

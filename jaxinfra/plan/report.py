@@ -66,9 +66,7 @@ def kernel_flops(
     sizes = checks.resolve_mesh(config, num_devices)
     seen = [min(layer.window or train.length, train.length) for layer in model.layers]
     keys = sum(s - s**2 / (2 * train.length) for s in seen) / len(seen)
-    if (parts := sizes["context"]) > 1:  # calls of a layer, of `parallel.ring`
-        calls_of = {"ring": parts, "all_gather": 2 * parts + 1}
-        keys /= calls_of.get(config.parallel.context, 1)
+    parts, way = sizes["context"], config.parallel.context
     rows = train.batch_size // train.microbatches
     tokens = rows * train.length / num_devices * sizes["pipeline"]
     widths = products = 0.0
@@ -76,7 +74,7 @@ def kernel_flops(
         if name.startswith(_GROUPED):
             products += 0 if name.endswith("metadata") else count
         else:
-            widths += count * _in_widths(name.lower())
+            widths += count * _in_widths(name.lower()) / _calls_of(way, parts, name)
     met = model.experts_per_token * model.width * model.expert_width
     return KernelFlops(
         attention=widths * tokens * model.num_heads * keys * model.head_width,
@@ -92,6 +90,15 @@ def flops_again(config: Config, num_devices: int, played: cost.Cost) -> float:
         if pass_of(scope) == _AGAIN:
             calls[name] += count
     return again + sum(kernel_flops(config, num_devices, calls))
+
+
+def _calls_of(way: str, parts: int, kernel: str) -> int:
+    """In which attention of a layer meets all its keys (`parallel.context`)."""
+    if parts == 1 or way == "ulysses":
+        return 1
+    if way == "ring":
+        return parts
+    return 1 if "splash" in kernel else 2 * parts + 1
 
 
 def _in_widths(kernel: str) -> int:

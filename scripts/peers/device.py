@@ -247,19 +247,22 @@ def parts(sizes: tuple[int, ...], repeats: int) -> dict:
             lambda x: x[at] if x.ndim == 1 else x[:, at], tree
         )
         early, late = slice(0, half), slice(half, T)
+        ready, by_late = jax.vjp(lambda q: meeting.ready(q, kernel), q[:, late])
         queries = of(meeting.Queries(q, places_T, segments_BT), late)
+        queries = queries._replace(q_BTKGH=ready)
         keys = meeting.Keys(k, v, places_T, segments_BT)
         own, before = of(keys, late), of(keys, early)
         result = meeting.merged(
-            meeting.forward(queries, own, is_causal=True, **how),
-            meeting.forward(queries, before, **how),
+            meeting.forward(queries, own, seen="own", **how),
+            meeting.forward(queries, before, seen="all", **how),
         )
         out = result.out_BTKGH.astype(q.dtype)
-        asked = meeting.Asked(g[:, late], out, result.log_sum_BTKG)
-        dq, *of_own = meeting.backward(queries, own, asked, is_causal=True, **how)
-        more, *of_before = meeting.backward(queries, before, asked, **how)
+        asked = meeting.asked(g[:, late], out, result.log_sum_BTKG)
+        dq, *of_own = meeting.backward(queries, own, asked, seen="own", **how)
+        more, *of_before = meeting.backward(queries, before, asked, seen="all", **how)
         both = zip(of_before, of_own, strict=True)
-        return out, dq + more, *(jnp.concatenate(pair, axis=1) for pair in both)
+        [dq] = by_late((dq.astype(jnp.float32) + more).astype(q.dtype))
+        return out, dq, *(jnp.concatenate(pair, axis=1) for pair in both)
 
     found: dict = {"kernel": kernel}
     documents_BT = 1 + (places_T > T // 3) + (places_T > T - T // 8) + jnp.zeros((B, 1))

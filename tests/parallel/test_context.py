@@ -1,6 +1,7 @@
 """Attention over rows whose length is split, against attention over whole rows."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,20 +95,34 @@ def test_heads_and_length_are_split_together(way, sizes):
     check(way, "segments", sizes)
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
-@pytest.mark.parametrize("with_segments", [True, False])
-@pytest.mark.parametrize("way", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+    ("way", "kernel", "length", "window", "softcap", "with_segments"),
+    [
+        ("ring", "cudnn", 512, 0, 0.0, True),
+        ("ring", "cudnn", 512, 0, 0.0, False),
+        ("all_gather", "cudnn", 512, 0, 0.0, True),
+        ("all_gather", "cudnn", 512, 0, 0.0, False),
+        ("ring", "splash", 512, 0, 0.0, True),
+        ("ring", "splash", 512, 0, 0.0, False),
+        ("all_gather", "splash", 512, 0, 0.0, True),
+        ("all_gather", "splash", 1024, 0, 1.5, False),
+        # Within a block of 128, over its edge by one token, over a whole one.
+        ("all_gather", "splash", 1024, 100, 0.0, False),
+        ("all_gather", "splash", 1024, 130, 0.0, True),
+        ("all_gather", "splash", 1024, 257, 0.0, False),
+    ],
+)
 def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
-    way, kernel, with_segments, monkeypatch, caplog
+    way, kernel, length, window, softcap, with_segments, monkeypatch, caplog
 ):
     kernels_anywhere.allow(monkeypatch)
     attention.say_once.cache_clear()
-    *arrays, segments_BT = inputs(512)
+    *arrays, segments_BT = inputs(length)
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
-    settings = {"window": 0, "softcap": 0.0}
+    settings = {"window": window, "softcap": softcap}
     found = split_attention(
         way,
-        {"context": 2},
+        {"context": length // 256},
         (*narrow, segments_BT),
         kernel,
         with_segments=with_segments,
@@ -123,17 +138,19 @@ def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
 
 
 @pytest.mark.parametrize(
-    ("way", "window", "reason"),
+    ("way", "kernel", "window", "reason"),
     [
-        ("ring", 9, "a window in a ring"),
-        ("all_gather", 9, "a window over gathered keys"),
-        ("all_gather", 0, ""),
-        ("ulysses", 9, ""),
-        ("ring", 0, ""),
+        ("ring", "splash", 9, "a window in a ring"),
+        ("ring", "cudnn", 9, "a window in a ring"),
+        ("all_gather", "cudnn", 9, "a window over gathered keys"),
+        ("all_gather", "splash", 9, None),
+        ("all_gather", "cudnn", 0, None),
+        ("ulysses", "cudnn", 9, None),
+        ("ring", "splash", 0, None),
     ],
 )
-def test_where_no_kernel_serves_is_said(way, window, reason):
-    assert context._unfused(way, window) == reason
+def test_where_no_kernel_serves_is_said(way, kernel, window, reason):
+    assert context._refused(way, window).get(kernel) == reason
 
 
 @pytest.mark.parametrize(
@@ -210,7 +227,9 @@ def test_what_one_device_meets_is_that_of_cudnn(monkeypatch):
 
     @functools.partial(jax.jit, static_argnames=("pass_", "kernel"))
     def met(pass_, kernel, *given):
-        return pass_(queries, keys, *given, kernel=kernel, window=0, softcap=0.0)
+        return pass_(
+            queries, keys, *given, kernel=kernel, window=0, softcap=0.0, seen="all"
+        )
 
     plain = met(meeting.forward, "xla")
     fused = met(meeting.forward, "cudnn")
@@ -226,7 +245,7 @@ def test_what_one_device_meets_is_that_of_cudnn(monkeypatch):
     )
     log_sum_BTKG = jnp.logaddexp(plain.log_sum_BTKG, 0.3)
     out_BTKGH = (plain.out_BTKGH * 0.7).astype(jnp.bfloat16)
-    asked = meeting.Asked(g, out_BTKGH, log_sum_BTKG)
+    asked = meeting.asked(g, out_BTKGH, log_sum_BTKG)
     plain = met(meeting.backward, "xla", asked)
     fused = met(meeting.backward, "cudnn", asked)
     for got, want in zip(fused, plain, strict=True):
@@ -243,17 +262,19 @@ def test_what_one_device_meets_is_that_of_the_splash_kernel():
     segments = jnp.asarray(rng.integers(1, 3, (1, T)), jnp.int32)
     queries = meeting.Queries(q, jnp.arange(T) + S, segments)
     keys = meeting.Keys(k, v, jnp.arange(S), segments[:, :S])
-    settings = {"window": 0, "softcap": 0.0}
+    settings = {"window": 0, "softcap": 0.0, "seen": "all"}
     plain = meeting.forward(queries, keys, kernel="xla", **settings)
-    fused = meeting.forward(queries, keys, kernel="splash", **settings)
+    scaled = queries._replace(q_BTKGH=meeting.ready(q, "splash"))
+    fused = meeting.forward(scaled, keys, kernel="splash", **settings)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=FLOAT32_ROUNDING),
         plain,
         fused,
     )
     # As if other keys had been met too: the log-sum-exp is that of all of them.
-    asked = meeting.Asked(g, plain.out_BTKGH * 0.7, plain.log_sum_BTKG + 0.3)
+    asked = meeting.asked(g, plain.out_BTKGH * 0.7, plain.log_sum_BTKG + 0.3)
     plain = meeting.backward(queries, keys, asked, kernel="xla", **settings)
-    fused = meeting.backward(queries, keys, asked, kernel="splash", **settings)
+    fused = meeting.backward(scaled, keys, asked, kernel="splash", **settings)
+    fused = (fused[0] / math.sqrt(q.shape[-1]), *fused[1:])
     for got, want in zip(fused, plain, strict=True):
         np.testing.assert_allclose(got, want, atol=10 * FLOAT32_ROUNDING)
