@@ -72,13 +72,14 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
 - `ring`: keys and values go round P devices while what is here is computed; memory for
   two parts of them. Half of all scores are computed, as causality asks. Inside, splash
   on TPU (parts of a row are multiples of 256 tokens) and cuDNN on GPU (with documents
-  up to 16,384 tokens), blocks of 512 queries elsewhere and for layers with a window.
+  up to 16,384 tokens), blocks of 512 queries elsewhere; of layers with a window the
+  parts in sight, by splash or in blocks.
 - `all_gather`: one collective, memory for the keys of whole rows; it goes with stages.
   On a TPU one call of splash then does all, with windows too, and merges nothing: for
   Llama-3-8B with rows of 128k tokens on 16 v5p a step's price, kernels apart, is 2.6 s
   where that of a ring is 3.1 (20.7 and 19.4 GB). Not in these: the kernel passes over
-  the blocks that it skips, as many as it computes; in a ring there are none. cuDNN
-  meets chunk after chunk; with a window blocks do, those in sight.
+  the blocks that it skips, as many as it computes; in a ring there are none. On a GPU
+  cuDNN meets chunk after chunk, and blocks those that a window shows.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
   a device, or be shared out among the queries of one.
 

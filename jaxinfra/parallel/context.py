@@ -87,9 +87,8 @@ def _refused(way: Way, window: int) -> dict[str, str]:
     """Why a fused kernel does not serve inside `way`, by its name."""
     if way == "ulysses" or not window:
         return {}
-    if way == "ring":
-        return dict.fromkeys(("splash", "cudnn"), "a window in a ring")
-    return {"cudnn": "a window over gathered keys"}
+    where = "in a ring" if way == "ring" else "over gathered keys"
+    return {"cudnn": f"a window {where}"}
 
 
 def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):

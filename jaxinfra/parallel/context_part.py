@@ -49,8 +49,10 @@ def wide(tree: Any) -> Any:
 
 
 def zeros(x: jax.Array) -> jax.Array:
+    """Float32, of the shape of `x`."""
     return jnp.zeros(x.shape, jnp.float32)
 
 
 def added(sums, more):
+    """Their sums, one by one."""
     return jax.tree.map(jnp.add, tuple(sums), tuple(more))

@@ -41,7 +41,7 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
 def _forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
     queries, own = context_part.own(q_BTKGH, k_BSKH, v_BSKH, segments_BT)
     way, _ = _WAYS[settings.kernel]
-    result = way(queries, own, _all_chunks(own), settings)
+    result = way(queries, own, settings)
     return context_part.whole(q_BTKGH, k_BSKH, v_BSKH, segments_BT, result)
 
 
@@ -50,7 +50,7 @@ def _backward(settings, residuals, g_BTKGH):
     queries, own = context_part.own(q_BTKGH, k_BSKH, v_BSKH, segments_BT)
     asked = meeting.asked(g_BTKGH, out_BTKGH, log_sum_BTKG)
     _, way = _WAYS[settings.kernel]
-    dq_BTKGH, dk_BSKH, dv_BSKH = way(queries, own, _all_chunks(own), asked, settings)
+    dq_BTKGH, dk_BSKH, dv_BSKH = way(queries, own, asked, settings)
     return (
         dq_BTKGH.astype(q_BTKGH.dtype),
         dk_BSKH.astype(k_BSKH.dtype),
@@ -62,30 +62,28 @@ def _backward(settings, residuals, g_BTKGH):
 _attend.defvjp(_forward, _backward)
 
 
-def _splash_forward(
-    queries: Queries, own: Keys, chunks: Keys, settings: Settings
-) -> Result:
-    keys = _in_order(chunks)
+def _splash_forward(queries: Queries, own: Keys, settings: Settings) -> Result:
+    keys = _all_keys(own)
     return meeting.forward(queries, keys, seen="some", **settings._asdict())
 
 
 def _splash_backward(
-    queries: Queries, own: Keys, chunks: Keys, asked: Asked, settings: Settings
+    queries: Queries, own: Keys, asked: Asked, settings: Settings
 ) -> tuple[jax.Array, ...]:
     """(dq_BTKGH, dk_BSKH, dv_BSKH), of the keys and values that are `own`."""
     dq_BTKGH, *of_keys = meeting.backward(
-        queries, _in_order(chunks), asked, seen="some", **settings._asdict()
+        queries, _all_keys(own), asked, seen="some", **settings._asdict()
     )
-    P = chunks.places_S.shape[0]
-    return dq_BTKGH, *(_sum_of_own(_cut(x, P)) for x in wide(of_keys))
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name="context", scatter_dimension=1, tiled=True
+    )
+    return dq_BTKGH, *map(scatter, wide(of_keys))
 
 
-def _cudnn_forward(
-    queries: Queries, own: Keys, chunks: Keys, settings: Settings
-) -> Result:
+def _cudnn_forward(queries: Queries, own: Keys, settings: Settings) -> Result:
     forward = functools.partial(meeting.forward, **settings._asdict())
     at_home = lambda half: forward(*half, seen="own")
-    halves = _halves(queries)
+    halves, chunks = _halves(queries), _all_chunks(own)
     results = wide(jax.lax.map(at_home, (halves, _halves(own))))
 
     def turn(results, step):
@@ -99,11 +97,11 @@ def _cudnn_forward(
 
 
 def _cudnn_backward(
-    queries: Queries, own: Keys, chunks: Keys, asked: Asked, settings: Settings
+    queries: Queries, own: Keys, asked: Asked, settings: Settings
 ) -> tuple[jax.Array, ...]:
     backward = functools.partial(meeting.backward, **settings._asdict())
     at_home = lambda half: backward(*half, seen="own")
-    halves, asked = _halves(queries), _halves(asked)
+    halves, asked, chunks = _halves(queries), _halves(asked), _all_chunks(own)
     dq, dk, dv = wide(jax.lax.map(at_home, (halves, _halves(own), asked)))
 
     def turn(sums, step):
@@ -119,10 +117,9 @@ def _cudnn_backward(
     return _unhalved(dq), *of_keys
 
 
-def _blocks_forward(
-    queries: Queries, own: Keys, chunks: Keys, settings: Settings
-) -> Result:
+def _blocks_forward(queries: Queries, own: Keys, settings: Settings) -> Result:
     forward = functools.partial(meeting.forward, seen="some", **settings._asdict())
+    chunks = _all_chunks(own)
 
     def half(queries):
         def add(chunk, result):
@@ -135,9 +132,10 @@ def _blocks_forward(
 
 
 def _blocks_backward(
-    queries: Queries, own: Keys, chunks: Keys, asked: Asked, settings: Settings
+    queries: Queries, own: Keys, asked: Asked, settings: Settings
 ) -> tuple[jax.Array, ...]:
     backward = functools.partial(meeting.backward, seen="some", **settings._asdict())
+    chunks = _all_chunks(own)
 
     def half(queries, asked, sums):
         def add(chunk, carry):
@@ -175,45 +173,31 @@ def _meeting_of(step) -> tuple[jax.Array, jax.Array]:
     return half, step - half * here
 
 
+def _all_keys(own: Keys) -> Keys:
+    """Whole rows, by device."""
+
+    def gather(x):
+        along = 0 if x.ndim == 1 else 1
+        return jax.lax.all_gather(x, "context", axis=along, tiled=True)
+
+    return jax.tree.map(gather, own)
+
+
 def _all_chunks(own: Keys) -> Keys:
     """Every chunk of the rows in order, along a new first dim."""
 
     def gather(halves):
-        halves = jnp.stack([halves[0], _across(halves[1])])
-        chunks = jnp.moveaxis(jax.lax.all_gather(halves, "context"), 0, 1)
-        return chunks.reshape(-1, *chunks.shape[2:])
+        lows, highs = (jax.lax.all_gather(half, "context") for half in halves)
+        return jnp.concatenate([lows, highs[::-1]], axis=0)
 
     return jax.tree.map(gather, _halves(own))
 
 
 def _sum_of_own(chunks: jax.Array) -> jax.Array:
     """Over devices, of the chunks [2 P, B, S, ...] that are this one's."""
-    chunks = jnp.moveaxis(chunks.reshape(2, -1, *chunks.shape[1:]), 1, 0)
-    low, high = jax.lax.psum_scatter(chunks, "context")
-    return jnp.concatenate([low, _across(high)], axis=1)
-
-
-def _across(x: jax.Array) -> jax.Array:
-    """That of the device whose second chunk, or whose first, stands in this one's place
-    if second chunks are in the order of devices, as first ones are."""
-    P = jax.lax.axis_size("context")
-    return jax.lax.ppermute(x, "context", [(i, P - 1 - i) for i in range(P)])
-
-
-def _in_order(chunks: Keys) -> Keys:
-    """Whole rows."""
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-    places = chunks.places_S.reshape(-1)
-    return jax.tree.map(join, chunks._replace(places_S=None))._replace(places_S=places)
-
-
-def _cut(x: jax.Array, count: int) -> jax.Array:
-    """[B, S, ...] -> [count, B, S / count, ...]"""
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+    lows, highs = jnp.split(chunks, 2)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="context")
+    return jnp.concatenate([scatter(lows), scatter(highs[::-1])], axis=1)
 
 
 def _halves(tree: Any) -> Any:

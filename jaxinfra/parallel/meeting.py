@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxinfra.ops import attention
 from jaxinfra.parallel import cudnn_parts, splash_parts
 
-# What the queries see of the keys: all; of their own, those up to each; those up to
-# each, of keys with other places, too (for splash: of whole rows in order).
+# What the queries see of the keys: all; of their own, those up to each; of keys with
+# other places, those up to each.
 Seen = Literal["all", "own", "some"]
 _BLOCK = 512  # queries whose scores exist at a time
 
@@ -160,11 +160,11 @@ def backward(
 def merged(a: Result, b: Result) -> Result:
     """Attention to the keys of both."""
     log_sum_BTKG = jnp.logaddexp(a.log_sum_BTKG, b.log_sum_BTKG)
-    is_seen_BTKG = log_sum_BTKG > -jnp.inf
 
     def weighted(part):
-        share_BTKG = jnp.exp(part.log_sum_BTKG - log_sum_BTKG)
-        return jnp.where(is_seen_BTKG, share_BTKG, 0.0)[..., None] * part.out_BTKGH
+        share_BTKG1 = jnp.exp(part.log_sum_BTKG - log_sum_BTKG)[..., None]
+        # Of nothing out_BTKGH may be no number, and so may a share of nothing at all.
+        return jnp.where(share_BTKG1 > 0, share_BTKG1 * part.out_BTKGH, 0.0)
 
     return Result(weighted(a) + weighted(b), log_sum_BTKG)
 
@@ -246,8 +246,8 @@ def _scores(queries, keys, window, softcap, seen):
 
 def _splash_forward(queries, keys, window, softcap, seen) -> Result:
     given = (queries.q_BTKGH, keys.k_BSKH, keys.v_BSKH, _segments(queries, keys))
-    places = _by_kernel(queries, seen)
-    return Result(*splash_parts.forward(*given, places, window=window, softcap=softcap))
+    seen = _by_kernel(queries, keys, seen)
+    return Result(*splash_parts.forward(*given, seen, window=window, softcap=softcap))
 
 
 def _splash_backward(queries, keys, asked, window, softcap, seen):
@@ -256,7 +256,7 @@ def _splash_backward(queries, keys, asked, window, softcap, seen):
         keys.k_BSKH,
         keys.v_BSKH,
         _segments(queries, keys),
-        _by_kernel(queries, seen),
+        _by_kernel(queries, keys, seen),
         asked.log_sum_BTKG,
         asked.g_BTKGH,
         asked.mean_BTKG,
@@ -265,9 +265,9 @@ def _splash_backward(queries, keys, asked, window, softcap, seen):
     )
 
 
-def _by_kernel(queries, seen: Seen) -> splash_parts.Seen:
+def _by_kernel(queries, keys, seen: Seen) -> splash_parts.Seen:
     if seen == "some":
-        return queries.places_T
+        return queries.places_T, keys.places_S
     return "causal" if seen == "own" else "all"
 
 

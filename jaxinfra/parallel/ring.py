@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.parallel import context_part, meeting
+from jaxinfra.parallel.context_part import Settings
 
 
 def attend(
@@ -26,7 +27,7 @@ def attend(
 ) -> jax.Array:
     """Ring attention: while keys meet the queries here, they are on the way to the next
     device. With a window, keys that are out of sight are not computed."""
-    settings = context_part.Settings(window, softcap, kernel)
+    settings = Settings(window, softcap, kernel)
     q_BTKGH = meeting.ready(q_BTKGH, kernel)
     return _ring(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
 
@@ -41,7 +42,8 @@ def _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
     P, chunk = jax.lax.axis_size("context"), k_BSKH.shape[1] // 2
     forward = functools.partial(meeting.forward, **settings._asdict())
     coming = _passed_on(own)
-    result = forward(queries, own, seen="own")
+    by_table = _is_by_table(settings)
+    result = forward(queries, own, seen="some" if by_table else "own")
 
     def turn(carry, step):
         keys, *halves = carry
@@ -49,14 +51,20 @@ def _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         return (after, *met(keys, step, *halves)), None
 
     def met(keys, step, low, high):
-        def earlier():
-            part = forward(queries, keys.low(), seen="all")
+        def with_(part):
             return meeting.merged(low, part.low()), meeting.merged(high, part.high())
+
+        def in_sight():
+            return with_(forward(queries, keys, seen="some"))
+
+        def earlier():
+            return with_(forward(queries, keys.low(), seen="all"))
 
         def later():
             return low, meeting.merged(high, forward(queries.high(), keys, seen="all"))
 
-        return _by_place(step, chunk, settings, earlier, later, lambda: (low, high))
+        ways = (in_sight, in_sight) if by_table else (earlier, later)
+        return _by_place(step, chunk, settings, *ways, lambda: (low, high))
 
     halves = context_part.wide((result.low(), result.high()))
     if P > 1:
@@ -74,21 +82,30 @@ def _ring_backward(settings, residuals, g_BTKGH):
     P, chunk = jax.lax.axis_size("context"), k_BSKH.shape[1] // 2
     backward = functools.partial(meeting.backward, **settings._asdict())
     coming = _passed_on(own)
-    dq_BTKGH, *sums = backward(queries, own, asked, seen="own")
+    by_table = _is_by_table(settings)
+    seen = "some" if by_table else "own"
+    dq_BTKGH, *of_own = backward(queries, own, asked, seen=seen)
 
     def met(keys, step, low, high):
-        def earlier():
-            dq_BTKGH, *of_low = backward(queries, keys.low(), asked, seen="all")
-            of_keys = [jnp.concatenate([x, jnp.zeros_like(x)], axis=1) for x in of_low]
+        def with_(dq_BTKGH, *of_keys):
             more_low, more_high = jnp.split(dq_BTKGH, 2, axis=1)
             return low + more_low, high + more_high, *of_keys
+
+        def in_sight():
+            return with_(*backward(queries, keys, asked, seen="some"))
+
+        def earlier():
+            dq_BTKGH, *of_low = backward(queries, keys.low(), asked, seen="all")
+            pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+            return with_(dq_BTKGH, *map(pad, of_low))
 
         def later():
             more, *of_keys = backward(queries.high(), keys, asked.high(), seen="all")
             return low, high + more, *of_keys
 
-        unseen = lambda: (low, high, *map(context_part.zeros, (k_BSKH, v_BSKH)))
-        return _by_place(step, chunk, settings, earlier, later, unseen)
+        ways = (in_sight, in_sight) if by_table else (earlier, later)
+        unseen = lambda: (low, high, *map(jnp.zeros_like, of_own))
+        return _by_place(step, chunk, settings, *ways, unseen)
 
     def turn(carry, step):
         keys, low, high, *sums = carry
@@ -96,7 +113,7 @@ def _ring_backward(settings, residuals, g_BTKGH):
         low, high, *mine = met(keys, step, low, high)
         return (after, low, high, *context_part.added(sums, mine)), None
 
-    low, high, *sums = context_part.wide((*jnp.split(dq_BTKGH, 2, axis=1), *sums))
+    low, high, *sums = context_part.wide((*jnp.split(dq_BTKGH, 2, axis=1), *of_own))
     if P > 1:
         carry = (coming, low, high, *sums)
         # The last turn's keys go on for nothing: one loop, for one exchange of P.
@@ -112,6 +129,12 @@ def _ring_backward(settings, residuals, g_BTKGH):
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _is_by_table(settings: Settings) -> bool:
+    """Whether queries meet all that a device sends, by tables of what is in sight:
+    splash, of a window. Without one what is met is cut so that all of it is seen."""
+    return settings.kernel == "splash" and settings.window > 0
 
 
 def _by_place(step, chunk, settings, earlier, later, unseen) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
@@ -20,11 +21,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxinfra import mesh
 from jaxinfra.ops import fused_attention
 
-# Which keys a query sees: all; those up to its own place, of as many; those up to its
-# place, one for each query, of keys from place 0 on.
-Seen = Literal["all", "causal"] | jax.Array
+# Which keys a query sees: all; of as many, those up to its own; those up to its place
+# in the row, of which there is one for each query, and one for each key.
+Seen = Literal["all", "causal"] | tuple[jax.Array, jax.Array]
 # Of queries and of keys, by row; None for one document.
 Segments = tuple[jax.Array, jax.Array] | None
+_NONE, _SOME, _ALL = 0, 1, 2  # what of a block of scores is seen, as the kernel has it
 
 
 def forward(
@@ -106,7 +108,7 @@ def _kernel(q_BTKGH, k_BSKH, seen, window, softcap) -> Any:
     T, G, S = q_BTKGH.shape[1], q_BTKGH.shape[3], k_BSKH.shape[1]
     interpret = mesh.platform() != "tpu"
     if not isinstance(seen, str):
-        return _by_places(seen, S, window, softcap, interpret)
+        return _by_places(*seen, window, softcap, interpret)
     assert not window
     mask = {"all": splash_attention.FullMask, "causal": splash_attention.CausalMask}
     return splash_attention.make_splash_mqa_single_device(
@@ -118,28 +120,21 @@ def _kernel(q_BTKGH, k_BSKH, seen, window, softcap) -> Any:
     )
 
 
-def _by_places(places_T, S, window, softcap, interpret) -> Any:
-    """A kernel for queries in two chunks, at the places of each of which follow one
-    another."""
-    sizes = fused_attention.block_sizes(places_T.size // 2, S, is_fused=False)
-    block, key_block = sizes.block_q, sizes.block_kv
-    first_i = places_T.reshape(-1, block)[:, :1]
-    first_j = jnp.arange(0, S, key_block)
-    seen_ij = first_j < first_i + block
-    if window:
-        seen_ij &= first_i - (first_j + key_block - 1) < window
-    # Any `block + window - 1` tokens that follow one another are in so many blocks.
-    most = lambda block, n: (window + block - 3) // n + 2 if window else S
-    by_query = _blocks(seen_ij, most(block, key_block))
-    by_key = _blocks(seen_ij.T, most(key_block, block))
-    info = functools.partial(
-        splash_attention_mask_info.MaskInfo,
-        mask_next=None,
-        partial_mask_blocks=None,
-        q_sequence=places_T,
-    )
-    of_queries = info(data_next=by_query[0][None], block_mask=by_query[1][None])
-    of_keys = info(data_next=by_key[0].T[None], block_mask=by_key[1].T[None])
+def _by_places(places_T, places_S, window, softcap, interpret) -> Any:
+    """A kernel for queries and keys in chunks, whole blocks of places that follow one
+    another, in any order."""
+    sizes = fused_attention.block_sizes(places_T.size // 2, is_fused=False)
+    block = sizes.block_q
+    first_i, first_j = (x[::block] // block for x in (places_T, places_S))
+    kinds, numbers, masks = _by_distance(block, window)
+    away_ij = first_i[:, None] - first_j[None, :]
+    kind_ij, number_ij = (_at(away_ij, table) for table in (kinds, numbers))
+    most = len(kinds) - 1 if window else max(kind_ij.shape)
+    by_query = _tables(kind_ij, number_ij, most)
+    by_key = _tables(kind_ij.T, number_ij.T, most)
+    info = functools.partial(splash_attention_mask_info.MaskInfo, q_sequence=None)
+    of_queries = info(*(x[None] for x in by_query), jnp.asarray(masks))
+    of_keys = info(*(x.T[None] for x in by_key), jnp.asarray(masks.swapaxes(1, 2)))
     return splash_attention_kernel.SplashAttentionKernel(
         of_queries,
         of_queries,
@@ -150,30 +145,49 @@ def _by_places(places_T, S, window, softcap, interpret) -> Any:
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=None,
-        mask_function=_sees(window),
+        mask_function=None,
         interpret=interpret,
     )
 
 
-def _blocks(seen_ij: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """(j, whether there is one) of the blocks that each i sees, up to `most`; where
-    there is none, j is as before, so that nothing is fetched."""
-    order = jnp.argsort(~seen_ij, axis=1, stable=True)[:, :most]
-    count_i1 = jnp.sum(seen_ij, axis=1, keepdims=True)
-    step = jnp.arange(order.shape[1])
-    last = jnp.take_along_axis(order, jnp.maximum(count_i1 - 1, 0), axis=1)
-    is_seen = step < count_i1
+def _by_distance(block: int, window: int) -> tuple[list[int], list[int], np.ndarray]:
+    """Of queries so many blocks after the keys: whether they see none of them, some or
+    all; which of the masks that is; the masks. The last is for all greater distances.
+    """
+    count = (window + block - 2) // block + 1 if window else 1
+    places = np.arange(block)
+    kinds, numbers, masks = [], [], []
+    for blocks in range(count):
+        away = blocks * block + places[:, None] - places[None, :]
+        seen = (away >= 0) & (away < window if window else True)
+        kinds.append(_ALL if seen.all() else _SOME)
+        numbers.append(0 if seen.all() else len(masks))
+        if not seen.all():
+            masks.append(seen)
+    kinds.append(_NONE if window else _ALL)
+    return kinds, [*numbers, 0], np.stack(masks)
+
+
+def _at(away_ij: jax.Array, table: list[int]) -> jax.Array:
+    """The entry for each distance, the last for all that are greater, 0 below 0."""
+    entries = [jnp.where(away_ij == n, x, 0) for n, x in enumerate(table[:-1])]
+    return sum(entries, jnp.where(away_ij >= len(table) - 1, table[-1], 0))
+
+
+def _tables(kind_ij, number_ij, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(j, number of the mask, kind) of the blocks that each i sees, up to `most`; after
+    them j is as before, so that nothing is fetched."""
+    is_none_ij = kind_ij == _NONE
+    j = jnp.broadcast_to(jnp.arange(kind_ij.shape[1]), kind_ij.shape)
+    _, *sorted_ = jax.lax.sort((is_none_ij, j, number_ij, kind_ij), num_keys=1)
+    j, number, kind = (x[:, :most] for x in sorted_)
+    is_seen = kind != _NONE
+    is_last = is_seen & ~jnp.pad(is_seen, ((0, 0), (0, 1)))[:, 1:]
+    last = jnp.sum(jnp.where(is_last, j, 0), axis=1, keepdims=True)
     # In the narrowest integers: the kernel keeps them in its scalar memory.
-    narrow = jnp.int8 if seen_ij.shape[1] < 2**7 else jnp.int16
-    return jnp.where(is_seen, order, last).astype(narrow), is_seen.astype(jnp.int8)
-
-
-@functools.cache  # one object, by which jax knows a kernel that it has traced
-def _sees(window: int) -> Any:
-    def sees(query, key):
-        return (key <= query) & (query - key < window) if window else key <= query
-
-    return sees
+    narrow = np.min_scalar_type(-max(kind_ij.shape))
+    j = jnp.where(is_seen, j, last).astype(narrow)
+    return j, number.astype(jnp.int8), kind.astype(jnp.int8)
 
 
 def _heads_first(q_BTKGH, k_BSKH, v_BSKH):

@@ -35,9 +35,9 @@ def saving(attend, remat):
 
 
 def sizes_kept(function, arrays):
-    """(size of the result, those of all arrays that the pull-back holds)."""
+    """(size of the result, those of all arrays that the pull-back holds but masks)."""
     out, pull = jax.eval_shape(functools.partial(jax.vjp, function), *arrays)
-    return out.size, sorted(x.size for x in jax.tree.leaves(pull))
+    return out.size, sorted(x.size for x in jax.tree.leaves(pull) if x.dtype != bool)
 
 
 @functools.cache
