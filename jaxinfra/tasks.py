@@ -109,7 +109,7 @@ def text(
     `data`, as of `open_sets`, there is neither stream nor evaluation."""
     rules, train = activation_rules(config, layout), config.train
     einsum_of, low = _in_precision(config, layout, policy)
-    has_experts = any(x.feed_forward == "experts" for x in config.model.layers)
+    has_experts = config.model.has_experts
     # By their public names, which load them: most models need none of these.
     routers = jaxinfra.Routers(config) if has_experts else None
     way, order_T = config.parallel.context, None

@@ -54,7 +54,7 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 def canonical(model: ModelConfig) -> ModelConfig:
     """The same function said in one way: widths that 0 stands for, unused settings."""
-    has_experts = any(layer.feed_forward == "experts" for layer in model.layers)
+    has_experts = model.has_experts
     plain, router = ModelConfig(), ("experts_per_token", "router_renormalize", "router")
     sizes = ("num_experts", "router_scale", "router_groups", "router_top_groups")
     no_experts = {

@@ -126,7 +126,9 @@ def make_einsum(policy: Policy, rules: Rules) -> Einsum:
     `fsdp` where used (and again in the backward pass, so no gathered copy is kept), and
     their gradients leave in `policy.reduce`, sharded as the parameters are. Activations
     that are cut over an axis of the weight (`tensor`, along the length) are gathered
-    likewise."""
+    likewise: of 0.188 s for 4 layers of Llama-3-8B on v6e 4x4, tensor 2, 10 ms are
+    waited for these. Rings of smaller products ("collective matmul") in their place
+    waited 3 ms and computed 48 ms longer."""
 
     product = make_product(policy, policy.compute)
 

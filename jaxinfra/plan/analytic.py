@@ -77,7 +77,7 @@ class Memory:
 def limits(config: Config) -> list[str]:
     """What `memory` is not fitted to, of what this config has."""
     found, optimizer = [], config.optimizer
-    if any(layer.feed_forward == "experts" for layer in config.model.layers):
+    if config.model.has_experts:
         found.append(
             "a model with experts: the arithmetic is fitted to dense ones, and counts"
             " activations as if each token met all experts"
