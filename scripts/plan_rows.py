@@ -78,6 +78,10 @@ ROWS = {
     + " --target v5p:2x2x4",
     "8B, 128k tokens, v5p 16, attention saved": f"{_128K} --target v5p:2x2x4"
     " --train.remat save:query+key+value+attention+attention_out",
+    "8B, 128k tokens, v5p 16, keys gathered, attention saved": _128K.replace(
+        "ring", "all_gather"
+    )
+    + " --target v5p:2x2x4 --train.remat save:query+key+value+attention+attention_out",
     "8B, 8 H100, full": f"{_8B} --target h100:1x8 --model.document_mask false",
     "8B, 8 H100, full, fp8": f"{_8B} --target h100:1x8 --model.document_mask false"
     " --precision fp8",
