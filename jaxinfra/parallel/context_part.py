@@ -3,7 +3,7 @@
 Rows are in `context.row_order`: device i of P has chunks i and 2 P - 1 - i.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,3 @@ def own(q_BTKGH, k_BSKH, v_BSKH, segments_BT) -> tuple[Queries, Keys]:
         Queries(q_BTKGH, places_T, segments_BT),
         Keys(k_BSKH, v_BSKH, places_T, segments_BT),
     )
-
-
-def wide(tree: Any) -> Any:
-    """In float32, to be added to."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def zeros(x: jax.Array) -> jax.Array:
-    """Float32, of the shape of `x`."""
-    return jnp.zeros(x.shape, jnp.float32)
-
-
-def added(sums, more):
-    """Their sums, one by one."""
-    return jax.tree.map(jnp.add, tuple(sums), tuple(more))

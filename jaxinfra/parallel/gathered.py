@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.parallel import context_part, meeting
-from jaxinfra.parallel.context_part import Settings, added, wide, zeros
-from jaxinfra.parallel.meeting import Asked, Keys, Queries, Result
+from jaxinfra.parallel.context_part import Settings
+from jaxinfra.parallel.meeting import Asked, Keys, Queries, Result, added, wide, zeros
 
 
 def attend(
@@ -74,9 +74,14 @@ def _splash_backward(
     dq_BTKGH, *of_keys = meeting.backward(
         queries, _all_keys(own), asked, seen="some", **settings._asdict()
     )
-    scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name="context", scatter_dimension=1, tiled=True
-    )
+    P = jax.lax.axis_size("context")
+
+    def scatter(x):
+        # Along a dim of its own: where it was cut out of the length, the compiler has
+        # sent parts from device to device, which stages cannot.
+        x = jnp.moveaxis(x.reshape(x.shape[0], P, -1, *x.shape[2:]), 1, 0)
+        return jax.lax.psum_scatter(x, "context")
+
     return dq_BTKGH, *map(scatter, wide(of_keys))
 
 

@@ -8,7 +8,7 @@ Source: arXiv:2205.14135 section 3.1 and algorithm 4.
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +152,8 @@ def backward(
         dq_BTKGH, *more = one(*block)
         return jax.tree.map(jnp.add, sums, tuple(more)), dq_BTKGH
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BSKH, keys.v_BSKH))
-    sums, dq = jax.lax.scan(add, zeros, jax.tree.map(_split, (queries, asked)))
+    begun = (zeros(keys.k_BSKH), zeros(keys.v_BSKH))
+    sums, dq = jax.lax.scan(add, begun, jax.tree.map(_split, (queries, asked)))
     return _unsplit(dq), *sums
 
 
@@ -162,9 +162,9 @@ def merged(a: Result, b: Result) -> Result:
     log_sum_BTKG = jnp.logaddexp(a.log_sum_BTKG, b.log_sum_BTKG)
 
     def weighted(part):
-        share_BTKG1 = jnp.exp(part.log_sum_BTKG - log_sum_BTKG)[..., None]
-        # Of nothing out_BTKGH may be no number, and so may a share of nothing at all.
-        return jnp.where(share_BTKG1 > 0, share_BTKG1 * part.out_BTKGH, 0.0)
+        share_BTKG = jnp.exp(part.log_sum_BTKG - log_sum_BTKG)
+        is_none_BTKG = part.log_sum_BTKG == -jnp.inf
+        return jnp.where(is_none_BTKG, 0.0, share_BTKG)[..., None] * part.out_BTKGH
 
     return Result(weighted(a) + weighted(b), log_sum_BTKG)
 
@@ -178,6 +178,21 @@ def nothing(queries: Queries) -> Result:
 def joined(low: Result, high: Result) -> Result:
     """The results of two halves of the queries."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), low, high)
+
+
+def wide(tree: Any) -> Any:
+    """In float32, to be added to."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def zeros(x: jax.Array) -> jax.Array:
+    """Float32, of the shape of `x`."""
+    return jnp.zeros(x.shape, jnp.float32)
+
+
+def added(sums, more):
+    """Their sums, one by one."""
+    return jax.tree.map(jnp.add, tuple(sums), tuple(more))
 
 
 def _block_forward(queries, *, keys, window, softcap, seen) -> Result:
@@ -267,7 +282,7 @@ def _splash_backward(queries, keys, asked, window, softcap, seen):
 
 def _by_kernel(queries, keys, seen: Seen) -> splash_parts.Seen:
     if seen == "some":
-        return queries.places_T, keys.places_S
+        return splash_parts.Places(queries.places_T, keys.places_S)
     return "causal" if seen == "own" else "all"
 
 

@@ -54,7 +54,7 @@ def _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         def with_(part):
             return meeting.merged(low, part.low()), meeting.merged(high, part.high())
 
-        def in_sight():
+        def whole():
             return with_(forward(queries, keys, seen="some"))
 
         def earlier():
@@ -63,10 +63,13 @@ def _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
         def later():
             return low, meeting.merged(high, forward(queries.high(), keys, seen="all"))
 
-        ways = (in_sight, in_sight) if by_table else (earlier, later)
-        return _by_place(step, chunk, settings, *ways, lambda: (low, high))
+        def half():
+            return _by_place(step, earlier, later)
 
-    halves = context_part.wide((result.low(), result.high()))
+        met = whole if by_table else half
+        return _where_in_sight(step, chunk, settings, met, lambda: (low, high))
+
+    halves = meeting.wide((result.low(), result.high()))
     if P > 1:
         steps = jnp.arange(1, P - 1)
         (last, *halves), _ = jax.lax.scan(turn, (coming, *halves), steps)
@@ -91,7 +94,7 @@ def _ring_backward(settings, residuals, g_BTKGH):
             more_low, more_high = jnp.split(dq_BTKGH, 2, axis=1)
             return low + more_low, high + more_high, *of_keys
 
-        def in_sight():
+        def whole():
             return with_(*backward(queries, keys, asked, seen="some"))
 
         def earlier():
@@ -103,17 +106,20 @@ def _ring_backward(settings, residuals, g_BTKGH):
             more, *of_keys = backward(queries.high(), keys, asked.high(), seen="all")
             return low, high + more, *of_keys
 
-        ways = (in_sight, in_sight) if by_table else (earlier, later)
-        unseen = lambda: (low, high, *map(jnp.zeros_like, of_own))
-        return _by_place(step, chunk, settings, *ways, unseen)
+        def half():
+            return _by_place(step, earlier, later)
+
+        met, unseen = whole if by_table else half, map(jnp.zeros_like, of_own)
+        unseen = (low, high, *unseen)
+        return _where_in_sight(step, chunk, settings, met, lambda: unseen)
 
     def turn(carry, step):
         keys, low, high, *sums = carry
         after, sums = _passed_on(keys), _passed_on(sums)
         low, high, *mine = met(keys, step, low, high)
-        return (after, low, high, *context_part.added(sums, mine)), None
+        return (after, low, high, *meeting.added(sums, mine)), None
 
-    low, high, *sums = context_part.wide((*jnp.split(dq_BTKGH, 2, axis=1), *of_own))
+    low, high, *sums = meeting.wide((*jnp.split(dq_BTKGH, 2, axis=1), *of_own))
     if P > 1:
         carry = (coming, low, high, *sums)
         # The last turn's keys go on for nothing: one loop, for one exchange of P.
@@ -137,18 +143,23 @@ def _is_by_table(settings: Settings) -> bool:
     return settings.kernel == "splash" and settings.window > 0
 
 
-def _by_place(step, chunk, settings, earlier, later, unseen) -> Any:
+def _by_place(step, earlier, later) -> Any:
     """Keys of device j = here - step, two chunks: queries of a later device see their
     first half; of an earlier one the second half of the queries sees all of them.
     Either way half of all scores are computed."""
     P, here = jax.lax.axis_size("context"), jax.lax.axis_index("context")
-    j = (here - step) % P
+    return jax.lax.cond((here - step) % P < here, earlier, later)
+
+
+def _where_in_sight(step, chunk, settings: Settings, met, unseen) -> Any:
+    """`met`, where a window shows queries here something of the chunks of device
+    here - step."""
     if not settings.window:
-        return jax.lax.cond(j < here, earlier, later)
+        return met()
+    P, here = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+    j = (here - step) % P
     away = jnp.where(j < here, here - j, jnp.minimum(j - here, 2 * P - 1 - here - j))
-    branch = jnp.where(j < here, 0, 1)
-    branch = jnp.where((away - 1) * chunk + 1 < settings.window, branch, 2)
-    return jax.lax.switch(branch, [earlier, later, unseen])
+    return jax.lax.cond((away - 1) * chunk + 1 < settings.window, met, unseen)
 
 
 def _passed_on(tree: Any) -> Any:

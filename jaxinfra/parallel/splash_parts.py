@@ -7,7 +7,8 @@ on the device which keys are seen, such tables are made here, as the program run
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,25 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxinfra import mesh
 from jaxinfra.ops import fused_attention
 
-# Which keys a query sees: all; of as many, those up to its own; those up to its place
-# in the row, of which there is one for each query, and one for each key.
-Seen = Literal["all", "causal"] | tuple[jax.Array, jax.Array]
 # Of queries and of keys, by row; None for one document.
 Segments = tuple[jax.Array, jax.Array] | None
 _NONE, _SOME, _ALL = 0, 1, 2  # what of a block of scores is seen, as the kernel has it
+_FAR = 2**30  # blocks or tokens: more than there are
+# Of a kernel's three tables, a block of scores; and how many of a TPU's scalar memory,
+# which has 1 MiB: more blocks of queries are given to more than one call.
+_TABLES_BYTES, _SCALAR_BYTES = 4, 900_000
+
+
+class Places(NamedTuple):
+    """Of queries, which are two chunks of the row of equal length, and of keys, which
+    are any number of such chunks in any order."""
+
+    queries_T: jax.Array
+    keys_S: jax.Array
+
+
+# Which keys a query sees: all; of as many, those up to its own; those up to its place.
+Seen = Literal["all", "causal"] | Places
 
 
 def forward(
@@ -39,15 +53,18 @@ def forward(
     window: int,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BTKGH, its log-sum-exp float32 [B, T, K, G]) of scaled queries. `window`:
-    only where `seen` tells places."""
-    kernel = _kernel(q_BTKGH, k_BSKH, seen, window, softcap)
-    run = _over_rows(kernel, segments, others=3)
-    out_BKGTH, (log_sum_BKGT,) = run(*_heads_first(q_BTKGH, k_BSKH, v_BSKH))
-    return (
-        jnp.einsum("BKGTH->BTKGH", out_BKGTH),
-        jnp.einsum("BKGT->BTKG", log_sum_BKGT),
-    )
+    """(out_BTKGH, its log-sum-exp float32 [B, T, K, G]) of scaled queries. A query that
+    sees no key has one below -1e37, and any result. `window`: only where `seen` tells
+    places."""
+    outs, log_sums = [], []
+    for piece, kernel in _kernels(q_BTKGH, k_BSKH, seen, window, softcap):
+        run = _over_rows(kernel, _cut(segments, piece), others=3)
+        out_BKGTH, (log_sum_BKGT,) = run(
+            *_heads_first(q_BTKGH[:, piece], k_BSKH, v_BSKH)
+        )
+        outs.append(jnp.einsum("BKGTH->BTKGH", out_BKGTH))
+        log_sums.append(jnp.einsum("BKGT->BTKG", log_sum_BKGT))
+    return _joined(outs), _joined(log_sums)
 
 
 def backward(
@@ -65,14 +82,30 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq_BTKGH, dk_BSKH, dv_BSKH) by these keys, of the gradient `g` by the whole
     result. mean_BTKG: the sum over a head of `g` times that result."""
-    kernel = _kernel(q_BTKGH, k_BSKH, seen, window, softcap)
+    by_head = lambda x: jnp.einsum("BTKG...->BKGT...", x)
+    of_queries, of_keys = [], []
+    for piece, kernel in _kernels(q_BTKGH, k_BSKH, seen, window, softcap):
+        run = _over_rows(_backward_of(kernel), _cut(segments, piece), others=6)
+        asked = (x[:, piece] for x in (log_sum_BTKG, g_BTKGH, mean_BTKG))
+        dq_BKGTH, *more = run(
+            *_heads_first(q_BTKGH[:, piece], k_BSKH, v_BSKH), *map(by_head, asked)
+        )
+        of_queries.append(jnp.einsum("BKGTH->BTKGH", dq_BKGTH))
+        of_keys.append([jnp.einsum("BKSH->BSKH", x) for x in more])
+    dk_BSKH, dv_BSKH = map(_summed, zip(*of_keys, strict=True))
+    return _joined(of_queries), dk_BSKH, dv_BSKH
+
+
+def _backward_of(kernel: Any) -> Any:
+    """The gradients by one row and key head. One block of keys takes one kernel, more
+    of them two (`fused_attention.block_sizes`), and so do tables."""
     settings = kernel.kwargs
     sizes = settings["block_sizes"]
     same = ("is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function")
     shared = {key: settings[key] for key in (*same, "interpret")}
     shared |= {f"{x}_layout": getattr(sizes, f"{x}_layout") for x in "qkv"}
 
-    def one(q, k, v, log_sum, g, mean, segments):
+    def run(q, k, v, log_sum, g, mean, segments):
         given = (q, k, v, segments, None, log_sum, g, mean)
         dq, dk, dv = splash_attention_kernel._splash_attention_bwd_dkv(
             *given,
@@ -93,88 +126,94 @@ def backward(
             )
         return dq, dk, dv
 
-    by_head = lambda x: jnp.einsum("BTKG...->BKGT...", x)
-    run = _over_rows(one, segments, others=6)
-    dq_BKGTH, *of_keys = run(
-        *_heads_first(q_BTKGH, k_BSKH, v_BSKH),
-        *map(by_head, (log_sum_BTKG, g_BTKGH, mean_BTKG)),
-    )
-    dk_BSKH, dv_BSKH = (jnp.einsum("BKSH->BSKH", x) for x in of_keys)
-    return jnp.einsum("BKGTH->BTKGH", dq_BKGTH), dk_BSKH, dv_BSKH
+    return run
 
 
-def _kernel(q_BTKGH, k_BSKH, seen, window, softcap) -> Any:
-    """For one row and key head, of queries [G, T, H]."""
+def _kernels(
+    q_BTKGH, k_BSKH, seen: Seen, window: int, softcap: float
+) -> Iterator[tuple[slice, Any]]:
+    """(which queries, a kernel for these of one row and key head)."""
     T, G, S = q_BTKGH.shape[1], q_BTKGH.shape[3], k_BSKH.shape[1]
-    interpret = mesh.platform() != "tpu"
-    if not isinstance(seen, str):
-        return _by_places(*seen, window, softcap, interpret)
-    assert not window
-    mask = {"all": splash_attention.FullMask, "causal": splash_attention.CausalMask}
-    return splash_attention.make_splash_mqa_single_device(
-        splash_attention.MultiHeadMask([mask[seen]((T, S))] * G),
-        block_sizes=fused_attention.block_sizes(T, S),
-        attn_logits_soft_cap=softcap or None,
-        save_residuals=True,
-        interpret=interpret,
-    )
-
-
-def _by_places(places_T, places_S, window, softcap, interpret) -> Any:
-    """A kernel for queries and keys in chunks, whole blocks of places that follow one
-    another, in any order."""
-    sizes = fused_attention.block_sizes(places_T.size // 2, is_fused=False)
+    settings = {
+        "attn_logits_soft_cap": softcap or None,
+        "save_residuals": True,
+        "interpret": mesh.platform() != "tpu",
+    }
+    if isinstance(seen, str):
+        assert not window
+        mask = {"all": splash_attention.FullMask, "causal": splash_attention.CausalMask}
+        kernel = splash_attention.make_splash_mqa_single_device(
+            splash_attention.MultiHeadMask([mask[seen]((T, S))] * G),
+            block_sizes=fused_attention.block_sizes(T, S),
+            **settings,
+        )
+        yield slice(None), kernel
+        return
+    sizes = fused_attention.block_sizes(T // 2, is_fused=False)
     block = sizes.block_q
-    first_i, first_j = (x[::block] // block for x in (places_T, places_S))
-    kinds, numbers, masks = _by_distance(block, window)
+    first_i, first_j = (x[::block] // block for x in seen)
     away_ij = first_i[:, None] - first_j[None, :]
-    kind_ij, number_ij = (_at(away_ij, table) for table in (kinds, numbers))
-    most = len(kinds) - 1 if window else max(kind_ij.shape)
-    by_query = _tables(kind_ij, number_ij, most)
-    by_key = _tables(kind_ij.T, number_ij.T, most)
+    pieces = -(-away_ij.size * _TABLES_BYTES // _SCALAR_BYTES)
+    for rows in np.array_split(np.arange(T // block), pieces):
+        piece = slice(int(rows[0]), int(rows[-1]) + 1)
+        kernel = splash_attention_kernel.SplashAttentionKernel(
+            *_tables(away_ij[piece], block, window),
+            block_sizes=sizes,
+            is_mqa=True,
+            mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
+            residual_checkpoint_name=None,
+            mask_function=None,
+            **settings,
+        )
+        yield slice(piece.start * block, piece.stop * block), kernel
+
+
+def _tables(away_ij: jax.Array, block: int, window: int) -> tuple[Any, Any, Any]:
+    """What the forward kernel, that of queries' gradients and that of keys' know of
+    blocks of queries so many blocks after those of keys."""
+    full, seen, masks = _masks(block, window)
+    is_full = (away_ij > 0) & (away_ij < full)
+    is_seen = (away_ij >= 0) & (away_ij < seen)
+    kind_ij = jnp.where(is_full, _ALL, jnp.where(is_seen, _SOME, _NONE))
+    number_ij = jnp.where(kind_ij == _SOME, jnp.maximum(away_ij - full + 1, 0), 0)
     info = functools.partial(splash_attention_mask_info.MaskInfo, q_sequence=None)
-    of_queries = info(*(x[None] for x in by_query), jnp.asarray(masks))
-    of_keys = info(*(x.T[None] for x in by_key), jnp.asarray(masks.swapaxes(1, 2)))
-    return splash_attention_kernel.SplashAttentionKernel(
-        of_queries,
-        of_queries,
-        of_keys,
-        block_sizes=sizes,
-        is_mqa=True,
-        save_residuals=True,
-        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=softcap or None,
-        residual_checkpoint_name=None,
-        mask_function=None,
-        interpret=interpret,
-    )
+
+    def known(by_i, masks):
+        data, number, kind = by_i
+        return info(
+            data_next=data[None],
+            mask_next=number[None],
+            block_mask=kind[None],
+            partial_mask_blocks=jnp.asarray(masks),
+        )
+
+    by_key = (x.T for x in _packed(kind_ij.T, number_ij.T, seen))
+    of_keys = known(by_key, masks.swapaxes(1, 2))
+    # What sees nothing meets one block, all of it hidden: the kernel's sum is not 0.
+    is_none_i1 = ~jnp.any(is_seen, axis=1, keepdims=True)
+    is_met_ij = is_none_i1 & (jnp.arange(away_ij.shape[1]) == 0)
+    kind_ij = jnp.where(is_met_ij, _SOME, kind_ij)
+    number_ij = jnp.where(is_met_ij, len(masks), number_ij)
+    masks = np.concatenate([masks, np.zeros_like(masks[:1])])
+    of_queries = known(_packed(kind_ij, number_ij, seen), masks)
+    return of_queries, of_queries, of_keys
 
 
-def _by_distance(block: int, window: int) -> tuple[list[int], list[int], np.ndarray]:
-    """Of queries so many blocks after the keys: whether they see none of them, some or
-    all; which of the masks that is; the masks. The last is for all greater distances.
-    """
-    count = (window + block - 2) // block + 1 if window else 1
+@functools.cache
+def _masks(block: int, window: int) -> tuple[int, int, np.ndarray]:
+    """(from which distance on a block of queries does not see all of one of keys; from
+    which on nothing; what it sees of it at 0, and between these two)."""
+    full = max(1, window // block) if window else _FAR
+    seen = (window + block - 2) // block + 1 if window else _FAR
     places = np.arange(block)
-    kinds, numbers, masks = [], [], []
-    for blocks in range(count):
+    masks = []
+    for blocks in (0, *range(full, seen)):
         away = blocks * block + places[:, None] - places[None, :]
-        seen = (away >= 0) & (away < window if window else True)
-        kinds.append(_ALL if seen.all() else _SOME)
-        numbers.append(0 if seen.all() else len(masks))
-        if not seen.all():
-            masks.append(seen)
-    kinds.append(_NONE if window else _ALL)
-    return kinds, [*numbers, 0], np.stack(masks)
+        masks.append((away >= 0) & (away < (window or _FAR)))
+    return full, seen, np.stack(masks)
 
 
-def _at(away_ij: jax.Array, table: list[int]) -> jax.Array:
-    """The entry for each distance, the last for all that are greater, 0 below 0."""
-    entries = [jnp.where(away_ij == n, x, 0) for n, x in enumerate(table[:-1])]
-    return sum(entries, jnp.where(away_ij >= len(table) - 1, table[-1], 0))
-
-
-def _tables(kind_ij, number_ij, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _packed(kind_ij, number_ij, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(j, number of the mask, kind) of the blocks that each i sees, up to `most`; after
     them j is as before, so that nothing is fetched."""
     is_none_ij = kind_ij == _NONE
@@ -184,10 +223,25 @@ def _tables(kind_ij, number_ij, most: int) -> tuple[jax.Array, jax.Array, jax.Ar
     is_seen = kind != _NONE
     is_last = is_seen & ~jnp.pad(is_seen, ((0, 0), (0, 1)))[:, 1:]
     last = jnp.sum(jnp.where(is_last, j, 0), axis=1, keepdims=True)
-    # In the narrowest integers: the kernel keeps them in its scalar memory.
+    # In the narrowest integers, of `_TABLES_BYTES` together.
     narrow = np.min_scalar_type(-max(kind_ij.shape))
     j = jnp.where(is_seen, j, last).astype(narrow)
     return j, number.astype(jnp.int8), kind.astype(jnp.int8)
+
+
+def _cut(segments: Segments, piece: slice) -> Segments:
+    return segments and (segments[0][:, piece], segments[1])
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _summed(parts: Sequence[jax.Array]) -> jax.Array:
+    """As it is, or float32."""
+    if len(parts) == 1:
+        return parts[0]
+    return functools.reduce(jnp.add, (x.astype(jnp.float32) for x in parts))
 
 
 def _heads_first(q_BTKGH, k_BSKH, v_BSKH):

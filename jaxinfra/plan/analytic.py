@@ -325,4 +325,24 @@ def _layer_bytes(config: Config, specs, layout: Layout) -> int:
     gathered += 2 * largest // split * policy.reduce.itemsize
     widest = max(_ffn_width(model, layer) for layer in model.layers) // split
     widths = _WORKING_WIDTHS * model.width + _WORKING_FFN * widest
-    return gathered + _token_bytes(config, sizes, widths)
+    return (
+        gathered + _token_bytes(config, sizes, widths) + _meeting_bytes(config, sizes)
+    )
+
+
+def _meeting_bytes(config: Config, sizes: Mapping[str, int]) -> int:
+    """Of attention over rows that are split: float32 sums, and in a ring the gradients
+    of keys and values on their way; or both gathered, whole, and their gradients in
+    compute dtype and float32."""
+    model, parts = config.model, sizes["context"]
+    if parts == 1 or config.parallel.context == "ulysses":
+        return 0
+    compute = precision.policy(config.precision).compute.itemsize
+    heads, keys = (
+        n * model.head_width // sizes["tensor"]
+        for n in (model.num_heads, model.num_kv_heads)
+    )
+    tokens = _rows(config, sizes) * config.train.length // parts
+    if config.parallel.context == "ring":
+        return tokens * 4 * (heads + 2 * 2 * keys)
+    return tokens * parts * 2 * keys * (2 * compute + 4)

@@ -23,21 +23,23 @@ def allow(monkeypatch):
     _compute_on_cpu()
 
 
-def saving(attend, remat):
+def saving(attend, remat, *, window=0):
     """Attention over (q, k, v), which keeps what `remat` says; squared, as whatever
     follows it is of use to the gradient."""
 
     def run(*arrays):
-        out, _ = attend(*arrays, Context(None), None, window=0, softcap=0.0)
+        out, _ = attend(*arrays, Context(None), None, window=window, softcap=0.0)
         return jnp.square(out)
 
     return jax.checkpoint(run, policy=rematerialisation.policy(remat))
 
 
-def sizes_kept(function, arrays):
-    """(size of the result, those of all arrays that the pull-back holds but masks)."""
+def sizes_kept(function, arrays, *, block=0):
+    """(size of the result, those of all arrays that the pull-back holds, but masks of
+    so many queries and keys)."""
     out, pull = jax.eval_shape(functools.partial(jax.vjp, function), *arrays)
-    return out.size, sorted(x.size for x in jax.tree.leaves(pull) if x.dtype != bool)
+    is_mask = lambda x: x.dtype == bool and x.shape[-2:] == (block, block)
+    return out.size, sorted(x.size for x in jax.tree.leaves(pull) if not is_mask(x))
 
 
 @functools.cache

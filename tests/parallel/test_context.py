@@ -113,6 +113,8 @@ def test_heads_and_length_are_split_together(way, sizes):
         ("ring", "splash", 1024, 130, 1.5, False),
         ("all_gather", "splash", 1024, 257, 0.0, False),
         ("ring", "splash", 1024, 257, 0.0, True),
+        ("ring", "splash", 1536, 300, 0.0, True),
+        ("all_gather", "splash", 1536, 0, 0.0, True),
     ],
 )
 def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
@@ -125,7 +127,7 @@ def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
     settings = {"window": window, "softcap": softcap}
     found = split_attention(
         way,
-        {"context": length // 256},
+        {"context": {512: 2, 1024: 4, 1536: 2}[length]},
         (*narrow, segments_BT),
         kernel,
         with_segments=with_segments,
@@ -152,18 +154,14 @@ def test_parts_of_a_fused_kernel_are_attention_over_whole_rows(
         ("ring", "splash", 0, None),
     ],
 )
-def test_where_no_kernel_serves_is_said(way, kernel, window, reason):
+def test_where_no_kernel_serves_has_a_reason(way, kernel, window, reason):
     assert context._refused(way, window).get(kernel) == reason
 
 
-@pytest.mark.parametrize(
-    ("way", "kernel"),
-    [
-        *(("ring", kernel) for kernel in ("cudnn", "splash", "xla")),
-        *(("all_gather", kernel) for kernel in ("cudnn", "splash", "xla")),
-    ],
-)
-def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
+@pytest.mark.parametrize("way", ["ring", "all_gather"])
+@pytest.mark.parametrize("kernel", ["cudnn", "splash", "xla"])
+@pytest.mark.parametrize("window", [0, 100])
+def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, window, monkeypatch):
     """By name: the result of attention and its log-sum-exp, beside what goes in."""
     kernels_anywhere.allow(monkeypatch)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(512)[:3]]
@@ -172,8 +170,8 @@ def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
         attend = context.make_split_attend(Rules(), way=way, kernel=kernel)
 
         def kept(remat):
-            saving = kernels_anywhere.saving(attend, remat)
-            result, sizes = kernels_anywhere.sizes_kept(saving, arrays)
+            saving = kernels_anywhere.saving(attend, remat, window=window)
+            result, sizes = kernels_anywhere.sizes_kept(saving, arrays, block=128)
             return [size for size in sizes if size > 1000], result  # no tables
 
         arrays = [jax.device_put(x, place) for x in arrays]
@@ -181,6 +179,15 @@ def test_remat_keeps_a_whole_result_and_no_parts(way, kernel, monkeypatch):
         assert kept("full")[0] == given
         sizes, result = kept("save:attention")
         assert sizes == sorted([*given, result, result // H])
+
+
+def test_what_is_no_number_stays_so_in_a_merger():
+    ones = jnp.ones((1, 3, 1, 1))
+    log_sums = jnp.asarray([0.0, jnp.nan, -jnp.inf]).reshape(ones.shape)
+    results = jnp.asarray([jnp.nan, 2.0, 2.0]).reshape(*ones.shape, 1)
+    part = meeting.Result(results, log_sums)
+    out, _ = meeting.merged(part, meeting.Result(jnp.ones_like(results), ones))
+    np.testing.assert_array_equal(out.reshape(-1), [jnp.nan, jnp.nan, 1.0])
 
 
 def test_every_device_has_the_same_work():

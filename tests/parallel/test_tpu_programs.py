@@ -13,6 +13,7 @@ PROGRAM = pathlib.Path(__file__).with_name("tpu_programs.py")
 # What must be in the compiled step of each kind.
 EXPECTED = {
     "ring": ["collective-permute", "splash"],
+    "all_gather": ["all-gather", "reduce-scatter", "splash"],
     "dropless": ["ragged-all-to-all"],
     "bounded": ["all-to-all"],
 }
@@ -35,3 +36,6 @@ def test_the_compiled_step_has_its_exchange(kind):
     found = json.loads(done.stdout.splitlines()[-1])
     for what in EXPECTED[kind]:
         assert any(what in name and count for name, count in found.items()), found
+    # Stages of a pipeline, which do different things, cannot send to each other in it.
+    if kind == "all_gather":
+        assert not any("collective-permute" in name for name in found), found

@@ -1,6 +1,6 @@
 """Run as a program where libtpu is: compiles a training step for TPUs not here.
 
-    python tpu_programs.py ring|dropless|bounded
+    python tpu_programs.py ring|all_gather|dropless|bounded
 
 Prints one JSON object: how often the compiled program has each kind of operation, and
 its bytes. Compiles for v5p 2x2x2 and runs nothing.
@@ -18,6 +18,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 KINDS = {
     "ring": ("dense", {"fsdp": 2, "context": 4}),
+    "all_gather": ("dense", {"fsdp": 2, "context": 4}),
     "dropless": ("experts", {"fsdp": 2, "expert": 4}),
     "bounded": ("experts", {"fsdp": 2, "expert": 4}),
 }
@@ -51,6 +52,9 @@ def main(kind):
         ),
         train=c.TrainConfig(batch_size=16, length=2048, remat="full"),
         mesh=c.MeshConfig(data=1, **mesh),
+        parallel=c.ParallelConfig(
+            context="all_gather" if kind == "all_gather" else "ring"
+        ),
     )
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5p:2x2x2"

@@ -42,6 +42,10 @@ def test_turns_of_a_ring_make_one_device_s_share_together(llama):
         parallel = ParallelConfig(context=kind)
         split = dataclasses.replace(llama, mesh=mesh, parallel=parallel)
         assert of_attention(split, fwd=calls) == of_attention(llama, fwd=1)
+        if kind == "all_gather":  # of which splash takes all keys at once
+            calls = 1
+        splash = of_attention(split, splash_mqa_fwd=calls)
+        assert splash == of_attention(llama, fwd=1)
 
 
 def test_grouped_matmuls_take_each_token_to_its_experts():
