@@ -76,9 +76,10 @@ has the same work, so no loss, dropout mask or queue of an expert changes.
   parts in sight, by splash or in blocks.
 - `all_gather`: one collective, memory for the keys of whole rows; it goes with stages.
   On a TPU one call of splash then does all, with windows too, and merges nothing: for
-  Llama-3-8B with rows of 128k tokens on 16 v5p a step's price, kernels apart, is 2.6 s
-  where that of a ring is 3.1 (20.7 and 19.4 GB). Not in these: the kernel passes over
-  the blocks that it skips, as many as it computes; in a ring there are none. On a GPU
+  Llama-3-8B with rows of 128k tokens on 16 v5p a step's price, kernels apart, is 2.5 s
+  where that of a ring is 3.1 (20.6 and 19.4 GB). Not in these: the kernel passes over
+  the blocks that it skips, as many as it computes; in a ring there are none. Of very
+  long rows (from 340,000 tokens on 2 devices) some of the queries a call. On a GPU
   cuDNN meets chunk after chunk, and blocks those that a window shows.
 - `ulysses`: two exchanges; any kernel, with windows too. P must divide the key heads of
   a device, or be shared out among the queries of one.
