@@ -153,8 +153,7 @@ def _kernels(
     block = sizes.block_q
     first_i, first_j = (x[::block] // block for x in seen)
     away_ij = first_i[:, None] - first_j[None, :]
-    pieces = -(-away_ij.size * _TABLES_BYTES // _SCALAR_BYTES)
-    for rows in np.array_split(np.arange(T // block), pieces):
+    for rows in np.array_split(np.arange(T // block), calls_of(T, S)):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         kernel = splash_attention_kernel.SplashAttentionKernel(
             *_tables(away_ij[piece], block, window),
@@ -166,6 +165,14 @@ def _kernels(
             **settings,
         )
         yield slice(piece.start * block, piece.stop * block), kernel
+
+
+def calls_of(queries: int, keys: int) -> int:
+    """In how many calls so many queries, at given places, meet so many keys: tables of
+    all their blocks must have room."""
+    block = fused_attention.block_sizes(queries // 2, is_fused=False).block_q
+    blocks = (queries // block) * (keys // block)
+    return -(-blocks * _TABLES_BYTES // _SCALAR_BYTES)
 
 
 def _tables(away_ij: jax.Array, block: int, window: int) -> tuple[Any, Any, Any]:

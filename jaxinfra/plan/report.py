@@ -74,7 +74,8 @@ def kernel_flops(
         if name.startswith(_GROUPED):
             products += 0 if name.endswith("metadata") else count
         else:
-            widths += count * _in_widths(name.lower()) / _calls_of(way, parts, name)
+            whole = _calls_of(way, parts, name, train.length)
+            widths += count * _in_widths(name.lower()) / whole
     met = model.experts_per_token * model.width * model.expert_width
     return KernelFlops(
         attention=widths * tokens * model.num_heads * keys * model.head_width,
@@ -92,13 +93,17 @@ def flops_again(config: Config, num_devices: int, played: cost.Cost) -> float:
     return again + sum(kernel_flops(config, num_devices, calls))
 
 
-def _calls_of(way: str, parts: int, kernel: str) -> int:
+def _calls_of(way: str, parts: int, kernel: str, length: int) -> int:
     """In which attention of a layer meets all its keys (`parallel.context`)."""
     if parts == 1 or way == "ulysses":
         return 1
     if way == "ring":
         return parts
-    return 1 if "splash" in kernel else 2 * parts + 1
+    if "splash" not in kernel:
+        return 2 * parts + 1
+    from jaxinfra.parallel import splash_parts  # loads Pallas
+
+    return splash_parts.calls_of(length // parts, length)
 
 
 def _in_widths(kernel: str) -> int:

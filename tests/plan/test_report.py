@@ -6,6 +6,7 @@ import pytest
 
 from jaxinfra import options
 from jaxinfra.config import MeshConfig, ParallelConfig
+from jaxinfra.parallel import splash_parts
 from jaxinfra.plan import compilers, cost, report, targets
 from jaxinfra.plan.analytic import Memory
 from jaxinfra.plan.report import by_scope, kernel_flops
@@ -46,6 +47,19 @@ def test_turns_of_a_ring_make_one_device_s_share_together(llama):
             calls = 1
         splash = of_attention(split, splash_mqa_fwd=calls)
         assert splash == of_attention(llama, fwd=1)
+
+
+def test_very_long_rows_take_calls_of_splash_for_parts_of_the_queries(llama):
+    length = 2**20
+    train = dataclasses.replace(llama.train, length=length)
+    whole = dataclasses.replace(llama, train=train)
+    mesh = MeshConfig(data=1, fsdp=1, context=8)
+    parallel = ParallelConfig(context="all_gather")
+    split = dataclasses.replace(whole, mesh=mesh, parallel=parallel)
+    calls = splash_parts.calls_of(length // 8, length)
+    assert calls == 3
+    found = of_attention(split, splash_mqa_fwd=calls)
+    assert found == pytest.approx(of_attention(whole, splash_mqa_fwd=1))
 
 
 def test_grouped_matmuls_take_each_token_to_its_experts():
