@@ -39,6 +39,7 @@ _128K = (
     "--config llama3_8b --train.batch_size 2 --train.length 131072 --mesh.fsdp 2"
     " --mesh.context 8 --parallel.context ring"
 )
+_128K_GATHERED = _128K.replace("ring", "all_gather")
 _70B_PIPELINE = (
     "--config llama3_70b --target v5p:4x4x4 --train.batch_size 256"
     " --train.microbatches 32 --mesh.pipeline 8 --mesh.fsdp 4 --mesh.tensor 2"
@@ -74,14 +75,11 @@ ROWS = {
     "70B, v5p 64, pipeline 8, interleaved": _70B_PIPELINE.replace("1f1b", "interleaved")
     + " --parallel.virtual_stages 2",
     "8B, 128k tokens, v5p 16": f"{_128K} --target v5p:2x2x4",
-    "8B, 128k tokens, v5p 16, keys gathered": _128K.replace("ring", "all_gather")
-    + " --target v5p:2x2x4",
+    "8B, 128k tokens, v5p 16, keys gathered": f"{_128K_GATHERED} --target v5p:2x2x4",
     "8B, 128k tokens, v5p 16, attention saved": f"{_128K} --target v5p:2x2x4"
     " --train.remat save:query+key+value+attention+attention_out",
-    "8B, 128k tokens, v5p 16, keys gathered, attention saved": _128K.replace(
-        "ring", "all_gather"
-    )
-    + " --target v5p:2x2x4 --train.remat save:query+key+value+attention+attention_out",
+    "8B, 128k tokens, v5p 16, keys gathered, attention saved": f"{_128K_GATHERED}"
+    " --target v5p:2x2x4 --train.remat save:query+key+value+attention+attention_out",
     "8B, 8 H100, full": f"{_8B} --target h100:1x8 --model.document_mask false",
     "8B, 8 H100, full, fp8": f"{_8B} --target h100:1x8 --model.document_mask false"
     " --precision fp8",

@@ -23,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxinfra import sharding
 from jaxinfra.ops import attention, fused_attention
 from jaxinfra.ops.seam import Attend
-from jaxinfra.parallel import gathered, ring
+from jaxinfra.parallel import gathered, meeting, ring
+from jaxinfra.parallel.context_part import Settings
 from jaxinfra.sharding import Rules
 
 Way = Literal["ring", "ulysses", "all_gather"]
@@ -47,9 +48,11 @@ def make_split_attend(rules: Rules, *, way: Way, kernel: str | None = None) -> A
         settings = {"window": window, "softcap": softcap, "kernel": chosen}
         match way:
             case "ring":
-                local = functools.partial(ring.attend, **settings)
+                settings = Settings(**settings)
+                local = functools.partial(_in_parts, ring.attend, settings)
             case "all_gather":
-                local = functools.partial(gathered.attend, **settings)
+                settings = Settings(**settings)
+                local = functools.partial(_in_parts, gathered.attend, settings)
             case "ulysses":
                 local = functools.partial(_ulysses, **settings)
         tokens = functools.partial(sharding.spec, rules, "batch", "length")
@@ -89,6 +92,12 @@ def _refused(way: Way, window: int) -> dict[str, str]:
         return {}
     where = "in a ring" if way == "ring" else "over gathered keys"
     return {"cudnn": f"a window {where}"}
+
+
+def _in_parts(attend, settings: Settings, q_BTKGH, k_BSKH, v_BSKH, segments_BT):
+    """By `attend`, which meets keys in parts, with queries as its kernel takes them."""
+    q_BTKGH = meeting.ready(q_BTKGH, settings.kernel)
+    return attend(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
 
 
 def _ulysses(q_BTKGH, k_BSKH, v_BSKH, segments_BT, *, window, softcap, kernel):

@@ -17,24 +17,15 @@ from jaxinfra.parallel.context_part import Settings
 from jaxinfra.parallel.meeting import Asked, Keys, Queries, Result, added, wide, zeros
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segments_BT: jax.Array | None,
-    *,
-    window: int,
-    softcap: float,
-    kernel: str,
+    settings: Settings,
 ) -> jax.Array:
     """Attention of this device's part of the rows to whole rows."""
-    settings = Settings(window, softcap, kernel)
-    q_BTKGH = meeting.ready(q_BTKGH, kernel)
-    return _attend(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
     return _forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)[0]
 
 
@@ -59,7 +50,7 @@ def _backward(settings, residuals, g_BTKGH):
     )
 
 
-_attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
 def _splash_forward(queries: Queries, own: Keys, settings: Settings) -> Result:

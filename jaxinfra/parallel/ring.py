@@ -15,25 +15,16 @@ from jaxinfra.parallel import context_part, meeting
 from jaxinfra.parallel.context_part import Settings
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     segments_BT: jax.Array | None,
-    *,
-    window: int,
-    softcap: float,
-    kernel: str,
+    settings: Settings,
 ) -> jax.Array:
     """Ring attention: while keys meet the queries here, they are on the way to the next
     device. With a window, keys that are out of sight are not computed."""
-    settings = Settings(window, softcap, kernel)
-    q_BTKGH = meeting.ready(q_BTKGH, kernel)
-    return _ring(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ring(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings):
     return _ring_forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, settings)[0]
 
 
@@ -134,7 +125,7 @@ def _ring_backward(settings, residuals, g_BTKGH):
     )
 
 
-_ring.defvjp(_ring_forward, _ring_backward)
+attend.defvjp(_ring_forward, _ring_backward)
 
 
 def _is_by_table(settings: Settings) -> bool:
